@@ -1,0 +1,144 @@
+//! Directories that are made whole or not at all, by one process at a time.
+//!
+//! An entry `name` is a directory `name/`; `name.lock` is held by the process that makes or removes it, in `name.tmp-…`
+//! until it is whole.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::ffi::OsStrExt,
+    path::{Path, PathBuf},
+    thread,
+    time::Duration,
+};
+
+use rustix::{
+    fs::{FlockOperation, flock},
+    io::Errno,
+};
+
+use crate::{Error, Progress};
+
+/// A directory of entries.
+pub struct Entries {
+    dir: PathBuf,
+}
+
+impl Entries {
+    /// Those in `dir`, which is made at the first use.
+    pub fn at(dir: impl Into<PathBuf>) -> Self {
+        Self { dir: dir.into() }
+    }
+
+    /// The directory that they are in.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Where the entry `name` is, if it is there.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// Takes the lock of an entry, which need not be there; it is given back with the value, however the process ends.
+    /// `waiting` is noted if another process has it.
+    pub fn lock<'a>(&'a self, name: &'a str, waiting: &str, progress: &dyn Progress) -> Result<Locked<'a>, Error> {
+        fs::create_dir_all(&self.dir).map_err(Error::file("create", &self.dir))?;
+        let path = self.dir.join(format!("{name}.lock"));
+        let file = File::options().create(true).append(true).open(&path).map_err(Error::file("create", &path))?;
+        let mut told = false;
+        loop {
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(Locked { entries: self, name, _file: file }),
+                Err(Errno::WOULDBLOCK) if progress.cancelled() => return Err(Error::Cancelled),
+                Err(Errno::WOULDBLOCK | Errno::INTR) => {}
+                Err(error) => return Err(Error::file("lock", &path)(error.into())),
+            }
+            if !told {
+                progress.note(waiting);
+                told = true;
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+/// An entry that this process alone may change.
+pub struct Locked<'a> {
+    entries: &'a Entries,
+    name: &'a str,
+    _file: File,
+}
+
+impl Locked<'_> {
+    /// Where the entry is, if it is there.
+    pub fn path(&self) -> PathBuf {
+        self.entries.path(self.name)
+    }
+
+    /// Makes the entry, in place of an old one: `make` fills a new directory (its first argument) and may use another
+    /// one for what it needs on the way (the second). If it fails, everything stays as it was.
+    pub fn make<E: From<Error>>(&self, make: impl FnOnce(&Path, &Path) -> Result<(), E>) -> Result<PathBuf, E> {
+        self.remove_leftovers()?;
+        let (dir, entry) = (&self.entries.dir, self.path());
+        // Dropped, and with it removed, on every way out.
+        let temporary = tempfile::Builder::new().prefix(&self.temporary_prefix()).tempdir_in(dir);
+        let temporary = temporary.map_err(Error::file("create a directory in", dir))?;
+        let [new, work, old] = ["new", "work", "old"].map(|sub| temporary.path().join(sub));
+        for dir in [&new, &work] {
+            fs::create_dir(dir).map_err(Error::file("create", dir))?;
+        }
+        make(&new, &work)?;
+        // A crash of the host must not leave a whole name on half a file.
+        sync_files(&new).map_err(Error::file("write", &new))?;
+        if entry.exists() {
+            fs::rename(&entry, &old).map_err(Error::file("replace", &entry))?;
+        }
+        fs::rename(&new, &entry).map_err(Error::file("create", &entry))?;
+        sync(dir).map_err(Error::file("write", dir))?;
+        Ok(entry)
+    }
+
+    /// Removes the entry, if it is there.
+    pub fn remove(&self) -> Result<(), Error> {
+        self.remove_leftovers()?;
+        let (dir, entry) = (&self.entries.dir, self.path());
+        let temporary = tempfile::Builder::new().prefix(&self.temporary_prefix()).tempdir_in(dir);
+        let temporary = temporary.map_err(Error::file("create a directory in", dir))?;
+        // Gone at once, not file by file.
+        match fs::rename(&entry, temporary.path().join("old")) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::file("remove", &entry)(error)),
+            _ => Ok(()),
+        }
+    }
+
+    fn remove_leftovers(&self) -> Result<(), Error> {
+        for path in self.leftovers()? {
+            fs::remove_dir_all(&path).map_err(Error::file("remove", &path))?;
+        }
+        Ok(())
+    }
+
+    /// The directories that a killed process left behind; [`Locked::make`] and [`Locked::remove`] remove them.
+    pub fn leftovers(&self) -> Result<Vec<PathBuf>, Error> {
+        let (dir, prefix) = (&self.entries.dir, self.temporary_prefix());
+        let found = fs::read_dir(dir).map_err(Error::file("read", dir))?.flatten();
+        let left = found.filter(|entry| entry.file_name().as_bytes().starts_with(prefix.as_bytes()));
+        Ok(left.map(|entry| entry.path()).collect())
+    }
+
+    fn temporary_prefix(&self) -> String {
+        format!("{}.tmp-", self.name)
+    }
+}
+
+fn sync_files(dir: &Path) -> io::Result<()> {
+    for found in fs::read_dir(dir)? {
+        sync(&found?.path())?;
+    }
+    sync(dir)
+}
+
+fn sync(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
+}

@@ -1,0 +1,121 @@
+//! The block device (virtio 1.3, 5.2): a disk of `purlin-storage`, with a thread for each queue.
+//!
+//! | file | subject |
+//! |---|---|
+//! | `config.rs` | what the driver is told of the disk |
+//! | `request.rs` | from a descriptor chain to what is asked of the disk |
+//! | `server.rs` | a queue's thread: requests begin, complete, and are drained for a pause |
+
+mod config;
+mod request;
+mod server;
+
+use std::{io, sync::Arc};
+
+use prost::Message;
+use purlin_state::{Saved, Section, StateError};
+use purlin_storage::Disk;
+use virtio_bindings::{virtio_blk::VIRTIO_BLK_F_FLUSH, virtio_ids::VIRTIO_ID_BLOCK};
+
+use self::server::Server;
+use super::{Activation, Running, VirtioDevice, Wake, Workers, feature, read_structure};
+
+/// The size of each queue.
+const QUEUE_SIZE: u16 = 256;
+/// The most queues. More bring nothing on one disk.
+const MOST_QUEUES: u16 = 4;
+
+/// A disk as the guest sees it.
+pub struct Block {
+    name: String,
+    disk: Arc<Disk>,
+    queues: u16,
+}
+
+/// What of the disk must be the same after a restore.
+#[derive(Clone, PartialEq, Eq, Message)]
+struct SavedBlock {
+    /// Bytes.
+    #[prost(uint64, tag = "1")]
+    size: u64,
+    #[prost(bool, tag = "2")]
+    read_only: bool,
+}
+
+impl Saved for SavedBlock {
+    const NAME: &'static str = "virtio-blk";
+    const VERSION: u32 = 1;
+}
+
+impl Block {
+    /// A device with this instance's name, for a machine with so many processors.
+    pub fn new(name: &str, disk: Arc<Disk>, cpus: u32) -> Self {
+        let queues = cpus.clamp(1, MOST_QUEUES.into()) as u16;
+        Self { name: name.to_owned(), disk, queues }
+    }
+
+    fn saved(&self) -> SavedBlock {
+        SavedBlock { size: self.disk.size(), read_only: self.disk.read_only() }
+    }
+}
+
+impl VirtioDevice for Block {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn device_type(&self) -> u16 {
+        VIRTIO_ID_BLOCK as u16
+    }
+
+    fn class(&self) -> u32 {
+        // Mass storage, SCSI: what firmware and old kernels look for.
+        0x01_00_00
+    }
+
+    fn features(&self) -> u64 {
+        config::features(&self.disk)
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![QUEUE_SIZE; self.queues.into()]
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_structure(&config::structure(&self.disk, self.queues), offset, data);
+    }
+
+    fn activate(&mut self, driver: Activation) -> io::Result<Box<dyn Running>> {
+        // A driver that cannot flush takes every write for stable (5.2.6.2).
+        let write_through = driver.features & feature(VIRTIO_BLK_F_FLUSH) == 0;
+        let mut workers = Workers::default();
+        for queue in driver.queues {
+            let (index, disk, notifier) = (queue.index(), self.disk.clone(), driver.notifier.clone());
+            let job = move |wake: &Wake| {
+                let served = purlin_storage::Queue::scope(&disk, |io| {
+                    Server::new(&queue, io, &disk, write_through).run(wake);
+                });
+                if let Err(error) = served {
+                    notifier.needs_reset(&error);
+                }
+            };
+            workers.start(&format!("{}-{index}", self.name), &[index], Box::new(job))?;
+        }
+        Ok(Box::new(workers))
+    }
+
+    fn save(&self) -> Section {
+        Section::named(&self.name, &self.saved())
+    }
+
+    fn restore(&mut self, saved: &Section) -> Result<(), StateError> {
+        let saved: SavedBlock = saved.decode()?;
+        if saved != self.saved() {
+            return Err(StateError::corrupt(&self.name, "the disk has another size or mode than the one saved with"));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,312 @@
+//! The software TLB: linear page → host address, with the permissions of one privilege baked in.
+//!
+//! Emitted code looks an access up with one unsigned compare: `address - entry.read < 4096 - (size - 1)`. An invalid
+//! tag is therefore one that no address mapping to the entry can come near (see [`invalid_tag`]), canonical or not.
+
+use crate::{
+    cpu::Cpu,
+    exception::Exception,
+    mem::{Access, Target},
+};
+
+/// log2 of the number of entries of one set.
+pub const SET_BITS: u32 = 12;
+/// Entries in one set.
+pub const SET_ENTRIES: usize = 1 << SET_BITS;
+
+/// On whose behalf memory is accessed; each has a set of its own in the TLB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Privilege {
+    /// CPL 3.
+    User = 0,
+    /// CPL 0 to 2, user pages out of reach if CR4.SMAP is set; also every implicit access (descriptor tables, TSS).
+    Supervisor = 1,
+    /// CPL 0 to 2 with RFLAGS.AC set or without SMAP: user pages within reach.
+    SupervisorAc = 2,
+}
+
+/// Number of sets.
+pub const SETS: usize = 3;
+
+/// One entry. Its tags are linear page addresses, or invalid.
+#[repr(C, align(32))]
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    /// Tag for loads.
+    pub read: u64,
+    /// Tag for stores. Invalid also where a store has to be noticed (the page holds translated code).
+    pub write: u64,
+    /// Host address of the page's first byte.
+    pub host: u64,
+    /// Host address minus linear address.
+    pub delta: u64,
+}
+
+/// One entry of the fetch side: where instructions are decoded from.
+#[derive(Clone, Copy, Debug)]
+pub struct Fetch {
+    tag: u64,
+    host: u64,
+}
+
+/// Entries of the fetch side: for user and supervisor code each.
+const FETCH_ENTRIES: usize = 256;
+
+/// A tag that no address mapping to entry `index` matches: a page whose index differs.
+pub const fn invalid_tag(index: usize) -> u64 {
+    ((index as u64) ^ 1) << 12
+}
+
+/// The TLB of one vCPU.
+#[repr(C, align(64))]
+pub struct Tlb {
+    /// The sets, by [`Privilege`].
+    pub sets: [[Entry; SET_ENTRIES]; SETS],
+    fetch: [[Fetch; FETCH_ENTRIES]; 2],
+    /// Entries filled since the last flush, so that a flush touches only those: set and index.
+    used: Vec<(u8, u16)>,
+    /// Of those, the ones of global pages: they survive a flush of the others.
+    global: Vec<(u8, u16)>,
+    /// Regions of 1 GiB, by their number modulo the number of bits, in which a part of a large page was entered since
+    /// the last full flush: INVLPG must forget all of that page, so everything.
+    large: [u64; 64],
+}
+
+/// What a page walk found: one 4 KiB page (a part of a large one, maybe).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Walked {
+    /// Guest physical address of the 4 KiB page.
+    pub physical: u64,
+    /// Whether loads are allowed for the privilege asked.
+    pub readable: bool,
+    /// Whether stores are allowed without a further walk (permitted, and the dirty flag set).
+    pub writable: bool,
+    /// Whether instruction fetches are allowed.
+    pub executable: bool,
+    /// A global page (CR4.PGE, all of G).
+    pub global: bool,
+    /// A part of a page larger than 4 KiB.
+    pub large: bool,
+}
+
+/// Where in [`Tlb::large`] the 1 GiB of a linear address is.
+fn region(linear: u64) -> (usize, u64) {
+    let number = linear >> 30;
+    (number as usize / 64 % 64, 1 << (number % 64))
+}
+
+impl Tlb {
+    /// Makes the zeroed memory at `tlb` an empty TLB.
+    ///
+    /// # Safety
+    /// `tlb` is valid for writes, zeroed, and nobody else's.
+    #[allow(unsafe_code)]
+    pub unsafe fn init(tlb: *mut Self) {
+        // SAFETY: zeroes are valid for every field but the lists, which are written without being dropped.
+        let tlb = unsafe {
+            // With room for all that `fill` puts there: it must not allocate (see `quick_access`).
+            (&raw mut (*tlb).used).write(Vec::with_capacity(4 * SET_ENTRIES + 1));
+            (&raw mut (*tlb).global).write(Vec::with_capacity(4 * SET_ENTRIES + 1));
+            &mut *tlb
+        };
+        for set in &mut tlb.sets {
+            for (index, entry) in set.iter_mut().enumerate() {
+                entry.invalidate(index);
+            }
+        }
+        tlb.forget_fetches();
+    }
+}
+
+/// A vCPU's handle on its TLB, which lies in its [`crate::cpu::Block`], where emitted code can reach it.
+pub struct TlbHandle(std::ptr::NonNull<Tlb>);
+
+#[allow(unsafe_code)]
+impl TlbHandle {
+    /// A TLB of its own, never freed: for processors without a block (tests of single instructions).
+    pub fn standalone() -> Self {
+        // SAFETY: `Tlb` is not zero-sized; the allocation is zeroed and ours.
+        unsafe {
+            let tlb = std::alloc::alloc_zeroed(std::alloc::Layout::new::<Tlb>()).cast::<Tlb>();
+            let handle = Self(std::ptr::NonNull::new(tlb).expect("out of memory"));
+            Tlb::init(tlb);
+            handle
+        }
+    }
+
+    /// The TLB of a block.
+    ///
+    /// # Safety
+    /// `tlb` was initialised by [`Tlb::init`], outlives the handle, and is used by nobody else.
+    pub unsafe fn at(tlb: std::ptr::NonNull<Tlb>) -> Self {
+        Self(tlb)
+    }
+}
+
+impl std::ops::Deref for TlbHandle {
+    type Target = Tlb;
+    #[allow(unsafe_code)]
+    fn deref(&self) -> &Tlb {
+        // SAFETY: see `TlbHandle::at`.
+        unsafe { self.0.as_ref() }
+    }
+}
+
+impl std::ops::DerefMut for TlbHandle {
+    #[allow(unsafe_code)]
+    fn deref_mut(&mut self) -> &mut Tlb {
+        // SAFETY: see `TlbHandle::at`.
+        unsafe { self.0.as_mut() }
+    }
+}
+
+impl Entry {
+    fn invalidate(&mut self, index: usize) {
+        let tag = invalid_tag(index);
+        (self.read, self.write) = (tag, tag);
+    }
+}
+
+/// Index of the entry for a linear address.
+pub fn index(linear: u64) -> usize {
+    (linear >> 12) as usize & (SET_ENTRIES - 1)
+}
+
+impl Tlb {
+    /// Forgets everything.
+    pub fn flush_all(&mut self) {
+        self.flush_non_global();
+        for i in 0..self.global.len() {
+            let (set, index) = self.global[i];
+            self.sets[set as usize][index as usize].invalidate(index as usize);
+        }
+        self.global.clear();
+        self.large = [0; 64];
+    }
+
+    fn forget_fetches(&mut self) {
+        self.fetch = [[Fetch { tag: u64::MAX, host: 0 }; FETCH_ENTRIES]; 2];
+    }
+
+    /// Forgets everything but global pages.
+    pub fn flush_non_global(&mut self) {
+        for i in 0..self.used.len() {
+            let (set, index) = self.used[i];
+            self.sets[set as usize][index as usize].invalidate(index as usize);
+        }
+        self.used.clear();
+        self.forget_fetches();
+    }
+
+    /// Forgets the page of `linear` (INVLPG). Returns whether everything had to go.
+    pub fn flush_page(&mut self, linear: u64) -> bool {
+        let (word, bit) = region(linear);
+        if self.large[word] & bit != 0 {
+            self.flush_all();
+            return true;
+        }
+        let index = index(linear);
+        for set in &mut self.sets {
+            set[index].invalidate(index);
+        }
+        for side in &mut self.fetch {
+            side[index % FETCH_ENTRIES].tag = u64::MAX;
+        }
+        false
+    }
+
+    /// Forgets that the page at host address `host` may be stored to.
+    pub fn forbid_stores(&mut self, host: u64) {
+        for &(set, index) in self.used.iter().chain(&self.global) {
+            let entry = &mut self.sets[set as usize][index as usize];
+            if entry.host == host {
+                entry.write = invalid_tag(index as usize);
+            }
+        }
+    }
+
+    fn fill(&mut self, privilege: Privilege, linear: u64, walked: &Walked, host: u64, stores: bool) {
+        let (set, index) = (privilege as usize, index(linear));
+        let (tag, invalid) = (linear & !0xfff, invalid_tag(index));
+        self.sets[set][index] = Entry {
+            read: if walked.readable { tag } else { invalid },
+            write: if walked.writable && stores { tag } else { invalid },
+            host,
+            delta: host.wrapping_sub(tag),
+        };
+        let list = if walked.global { &mut self.global } else { &mut self.used };
+        list.push((set as u8, index as u16));
+        // A list that only ever grows between flushes would not stay short.
+        if list.len() > 4 * SET_ENTRIES {
+            list.sort_unstable();
+            list.dedup();
+        }
+        if walked.large {
+            let (word, bit) = region(linear);
+            self.large[word] |= bit;
+        }
+    }
+}
+
+impl Cpu {
+    /// The privilege of explicit accesses at the current CPL.
+    pub fn privilege(&self) -> Privilege {
+        match self.cpl {
+            3 => Privilege::User,
+            _ if self.smap_active() => Privilege::Supervisor,
+            _ => Privilege::SupervisorAc,
+        }
+    }
+
+    /// Where an access to linear `address` goes, or the fault that it raises. The address is canonical, and the
+    /// access stays on its page.
+    pub fn resolve(&mut self, address: u64, access: Access, privilege: Privilege) -> Result<Target, Exception> {
+        let entry = &self.tlb.sets[privilege as usize][index(address)];
+        let fetch = &self.tlb.fetch[usize::from(privilege != Privilege::User)][index(address) % FETCH_ENTRIES];
+        let (tag, host) = match access {
+            Access::Read => (entry.read, entry.host),
+            Access::Write => (entry.write, entry.host),
+            Access::Fetch => (fetch.tag, fetch.host),
+        };
+        if tag == address & !0xfff {
+            return Ok(Target::Ram((host + (address & 0xfff)) as *mut u8));
+        }
+        self.resolve_slowly(address, access, privilege)
+    }
+
+    #[cold]
+    fn resolve_slowly(&mut self, address: u64, access: Access, privilege: Privilege) -> Result<Target, Exception> {
+        let walked = self.walk(address, access, privilege)?;
+        let shared = self.shared.clone();
+        let Some(page) = shared.ram.page(walked.physical) else {
+            return Ok(Target::Mmio(walked.physical | address & 0xfff));
+        };
+        if access == Access::Fetch {
+            let side = &mut self.tlb.fetch[usize::from(privilege != Privilege::User)];
+            side[index(address) % FETCH_ENTRIES] = Fetch { tag: address & !0xfff, host: page.host as u64 };
+            return Ok(Target::Ram(page.host.wrapping_add((address & 0xfff) as usize)));
+        }
+        let stores = walked.writable && shared.ram.note_writer(page, self.index);
+        self.tlb.fill(privilege, address, &walked, page.host as u64, stores);
+        Ok(Target::Ram(page.host.wrapping_add((address & 0xfff) as usize)))
+    }
+
+    /// Forgets all translations of linear addresses (MOV to CR0, CR4; EFER).
+    pub fn flush_tlb_all(&mut self) {
+        self.tlb.flush_all();
+        self.emitted.forget_jumps();
+    }
+
+    /// Forgets all but global ones (MOV to CR3).
+    pub fn flush_tlb_non_global(&mut self) {
+        self.tlb.flush_non_global();
+        self.emitted.forget_jumps();
+    }
+
+    /// Forgets one page (INVLPG).
+    pub fn flush_tlb_page(&mut self, linear: u64) {
+        self.tlb.flush_page(linear);
+        self.emitted.forget_jumps();
+    }
+}

@@ -1,0 +1,339 @@
+//! Control transfers and the stack.
+
+use iced_x86::{Instruction, OpKind};
+
+use super::{
+    asm::{Mem, Section, cc, reg},
+    classify::Class,
+    desc::{AccessDesc, ExitDesc},
+    emit::{Access, Emitter, Insn},
+    flags::{FlagUse, STATUS},
+    layout::{at, gpr, pinned},
+    operands::{Operand, STACK},
+};
+
+impl Emitter<'_> {
+    /// An instruction that ends the block.
+    pub(super) fn branch(&mut self, insn: &Insn) {
+        let target = insn.insn.near_branch_target();
+        let backward = target <= insn.rip();
+        match insn.class {
+            Class::Jump => self.jump(target, backward),
+            Class::JumpIf => self.jump_if(insn, target, backward),
+            Class::Loop => self.looping(insn, target, backward),
+            Class::Call => {
+                self.push_return(insn);
+                self.jump(target, backward);
+            }
+            Class::CallIndirect => {
+                self.target(insn);
+                self.call_r11(insn);
+            }
+            Class::JumpIndirect => {
+                self.target(insn);
+                self.jump_indirect(insn);
+            }
+            _ => self.ret(insn),
+        }
+    }
+
+    fn jump_if(&mut self, insn: &Insn, target: u64, backward: bool) {
+        self.need_flags();
+        let taken = self.asm.label();
+        self.asm.jcc(insn.insn.condition_code() as u8 - 1, taken);
+        self.jump(insn.next(), false);
+        self.flags_saved = false;
+        self.asm.bind(taken);
+        self.jump(target, backward);
+    }
+
+    /// LOOP and its kin as the host's own, over a jump.
+    fn looping(&mut self, insn: &Insn, target: u64, backward: bool) {
+        use iced_x86::Mnemonic;
+        self.need_flags();
+        let opcode = match insn.insn.mnemonic() {
+            Mnemonic::Loopne => 0xe0,
+            Mnemonic::Loope => 0xe1,
+            Mnemonic::Loop => 0xe2,
+            _ => 0xe3,
+        };
+        if counts_ecx(&insn.insn) {
+            self.asm.bytes(&[0x67]);
+        }
+        let not_taken = self.asm.label();
+        self.asm.bytes(&[opcode, 5]);
+        self.asm.jmp(not_taken);
+        self.jump(target, backward);
+        self.flags_saved = false;
+        self.asm.bind(not_taken);
+        self.jump(insn.next(), false);
+    }
+
+    /// R11 = target of an indirect jump or call.
+    fn target(&mut self, insn: &Insn) {
+        let size = (self.mode.bits() / 8) as usize;
+        if insn.insn.op0_kind() == OpKind::Register {
+            let number = insn.insn.op0_register().full_register().number() as u8;
+            self.read_gpr(reg::R11, number);
+            self.narrow(reg::R11, size);
+            return;
+        }
+        self.read_operand(insn, size);
+    }
+
+    /// R11 = the memory operand of `insn`, zero-extended.
+    fn read_operand(&mut self, insn: &Insn, size: usize) {
+        let operand = Operand::of(&insn.insn);
+        self.free_flags(insn.live);
+        self.address(&operand);
+        let access = Access { size, flags: AccessDesc::READ, segment: operand.segment };
+        self.access(insn, access, &FlagUse::default(), STATUS, &mut |this, mem| {
+            this.asm.load_sized(reg::R11, mem, size);
+            this.narrow(reg::R11, size);
+        });
+    }
+
+    /// Zero-extends from `size` bytes where the load did not.
+    fn narrow(&mut self, register: u8, size: usize) {
+        match size {
+            2 => self.asm.movzx16(register, register),
+            4 => self.asm.mov_rr32(register, register),
+            _ => {}
+        }
+    }
+
+    /// Pushes the address of the next instruction.
+    fn push_return(&mut self, insn: &Insn) {
+        let size = (self.mode.bits() / 8) as usize;
+        let next = insn.next();
+        self.stack_push(insn, size, &mut |this, mem| this.store_constant(mem, next, size));
+    }
+
+    fn store_constant(&mut self, mem: Mem, value: u64, size: usize) {
+        if size < 8 || value as i64 == i64::from(value as i32) {
+            self.asm.store_imm(mem, value as i32, size);
+            return;
+        }
+        self.asm.lea(reg::R10, mem);
+        self.asm.mov_ri(reg::R11, value);
+        self.asm.store(Mem::at(reg::R10, 0), reg::R11);
+    }
+
+    fn ret(&mut self, insn: &Insn) {
+        let size = (self.mode.bits() / 8) as usize;
+        let extra = if insn.insn.op_count() == 1 { i32::from(insn.insn.immediate16()) } else { 0 };
+        self.free_flags(insn.live);
+        self.stack_offset(0);
+        let access = Access { size, flags: AccessDesc::READ, segment: STACK };
+        self.access(insn, access, &FlagUse::default(), STATUS, &mut |this, mem| {
+            this.asm.load_sized(reg::R11, mem, size);
+            this.narrow(reg::R11, size);
+        });
+        self.move_stack(size as i32 + extra);
+        self.jump_indirect(insn);
+    }
+
+    /// The call of an indirect target, which is in R11.
+    fn call_r11(&mut self, insn: &Insn) {
+        self.asm.store(at::TEMP, reg::R11);
+        if self.mode.bits() != 64 {
+            self.push_return(insn);
+        } else {
+            // 0 or 1 if it is canonical. That is checked once it is known that the stack can be written, before it is.
+            self.free_flags(insn.live);
+            self.asm.sar(reg::R11, 47);
+            self.asm.lea(reg::R11, Mem::at(reg::R11, 1));
+            self.asm.store(at::LENT, reg::R11);
+            let (next, astray) = (insn.next(), self.asm.label());
+            self.stack_push(insn, 8, &mut |this, mem| {
+                this.asm.cmp_mem(at::LENT, 1);
+                this.asm.jcc(cc::A, astray);
+                this.store_constant(mem, next, 8);
+            });
+            self.asm.section(Section::Cold);
+            self.asm.bind(astray);
+            self.emulate(insn);
+            self.asm.section(Section::Hot);
+        }
+        self.asm.load(reg::R11, at::TEMP);
+        self.jump_r11(None);
+    }
+
+    /// Jumps to the target of `insn` in R11. One that is not canonical is found where it is looked up, and then the
+    /// instruction that led there has to be known.
+    fn jump_indirect(&mut self, insn: &Insn) {
+        if self.mode.bits() == 64 {
+            let desc = self.data(&ExitDesc::emulate(insn.rip(), &insn.bytes[..insn.insn.len()]).to_bytes());
+            self.asm.lea_label(reg::R10, desc);
+            self.asm.store(at::BRANCH, reg::R10);
+        }
+        self.jump_r11(None);
+    }
+
+    // --- the stack
+
+    /// R10 = offset of the stack pointer plus `delta`, as wide as the stack.
+    fn stack_offset(&mut self, delta: i32) {
+        let mem = Mem::at(reg::R15, delta);
+        match self.mode.stack_bits() {
+            64 if delta == 0 => self.asm.mov_rr(reg::R10, reg::R15),
+            64 => self.asm.lea(reg::R10, mem),
+            32 => self.asm.lea32(reg::R10, mem),
+            _ => {
+                self.asm.lea32(reg::R10, mem);
+                self.asm.movzx16(reg::R10, reg::R10);
+            }
+        }
+    }
+
+    /// The stack pointer += `delta`. R11 is kept.
+    fn move_stack(&mut self, delta: i32) {
+        let mem = Mem::at(reg::R15, delta);
+        match self.mode.stack_bits() {
+            64 => self.asm.lea(reg::R15, mem),
+            32 => self.asm.lea32(reg::R15, mem),
+            _ => {
+                self.asm.lea32(reg::R10, mem);
+                self.asm.mov_rr16(reg::R15, reg::R10);
+            }
+        }
+    }
+
+    /// A push of `size` bytes, which `op` stores.
+    fn stack_push(&mut self, insn: &Insn, size: usize, op: &mut dyn FnMut(&mut Self, Mem)) {
+        self.free_flags(insn.live);
+        self.stack_offset(-(size as i32));
+        let stay = if insn.class == Class::Push { 0 } else { AccessDesc::STAY };
+        let access = Access { size, flags: AccessDesc::WRITE | stay, segment: STACK };
+        self.access(insn, access, &FlagUse::default(), STATUS, &mut |this, mem| {
+            op(this, mem);
+            // Before the commit of a slow store, which may be the last thing that is done here.
+            this.move_stack(-(size as i32));
+        });
+    }
+
+    /// PUSH.
+    pub(super) fn push(&mut self, insn: &Insn) {
+        let size = insn.insn.stack_pointer_increment().unsigned_abs() as usize;
+        match insn.insn.op0_kind() {
+            OpKind::Register => {
+                let number = insn.insn.op0_register().full_register().number() as u8;
+                self.stack_push(insn, size, &mut |this, mem| match pinned(number) {
+                    Some(host) => this.asm.store_sized(mem, host, size),
+                    None => this.store_from(mem, gpr(number), size),
+                });
+            }
+            OpKind::Memory => {
+                self.read_operand(insn, size);
+                self.asm.store(at::TEMP, reg::R11);
+                self.stack_push(insn, size, &mut |this, mem| this.store_from(mem, at::TEMP, size));
+            }
+            _ => {
+                let value = insn.insn.immediate(0) as i32;
+                self.stack_push(insn, size, &mut |this, mem| this.asm.store_imm(mem, value, size));
+            }
+        }
+    }
+
+    /// `[mem] = [from]`; changes R10 and R11.
+    fn store_from(&mut self, mem: Mem, from: Mem, size: usize) {
+        self.asm.lea(reg::R10, mem);
+        self.asm.load(reg::R11, from);
+        self.asm.store_sized(Mem::at(reg::R10, 0), reg::R11, size);
+    }
+
+    /// POP.
+    pub(super) fn pop(&mut self, insn: &Insn) {
+        let size = insn.insn.stack_pointer_increment().unsigned_abs() as usize;
+        self.free_flags(insn.live);
+        self.stack_offset(0);
+        let access = Access { size, flags: AccessDesc::READ, segment: STACK };
+        if insn.insn.op0_kind() == OpKind::Memory {
+            self.access(insn, access, &FlagUse::default(), STATUS, &mut |this, mem| {
+                this.asm.load_sized(reg::R11, mem, size);
+                this.asm.store(at::TEMP, reg::R11);
+            });
+            self.pop_to_memory(insn, size);
+            return;
+        }
+        let number = insn.insn.op0_register().full_register().number() as u8;
+        self.access(insn, access, &FlagUse::default(), STATUS, &mut |this, mem| match pinned(number) {
+            // The stack pointer is raised first, and what is popped replaces a part of it.
+            Some(_) if number == reg::RSP && size == 2 => {
+                this.asm.load_sized(reg::R11, mem, size);
+                this.move_stack(2);
+                this.asm.mov_rr16(reg::R15, reg::R11);
+            }
+            Some(host) => this.asm.load_sized(host, mem, size),
+            None => {
+                this.asm.load_sized(reg::R11, mem, size);
+                // A load of four bytes has zero-extended.
+                this.asm.store_sized(gpr(number), reg::R11, if size == 2 { 2 } else { 8 });
+            }
+        });
+        if number != reg::RSP {
+            self.move_stack(size as i32);
+        }
+    }
+
+    /// The second half of POP to memory: the value is in `TEMP`.
+    fn pop_to_memory(&mut self, insn: &Insn, size: usize) {
+        let operand = Operand::of(&insn.insn).above_stack(size as i32);
+        self.address(&operand);
+        let access = Access { size, flags: AccessDesc::WRITE, segment: operand.segment };
+        self.access(insn, access, &FlagUse::default(), STATUS, &mut |this, mem| {
+            this.store_from(mem, at::TEMP, size);
+            this.move_stack(size as i32);
+        });
+    }
+
+    /// LEAVE: RSP = RBP, then POP RBP.
+    pub(super) fn leave(&mut self, insn: &Insn) {
+        let size = (self.mode.bits() / 8) as usize;
+        self.free_flags(insn.live);
+        match self.mode.stack_bits() {
+            64 => self.asm.mov_rr(reg::R10, reg::RBP),
+            32 => self.asm.mov_rr32(reg::R10, reg::RBP),
+            _ => self.asm.movzx16(reg::R10, reg::RBP),
+        }
+        let access = Access { size, flags: AccessDesc::READ, segment: STACK };
+        let stack_bits = self.mode.stack_bits();
+        self.access(insn, access, &FlagUse::default(), STATUS, &mut |this, mem| {
+            this.asm.load_sized(reg::R11, mem, size);
+            let top = Mem::at(reg::RBP, size as i32);
+            match stack_bits {
+                64 => this.asm.lea(reg::R15, top),
+                32 => this.asm.lea32(reg::R15, top),
+                _ => {
+                    this.asm.lea32(reg::R10, top);
+                    this.asm.mov_rr16(reg::R15, reg::R10);
+                }
+            }
+            match size {
+                2 => this.asm.mov_rr16(reg::RBP, reg::R11),
+                4 => this.asm.mov_rr32(reg::RBP, reg::R11),
+                _ => this.asm.mov_rr(reg::RBP, reg::R11),
+            }
+        });
+    }
+}
+
+/// Whether LOOP or JCXZ counts ECX rather than RCX.
+fn counts_ecx(insn: &Instruction) -> bool {
+    use iced_x86::Code::*;
+    matches!(
+        insn.code(),
+        Loop_rel8_64_ECX
+            | Loop_rel8_32_ECX
+            | Loop_rel8_16_ECX
+            | Loope_rel8_64_ECX
+            | Loope_rel8_32_ECX
+            | Loope_rel8_16_ECX
+            | Loopne_rel8_64_ECX
+            | Loopne_rel8_32_ECX
+            | Loopne_rel8_16_ECX
+            | Jecxz_rel8_64
+            | Jecxz_rel8_32
+            | Jecxz_rel8_16
+    )
+}

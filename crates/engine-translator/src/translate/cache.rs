@@ -1,0 +1,311 @@
+//! The translations of one VM: where they are, what they were made from, when they stop being valid.
+//!
+//! A block is never moved and its memory never used again until the whole cache is emptied, which happens only while
+//! no vCPU is inside emitted code. A block whose source was written to is *dead*: its entries are redirected to the run
+//! loop, and, once the same place has been translated anew, to the new block.
+//!
+//! Lock order: `Shared::world` before `CodeCache::inner`. Nothing is waited for with `inner` held.
+
+use std::{
+    io,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use rustc_hash::FxHashMap as HashMap;
+
+use super::{
+    asm::Asm,
+    emit::{Emitted, FaultPoint},
+    jumps::Context,
+    memory::CodeMemory,
+    stubs::{self, Stubs},
+};
+
+/// What a block was translated from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Key {
+    /// Guest physical address of its first byte.
+    pub physical: u64,
+    /// Offset in CS of its first byte.
+    pub rip: u64,
+    /// Physical address of the second page, plus one, for an instruction that lies on two; else 0.
+    pub second: u64,
+    /// Mode, and CS where it matters.
+    pub context: Context,
+}
+
+/// A block as the run loop uses it.
+#[derive(Clone, Copy, Debug)]
+pub struct Found {
+    /// Host address of the checked entry.
+    pub checked_entry: u64,
+    /// Host address of the entry for linked jumps.
+    pub entry: u64,
+    /// Whether jump tables and links may lead to it: it lies on one page.
+    pub linkable: bool,
+}
+
+/// The translations of one VM.
+pub struct CodeCache {
+    memory: CodeMemory,
+    /// The fixed pieces.
+    pub stubs: Stubs,
+    stubs_end: u32,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    used: u32,
+    blocks: Vec<Block>,
+    by_key: HashMap<Key, u32>,
+    /// Blocks with bytes on a physical page (its number), living ones only.
+    by_page: HashMap<u64, Vec<u32>>,
+    /// Dead blocks that a new one for the same key replaces.
+    dead: HashMap<Key, Vec<u32>>,
+    /// Stores to watched pages so far, by page number modulo the length: what has to stand still while a block is made.
+    stores: Vec<u64>,
+    /// How often the cache was emptied.
+    generation: u64,
+}
+
+impl Inner {
+    /// The block that the byte at `offset` of the cache belongs to, living or dead.
+    fn block_at(&self, offset: u32) -> Option<&Block> {
+        let i = self.blocks.partition_point(|b| b.start <= offset).checked_sub(1)?;
+        self.blocks.get(i)
+    }
+}
+
+struct Block {
+    key: Key,
+    /// Offset of its first byte in the cache; blocks are in ascending order.
+    start: u32,
+    code_len: u32,
+    checked_entry: u32,
+    entry: u32,
+    dead_entry: u32,
+    /// Physical pages and, on the first one, the bytes that it was made from.
+    len_on_first: u32,
+    faults: Vec<FaultPoint>,
+}
+
+/// Why a block was not added.
+#[derive(Clone, Copy, Debug)]
+pub enum NotAdded {
+    /// The cache is full: [`CodeCache::clear`] it, then try again.
+    Full,
+    /// Its source was stored to meanwhile, perhaps: read it again.
+    Stale,
+}
+
+/// Counters of stores to watched pages.
+const STORE_COUNTERS: usize = 256;
+
+/// Room that a block may need at most.
+const BLOCK_ROOM: u32 = 256 << 10;
+
+impl CodeCache {
+    /// A cache of `capacity` bytes.
+    pub fn new(capacity: usize) -> io::Result<Self> {
+        let memory = CodeMemory::new(capacity)?;
+        let mut asm = Asm::new(memory.base());
+        let stubs = stubs::assemble(&mut asm);
+        let bytes = asm.finish();
+        memory.write(0, &bytes);
+        let stubs_end = (bytes.len() as u32).next_multiple_of(64);
+        super::signals::register(memory.base(), memory.len() as u64, stubs.signal);
+        let inner = Mutex::new(Inner { used: stubs_end, stores: vec![0; STORE_COUNTERS], ..Inner::default() });
+        Ok(Self { memory, stubs, stubs_end, inner })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The block for `key`.
+    pub fn find(&self, key: &Key) -> Option<Found> {
+        let inner = self.lock();
+        inner.by_key.get(key).map(|&i| self.found(&inner.blocks[i as usize]))
+    }
+
+    fn found(&self, block: &Block) -> Found {
+        Found {
+            checked_entry: self.memory.base() + u64::from(block.checked_entry),
+            entry: self.memory.base() + u64::from(block.entry),
+            linkable: block.key.second == 0,
+        }
+    }
+
+    /// How many stores to the watched page of `physical` there were: to be asked once the page is watched, before its
+    /// bytes are read.
+    pub fn stores(&self, physical: u64) -> u64 {
+        self.lock().stores[counter(physical >> 12)]
+    }
+
+    /// Adds the block that `emit` makes for the address it is given, unless another vCPU was faster. `len` is the
+    /// length of its source; `stores` what [`CodeCache::stores`] said of each page of it, `watched` whether all of them
+    /// still are.
+    pub fn add(
+        &self,
+        key: Key,
+        len: u32,
+        stores: &[(u64, u64)],
+        watched: impl FnOnce() -> bool,
+        emit: impl FnOnce(u64) -> Emitted,
+    ) -> Result<Found, NotAdded> {
+        let mut inner = self.lock();
+        let unchanged = stores.iter().all(|&(physical, n)| inner.stores[counter(physical >> 12)] == n);
+        if !unchanged || !watched() {
+            return Err(NotAdded::Stale);
+        }
+        if let Some(&i) = inner.by_key.get(&key) {
+            return Ok(self.found(&inner.blocks[i as usize]));
+        }
+        if inner.used + BLOCK_ROOM > self.memory.len() as u32 {
+            return Err(NotAdded::Full);
+        }
+        let start = inner.used;
+        let emitted = emit(self.memory.base() + u64::from(start));
+        assert!(emitted.bytes.len() as u32 <= BLOCK_ROOM, "a block is too large");
+        self.memory.write(start, &emitted.bytes);
+        inner.used = (start + emitted.bytes.len() as u32).next_multiple_of(16);
+
+        let first_rest = 4096 - (key.physical & 0xfff) as u32;
+        let block = Block {
+            key,
+            start,
+            code_len: emitted.code_len,
+            checked_entry: start + emitted.checked_entry,
+            entry: start + emitted.entry,
+            dead_entry: start + emitted.dead_entry,
+            len_on_first: len.min(first_rest),
+            faults: emitted.faults,
+        };
+        let found = self.found(&block);
+        for &old in inner.dead.get(&key).map_or(&[][..], Vec::as_slice) {
+            let old = &inner.blocks[old as usize];
+            self.memory.redirect(old.entry, block.entry);
+            self.memory.redirect(old.checked_entry, block.checked_entry);
+        }
+        let index = inner.blocks.len() as u32;
+        inner.blocks.push(block);
+        inner.by_key.insert(key, index);
+        inner.by_page.entry(key.physical >> 12).or_default().push(index);
+        if key.second != 0 && (key.second - 1) >> 12 != key.physical >> 12 {
+            inner.by_page.entry((key.second - 1) >> 12).or_default().push(index);
+        }
+        Ok(found)
+    }
+
+    /// `len` bytes at guest physical `address`, on one page, were stored to: blocks made from them die.
+    /// `unwatch` is called if the page holds no more code.
+    pub fn written(&self, address: u64, len: u64, unwatch: impl FnOnce()) {
+        let mut inner = self.lock();
+        let page = address >> 12;
+        inner.stores[counter(page)] += 1;
+        let blocks = inner.by_page.get(&page).map_or(&[][..], Vec::as_slice);
+        let hit: Vec<u32> = blocks
+            .iter()
+            .copied()
+            .filter(|&i| {
+                let b = &inner.blocks[i as usize];
+                let overlaps = |from: u64, n: u64| address < from + n && from < address + len;
+                // What lies on a second page is at most the rest of one instruction, at its start. Both may be the same.
+                b.key.physical >> 12 == page && overlaps(b.key.physical, b.len_on_first.into())
+                    || b.key.second != 0 && (b.key.second - 1) >> 12 == page && overlaps(page << 12, 15)
+            })
+            .collect();
+        for i in hit {
+            self.kill(&mut inner, i);
+        }
+        if !inner.by_page.contains_key(&page) {
+            unwatch();
+        }
+    }
+
+    fn kill(&self, inner: &mut Inner, index: u32) {
+        let block = &inner.blocks[index as usize];
+        let key = block.key;
+        self.memory.redirect(block.entry, block.dead_entry);
+        self.memory.redirect(block.checked_entry, self.offset(self.stubs.miss_saved));
+        inner.by_key.remove(&key);
+        inner.dead.entry(key).or_default().push(index);
+        for page in [Some(key.physical), key.second.checked_sub(1)].into_iter().flatten() {
+            if let Some(blocks) = inner.by_page.get_mut(&(page >> 12)) {
+                blocks.retain(|&i| i != index);
+                if blocks.is_empty() {
+                    inner.by_page.remove(&(page >> 12));
+                }
+            }
+        }
+    }
+
+    fn offset(&self, address: u64) -> u32 {
+        (address - self.memory.base()) as u32
+    }
+
+    /// How often the cache was emptied.
+    pub fn generation(&self) -> u64 {
+        self.lock().generation
+    }
+
+    /// Makes the direct jump whose rel32 field is at host address `field` lead to `entry`, unless the cache has been
+    /// emptied since `generation`.
+    ///
+    /// Both must lie on the same physical page: the page's mapping may have changed since the jump's own block was
+    /// entered, and other address spaces that have the old page there would follow the link.
+    pub fn link(&self, field: u64, entry: u64, generation: u64) {
+        let inner = self.lock();
+        if inner.generation != generation {
+            return;
+        }
+        let (field, entry) = (self.offset(field), self.offset(entry));
+        let page = |offset| inner.block_at(offset).map(|b| b.key.physical >> 12);
+        if page(field) == page(entry) {
+            self.memory.patch32(field, entry.wrapping_sub(field + 4));
+        }
+    }
+
+    /// The fault point of the host instruction at `address`.
+    pub fn fault_at(&self, address: u64) -> Option<FaultPoint> {
+        let inner = self.lock();
+        let offset = address.checked_sub(self.memory.base()).and_then(|o| u32::try_from(o).ok())?;
+        let block = inner.block_at(offset)?;
+        if offset >= block.start + block.code_len {
+            return None;
+        }
+        let i = block.faults.binary_search_by_key(&(offset - block.start), |f| f.offset).ok()?;
+        Some(block.faults[i])
+    }
+
+    /// Forgets all translations. No vCPU is inside emitted code, and all will empty their jump tables before they
+    /// enter it. Returns the physical pages that held code.
+    pub fn clear(&self) -> Vec<u64> {
+        let mut inner = self.lock();
+        let pages = inner.by_page.keys().map(|page| page << 12).collect();
+        *inner = Inner {
+            used: self.stubs_end,
+            stores: std::mem::take(&mut inner.stores),
+            generation: inner.generation + 1,
+            ..Inner::default()
+        };
+        pages
+    }
+}
+
+fn counter(page: u64) -> usize {
+    page as usize % STORE_COUNTERS
+}
+
+impl Default for CodeCache {
+    fn default() -> Self {
+        Self::new(4 << 20).expect("memory for emitted code")
+    }
+}
+
+impl Drop for CodeCache {
+    fn drop(&mut self) {
+        super::signals::unregister(self.memory.base());
+    }
+}

@@ -1,0 +1,544 @@
+//! Emits a block: guest instructions in, host code out.
+//!
+//! Between two guest instructions the pinned registers hold the guest's, R10 and R11 are free, and the status flags
+//! are in the host's, unless `flags_saved`: then they are in `flag_word`, because an address check has used the host's.
+
+use iced_x86::{Encoder, Instruction, Mnemonic};
+
+use super::{
+    asm::{Asm, Label, Mem, Section, cc, reg},
+    classify::{Class, needs_alignment, waits},
+    desc::{AccessDesc, ExitDesc},
+    flags::{FlagUse, STATUS},
+    layout::{at, gpr, jump_table},
+    masking::Masking,
+    mode::Mode,
+    stubs::Stubs,
+};
+use crate::segment::is_canonical;
+
+/// One guest instruction of a block.
+#[derive(Clone, Copy)]
+pub struct Insn {
+    /// As decoded.
+    pub insn: Instruction,
+    /// What is done with it.
+    pub class: Class,
+    /// What it does to the status flags.
+    pub flags: FlagUse,
+    /// The flags that are live before it.
+    pub live: u32,
+    /// Its bytes.
+    pub bytes: [u8; 15],
+}
+
+impl Insn {
+    /// Offset in CS.
+    pub fn rip(&self) -> u64 {
+        self.insn.ip()
+    }
+
+    /// Offset in CS of the next instruction.
+    pub fn next(&self) -> u64 {
+        self.insn.next_ip()
+    }
+}
+
+/// A host instruction that may fault, and what the guest's state is then.
+#[derive(Clone, Copy, Debug)]
+pub struct FaultPoint {
+    /// Offset of the host instruction in the block.
+    pub offset: u32,
+    /// The guest is at this offset in CS.
+    pub rip: u64,
+    /// Its flags are in `flag_word`, not in the host's.
+    pub flags_saved: bool,
+}
+
+/// A finished block.
+pub struct Emitted {
+    /// Code and descriptors.
+    pub bytes: Vec<u8>,
+    /// Offset of the entry that checks R11 against the block's RIP, with the flags in `flag_word`.
+    pub checked_entry: u32,
+    /// Offset of the entry for linked jumps, flags live.
+    pub entry: u32,
+    /// Offset of code that leads an arrival at `entry` to the run loop: where `entry` is redirected when the block is
+    /// no longer valid.
+    pub dead_entry: u32,
+    /// Length of the code, without descriptors.
+    pub code_len: u32,
+    /// Where it may fault, by offset.
+    pub faults: Vec<FaultPoint>,
+}
+
+/// Emits one block.
+pub struct Emitter<'a> {
+    pub(super) asm: Asm,
+    pub(super) mode: Mode,
+    pub(super) stubs: &'a Stubs,
+    pub(super) flags_saved: bool,
+    /// Whether the host has BMI2.
+    pub(super) bmi2: bool,
+    encoder: Encoder,
+    faults: Vec<(Label, u64, bool)>,
+    /// The page (linear) of the block's first byte: jumps that stay on it are linked directly.
+    page: u64,
+    cs_base: u64,
+    links: Vec<(Label, Label)>,
+}
+
+impl<'a> Emitter<'a> {
+    /// For a block that will lie at host address `origin`.
+    pub fn new(origin: u64, stubs: &'a Stubs, mode: Mode, cs_base: u64, rip: u64, bmi2: bool) -> Self {
+        Self {
+            asm: Asm::new(origin),
+            mode,
+            stubs,
+            flags_saved: false,
+            bmi2,
+            encoder: Encoder::new(64),
+            faults: Vec::new(),
+            page: cs_base.wrapping_add(rip) >> 12,
+            cs_base,
+            links: Vec::new(),
+        }
+    }
+
+    /// Emits the block. `next` is where execution goes on if its last instruction does not say.
+    pub fn block(mut self, rip: u64, insns: &[Insn], next: u64) -> Emitted {
+        self.asm.align(16, 0);
+        let checked_entry = self.asm.label_here();
+        self.checked_entry(rip, insns.first().map_or(STATUS, |i| i.live));
+        let entry = self.asm.label_here();
+        // Five bytes in one instruction, so that the entry can be redirected while others pass through it, and within
+        // eight aligned ones (see `checked_entry`).
+        self.asm.bytes(&[0x0f, 0x1f, 0x44, 0, 0]);
+
+        let mut open = true;
+        for (i, insn) in insns.iter().enumerate() {
+            let live_after = insns.get(i + 1).map_or(STATUS, |n| n.live);
+            open = self.instruction(insn, live_after);
+            if !open {
+                break;
+            }
+        }
+        if open {
+            self.jump(next, false);
+        }
+
+        self.asm.section(Section::Cold);
+        let dead_entry = self.asm.label_here();
+        self.asm.mov_ri(reg::R11, rip);
+        self.asm.jmp_to(self.stubs.miss);
+        self.asm.section(Section::Hot);
+        self.finish(checked_entry, entry, dead_entry)
+    }
+
+    fn finish(mut self, checked_entry: Label, entry: Label, dead_entry: Label) -> Emitted {
+        let code_len = self.asm.code_len();
+        let mut bytes = self.asm.finish();
+        for (desc, field) in &self.links {
+            let (desc, field) = (self.asm.offset_of(*desc), self.asm.offset_of(*field));
+            let at = desc as usize + ExitDesc::PATCH_BACK;
+            bytes[at..at + 4].copy_from_slice(&(desc - field).to_ne_bytes());
+        }
+        let mut faults: Vec<_> = self
+            .faults
+            .iter()
+            .map(|&(label, rip, flags_saved)| FaultPoint { offset: self.asm.offset_of(label), rip, flags_saved })
+            .collect();
+        faults.sort_by_key(|f| f.offset);
+        Emitted {
+            checked_entry: self.asm.offset_of(checked_entry),
+            entry: self.asm.offset_of(entry),
+            dead_entry: self.asm.offset_of(dead_entry),
+            code_len,
+            bytes,
+            faults,
+        }
+    }
+
+    /// R11 holds the RIP wanted, the flags are in `flag_word`. Falls through to the plain entry.
+    fn checked_entry(&mut self, rip: u64, live: u32) {
+        if rip as i64 == i64::from(rip as i32) {
+            self.asm.cmp_ri(reg::R11, rip as i32);
+        } else {
+            self.asm.mov_ri(reg::R10, rip);
+            self.asm.cmp_rr(reg::R11, reg::R10);
+        }
+        let miss = self.miss_saved();
+        self.asm.jcc(cc::NE, miss);
+        self.poll(rip, true);
+        if live != 0 {
+            self.load_flags();
+        }
+        // The plain entry's first eight bytes are aligned.
+        self.asm.align(8, 0);
+    }
+
+    /// Cold code: to the run loop with the target in R11 and the flags in `flag_word`.
+    fn miss_saved(&mut self) -> Label {
+        self.asm.section(Section::Cold);
+        let label = self.asm.label_here();
+        self.asm.jmp_to(self.stubs.miss_saved);
+        self.asm.section(Section::Hot);
+        label
+    }
+
+    /// Emits one instruction; false if it ends the block.
+    fn instruction(&mut self, insn: &Insn, live_after: u32) -> bool {
+        match insn.class {
+            Class::Copy => self.copy(insn, live_after),
+            Class::Vector(needs) => {
+                let mode = self.mode;
+                let ready = (!needs.x87 || mode.x87())
+                    && (!needs.sse || mode.sse())
+                    && (!needs.avx || mode.avx())
+                    && (!needs.avx512 || mode.avx512());
+                if !ready {
+                    self.emulate(insn);
+                    return false;
+                }
+                self.copy(insn, live_after);
+            }
+            Class::Nothing => {}
+            Class::Push => self.push(insn),
+            Class::Pop => self.pop(insn),
+            Class::Leave => self.leave(insn),
+            Class::Emulate => {
+                self.emulate(insn);
+                return false;
+            }
+            _ => {
+                self.branch(insn);
+                return false;
+            }
+        }
+        true
+    }
+
+    /// The last-instruction pointers of the x87 are kept virtual: the host's hold the translator's addresses. They are
+    /// those of the last instruction that raised nothing, so this comes behind it. R10 is changed.
+    pub(super) fn x87_pointers(&mut self, insn: &Insn, memory: bool) {
+        if insn.insn.mnemonic() == Mnemonic::Fninit {
+            self.asm.mov_ri(reg::R10, 0);
+            for field in [at::FIP, at::FDP, at::FOP] {
+                self.asm.store(field, reg::R10);
+            }
+        }
+        if !matches!(insn.class, Class::Vector(needs) if needs.pointers) {
+            return;
+        }
+        if memory {
+            self.asm.load(reg::R10, at::TEMP);
+            self.asm.store(at::FDP, reg::R10);
+        }
+        self.asm.mov_ri(reg::R10, insn.rip());
+        self.asm.store(at::FIP, reg::R10);
+        let at = insn.bytes.iter().position(|&b| (0xd8..=0xdf).contains(&b)).unwrap_or(0);
+        let opcode = u32::from(insn.bytes[at] & 7) << 8 | u32::from(insn.bytes[(at + 1).min(14)]);
+        self.asm.store_imm(at::FOP, opcode as i32, 4);
+    }
+
+    /// Leaves for the run loop to emulate `insn`.
+    pub(super) fn emulate(&mut self, insn: &Insn) {
+        let desc = self.data(&ExitDesc::emulate(insn.rip(), &insn.bytes[..insn.insn.len()]).to_bytes());
+        self.asm.lea_label(reg::R11, desc);
+        let stub = if self.flags_saved { self.stubs.emulate_saved } else { self.stubs.emulate };
+        self.asm.jmp_to(stub);
+    }
+
+    /// Puts a descriptor into the data section.
+    pub(super) fn data(&mut self, bytes: &[u8]) -> Label {
+        let section = self.asm.section(Section::Data);
+        let label = self.asm.label_here();
+        self.asm.bytes(bytes);
+        self.asm.section(section);
+        label
+    }
+
+    /// Encodes a host instruction that iced knows.
+    pub(super) fn encode(&mut self, insn: &Instruction) {
+        let buffer = std::mem::take(self.asm.code());
+        let len = buffer.len();
+        self.encoder.set_buffer(buffer);
+        let result = self.encoder.encode(insn, 0);
+        *self.asm.code() = self.encoder.take_buffer();
+        if result.is_err() {
+            // A form that the classification should not have let through: the guest sees an undefined instruction.
+            debug_assert!(false, "cannot encode {insn:?}: {result:?}");
+            self.asm.code().truncate(len);
+            self.asm.bytes(&[0x0f, 0x0b]);
+        }
+    }
+
+    /// Marks the next host instruction as one that may fault.
+    pub(super) fn may_fault(&mut self, rip: u64) {
+        let label = self.asm.label_here();
+        self.faults.push((label, rip, self.flags_saved));
+    }
+
+    // --- flags
+
+    /// The host's flags are about to be changed by the translator's own code, before `insn`.
+    pub(super) fn free_flags(&mut self, live: u32) {
+        if self.flags_saved || live == 0 {
+            return;
+        }
+        self.save_flags();
+    }
+
+    /// Flags into `flag_word`.
+    pub(super) fn save_flags(&mut self) {
+        self.asm.mov_rr(reg::R10, reg::RAX);
+        self.asm.flags_to_ax();
+        self.asm.store_sized(at::FLAG_WORD, reg::RAX, 4);
+        self.asm.mov_rr(reg::RAX, reg::R10);
+        self.flags_saved = true;
+    }
+
+    /// Flags from `flag_word`; R10 and R11 are kept.
+    fn load_flags(&mut self) {
+        self.asm.store(at::LENT, reg::RAX);
+        self.asm.load_sized(reg::RAX, at::FLAG_WORD, 4);
+        self.asm.ax_to_flags();
+        self.asm.load(reg::RAX, at::LENT);
+    }
+
+    /// Flags back in the host's, where everything expects them.
+    pub(super) fn need_flags(&mut self) {
+        if self.flags_saved {
+            self.load_flags();
+            self.flags_saved = false;
+        }
+    }
+
+    /// What has to be done about flags before the copied instruction itself.
+    pub(super) fn flags_before(&mut self, flags: &FlagUse, live_after: u32) {
+        let keeps = live_after & !flags.kills;
+        if flags.reads != 0 || flags.touches != 0 && keeps != 0 {
+            self.need_flags();
+        } else if flags.touches != 0 {
+            // All that matters is written by the instruction.
+            self.flags_saved = false;
+        }
+    }
+
+    // --- leaving the block
+
+    /// Loads from the address in the mailbox, which faults when the run loop is wanted. Keeps R11 and flags.
+    pub(super) fn poll(&mut self, rip: u64, flags_saved: bool) {
+        self.asm.load(reg::R10, at::POLL);
+        let label = self.asm.label_here();
+        self.faults.push((label, rip, flags_saved));
+        self.asm.load8(reg::R10, Mem::at(reg::R10, 0));
+    }
+
+    /// Jumps to `rip`. `backward`: the jump may close a loop.
+    pub(super) fn jump(&mut self, rip: u64, backward: bool) {
+        let same_page = self.cs_base.wrapping_add(rip) >> 12 == self.page;
+        if self.mode.step() || !same_page {
+            if self.mode.bits() == 64 && !is_canonical(rip) {
+                self.asm.store_imm(at::BRANCH, 0, 8);
+            }
+            self.asm.mov_ri(reg::R11, rip);
+            self.jump_r11(Some(rip));
+            return;
+        }
+        self.need_flags();
+        if backward {
+            self.poll(rip, false);
+        }
+        // The rel32 field is aligned, so that it can be changed while others execute it.
+        self.asm.align(4, 3);
+        self.asm.bytes(&[0xe9]);
+        let field = self.asm.label_here();
+        let desc = self.data(&ExitDesc::link(rip).to_bytes());
+        self.links.push((desc, field));
+        let section = self.asm.section(Section::Cold);
+        let unlinked = self.asm.label_here();
+        self.asm.lea_label(reg::R11, desc);
+        self.asm.jmp_to(self.stubs.link);
+        self.asm.section(section);
+        self.asm.rel32_label(unlinked);
+    }
+
+    /// Jumps to the RIP in R11 by way of the jump table; `known` if it is a constant.
+    pub(super) fn jump_r11(&mut self, known: Option<u64>) {
+        if !self.flags_saved {
+            self.save_flags();
+        }
+        if self.mode.step() {
+            self.asm.jmp_to(self.stubs.miss_saved);
+            return;
+        }
+        let table = jump_table(self.mode.table());
+        match known {
+            Some(rip) => self.asm.jmp_mem(Mem::gs(table + 8 * i32::from(rip as u16))),
+            None => {
+                self.asm.movzx16(reg::R10, reg::R11);
+                self.asm.jmp_table(reg::R10, table);
+            }
+        }
+    }
+
+    // --- accesses
+
+    /// Emits an access to memory: `op` is called with the operand to use, once for the hot path and once for the slow
+    /// one. R10 must hold the offset into `segment`; after the check R10 and R11 are in use, by the operand.
+    /// `flags`: what the instruction in `op` does to them.
+    pub(super) fn access(
+        &mut self,
+        insn: &Insn,
+        access: Access,
+        flags: &FlagUse,
+        live_after: u32,
+        op: &mut dyn FnMut(&mut Self, Mem),
+    ) {
+        let before = self.flags_saved;
+        let (read, write) = (access.flags & AccessDesc::READ != 0, access.flags & AccessDesc::WRITE != 0);
+        debug_assert!(read || write);
+        if !self.mode.flat(access.segment) {
+            let mut desc = access.desc(insn);
+            desc.flags |= AccessDesc::OFFSET;
+            self.slow_access(desc, flags, live_after, op);
+            return;
+        }
+        let beyond = (self.mode.bits() != 64 && has_base(access.segment)).then(|| {
+            // The offset is within 4 GiB; the access may go beyond (the sum with the base would not tell).
+            let label = self.asm.label();
+            self.asm.cmp32_ri(reg::R10, -(access.size as i32));
+            self.asm.jcc(cc::A, label);
+            label
+        });
+        self.add_segment_base(access.segment);
+
+        let field = if write { std::mem::offset_of!(crate::tlb::Entry, write) } else { 0 };
+        let tag = super::layout::tlb(self.mode.privilege(), field);
+        let host = super::layout::tlb(self.mode.privilege(), std::mem::offset_of!(crate::tlb::Entry, host));
+        if self.bmi2 {
+            self.asm.rorx(reg::R11, reg::R10, 12 - 5);
+        } else {
+            self.asm.mov_rr(reg::R11, reg::R10);
+            self.asm.shr(reg::R11, 12 - 5);
+        }
+        self.asm.and32(reg::R11, ((crate::tlb::SET_ENTRIES - 1) << 5) as u32);
+        self.asm.sub_mem(reg::R10, Mem::gs_at(reg::R11, tag));
+        self.asm.cmp_ri(reg::R10, 0x1000 - access.size as i32);
+        let cold = self.asm.label();
+        self.asm.jcc(cc::A, cold);
+        self.asm.load(reg::R11, Mem::gs_at(reg::R11, host));
+        self.flags_before(flags, live_after);
+        op(self, Mem::sum(reg::R10, reg::R11));
+        let back = self.asm.label_here();
+
+        let after = self.flags_saved;
+        self.flags_saved = before;
+        self.asm.section(Section::Cold);
+        self.asm.bind(cold);
+        self.asm.add_mem(reg::R10, Mem::gs_at(reg::R11, tag));
+        self.slow_access(access.desc(insn), flags, live_after, op);
+        self.asm.jmp(back);
+        debug_assert_eq!(self.flags_saved, after);
+        if let Some(beyond) = beyond {
+            self.flags_saved = before;
+            self.asm.bind(beyond);
+            let mut desc = access.desc(insn);
+            desc.flags |= AccessDesc::OFFSET;
+            self.slow_access(desc, flags, live_after, op);
+            self.asm.jmp(back);
+        }
+        self.asm.section(Section::Hot);
+        debug_assert_eq!(self.flags_saved, after);
+    }
+
+    /// The access by way of Rust.
+    fn slow_access(
+        &mut self,
+        mut desc: AccessDesc,
+        flags: &FlagUse,
+        live_after: u32,
+        op: &mut dyn FnMut(&mut Self, Mem),
+    ) {
+        if self.flags_saved {
+            desc.flags |= AccessDesc::SAVED_BEFORE;
+        }
+        // Whether they are saved afterwards is known only then: the descriptor is filled in below.
+        let label = self.asm.label();
+        self.asm.lea_label(reg::R11, label);
+        self.asm.call_to(self.stubs.access);
+        self.flags_before(flags, live_after);
+        op(self, Mem::at(reg::R10, 0));
+        if self.flags_saved {
+            desc.flags |= AccessDesc::SAVED_AFTER;
+        }
+        if desc.flags & AccessDesc::WRITE != 0 {
+            self.asm.lea_label(reg::R11, label);
+            self.asm.call_to(self.stubs.commit);
+        }
+        let section = self.asm.section(Section::Data);
+        self.asm.bind(label);
+        self.asm.bytes(&desc.to_bytes());
+        self.asm.section(section);
+    }
+
+    /// R10: from an offset to a linear address.
+    fn add_segment_base(&mut self, segment: usize) {
+        if !has_base(segment) {
+            return;
+        }
+        self.asm.load(reg::R11, super::layout::segment_base(segment));
+        let sum = Mem::sum(reg::R10, reg::R11);
+        if self.mode.bits() == 64 {
+            self.asm.lea(reg::R10, sum);
+        } else {
+            self.asm.lea32(reg::R10, sum);
+        }
+    }
+
+    // --- guest registers
+
+    /// Loads guest register `index` into a host register.
+    pub(super) fn read_gpr(&mut self, host: u8, index: u8) {
+        match super::layout::pinned(index) {
+            Some(r) => self.asm.mov_rr(host, r),
+            None => self.asm.load(host, gpr(index)),
+        }
+    }
+}
+
+/// Whether a segment that counts as flat (see [`Mode::flat`]) may have a base.
+fn has_base(segment: usize) -> bool {
+    use purlin_arch::x86_64::regs::seg;
+    segment == seg::FS || segment == seg::GS
+}
+
+/// An access to memory that an instruction makes.
+#[derive(Clone, Copy, Debug)]
+pub struct Access {
+    /// Bytes.
+    pub size: usize,
+    /// `AccessDesc::READ` and `AccessDesc::WRITE`.
+    pub flags: u16,
+    /// Segment register, in the encoding's order.
+    pub segment: usize,
+}
+
+impl Access {
+    fn desc(&self, insn: &Insn) -> AccessDesc {
+        let mut flags = self.flags;
+        let mut masking = Masking::default();
+        if let Class::Vector(needs) = insn.class {
+            flags |= if needs.x87 && waits(insn.insn.mnemonic()) { AccessDesc::X87 } else { 0 };
+            masking = Masking::of(&insn.insn);
+        }
+        if needs_alignment(&insn.insn) {
+            flags |= AccessDesc::ALIGNED;
+        }
+        if insn.insn.has_lock_prefix() || insn.insn.mnemonic() == Mnemonic::Xchg {
+            flags |= AccessDesc::LOCK;
+        }
+        AccessDesc::new(insn.rip(), insn.next(), self.size, flags, self.segment, masking)
+    }
+}

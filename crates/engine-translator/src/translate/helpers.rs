@@ -1,0 +1,188 @@
+//! What emitted code calls: accesses that the TLB does not answer.
+#![allow(unsafe_code)]
+
+use super::desc::AccessDesc;
+use crate::{
+    cpu::{Block, Cpu},
+    exception::Exception,
+    mem::{Access, Target, page_rest},
+};
+
+/// The functions behind `EmittedState::helpers`.
+pub fn helpers() -> [u64; 3] {
+    [access as *const () as u64, commit as *const () as u64, quick_access as *const () as u64]
+}
+
+/// Where the copied instruction of `desc` is to make its access; null if it raises `pending`, or is to come again with
+/// the world stopped.
+///
+/// `address` is a linear address, or an offset into the segment.
+extern "C" fn access(block: *mut Block, address: u64, desc: *const AccessDesc) -> *mut u8 {
+    // SAFETY: called by emitted code on the thread that runs the vCPU, with its own block and a descriptor in the code
+    // cache; no other reference to the Cpu exists while emitted code runs.
+    let (cpu, desc) = unsafe { (&mut *(*block).cpu.get(), &*desc) };
+    match cpu.slow_access(address, desc) {
+        Ok(Some(host)) => host,
+        Ok(None) => {
+            cpu.emitted.wants_world = true;
+            std::ptr::null_mut()
+        }
+        Err(exception) => {
+            cpu.emitted.pending = Some(exception);
+            std::ptr::null_mut()
+        }
+    }
+}
+
+/// [`access`] for the plain case, a translation that the TLB does not have: null if there is more to it.
+///
+/// Of the vector registers only the low halves of the sixteen of SSE are saved around this function. Code for the
+/// baseline processor changes no others, but libc's copying does: no bus, no allocation, no large moves in here.
+extern "C" fn quick_access(block: *mut Block, address: u64, desc: *const AccessDesc) -> *mut u8 {
+    // SAFETY: as in `access`.
+    let (cpu, desc) = unsafe { (&mut *(*block).cpu.get(), &*desc) };
+    let canonical = (address as i64) << 16 >> 16 == address as i64;
+    let plain = desc.flags & AccessDesc::OFFSET == 0 && cpu.dr7 & 0xff == 0;
+    if !canonical || !plain || usize::from(desc.size) > page_rest(address) {
+        return std::ptr::null_mut();
+    }
+    let access = if desc.flags & AccessDesc::WRITE != 0 { Access::Write } else { Access::Read };
+    cpu.emitted.lean = true;
+    let target = cpu.resolve(address, access, cpu.privilege());
+    cpu.emitted.lean = false;
+    let Ok(Target::Ram(host)) = target else { return std::ptr::null_mut() };
+    cpu.emitted.bounce_for = None;
+    cpu.emitted.slow_host = host;
+    host
+}
+
+/// Completes a store that [`access`] prepared. Nonzero if the run loop is wanted before the next instruction.
+extern "C" fn commit(block: *mut Block, desc: *const AccessDesc) -> u64 {
+    // SAFETY: as in `access`.
+    let (cpu, desc) = unsafe { (&mut *(*block).cpu.get(), &*desc) };
+    let wanted = cpu.commit(desc);
+    u64::from(wanted && desc.flags & AccessDesc::STAY == 0)
+}
+
+impl Cpu {
+    /// `None`: a locked access to two pages, and other vCPUs may be in emitted code.
+    fn slow_access(&mut self, address: u64, desc: &AccessDesc) -> Result<Option<*mut u8>, Exception> {
+        self.rip = desc.rip;
+        if desc.flags & AccessDesc::X87 != 0 {
+            crate::xstate::check_pending_x87(self)?;
+        }
+        if desc.masking.register != 0 {
+            return self.masked_access(address, desc).map(Some);
+        }
+        let size = usize::from(desc.size);
+        let access = if desc.flags & AccessDesc::WRITE != 0 { Access::Write } else { Access::Read };
+        let (start, offset) = self.place(address, desc);
+        self.check_aligned(start, desc)?;
+        let linear = self.linear(desc.segment.into(), offset, size, access)?;
+        if self.dr7 & 0xff != 0 {
+            crate::debug::data_breakpoints(self, linear, size, access);
+        }
+        self.emitted.bounce_for = None;
+        let privilege = self.privilege();
+        if size <= page_rest(linear) {
+            match self.resolve(linear, access, privilege)? {
+                Target::Ram(host) => {
+                    self.emitted.slow_host = host;
+                    return Ok(Some(host));
+                }
+                Target::Mmio(_) => {}
+            }
+        }
+        // Not memory, or on two pages: the instruction works on a copy, at an address of the same alignment.
+        self.probe(linear, size, access, privilege)?;
+        if desc.flags & AccessDesc::LOCK != 0 && size > page_rest(linear) && !self.emitted.has_world {
+            return Ok(None);
+        }
+        let at = (linear & 63) as usize;
+        let mut data = [0; 64];
+        if desc.flags & AccessDesc::READ != 0 {
+            self.read_as(linear, &mut data[..size], privilege)?;
+        }
+        self.emitted.bounce[at..at + size].copy_from_slice(&data[..size]);
+        self.emitted.bounce_for = Some(linear);
+        Ok(Some(self.emitted.bounce[at..].as_mut_ptr()))
+    }
+
+    /// #GP for an operand that has to be aligned, unless MXCSR says that it need not (APM vol. 1 4.11.2: MM, bit 17).
+    fn check_aligned(&self, start: u64, desc: &AccessDesc) -> Result<(), Exception> {
+        const MISALIGNED_MODE: u32 = 1 << 17;
+        let misaligned = start & u64::from(desc.size.max(1) - 1) != 0;
+        if desc.flags & AccessDesc::ALIGNED != 0 && misaligned && self.xstate.mxcsr() & MISALIGNED_MODE == 0 {
+            return Err(Exception::GP0);
+        }
+        Ok(())
+    }
+
+    /// An access of which a mask says what is accessed: the instruction works on a copy of that.
+    fn masked_access(&mut self, address: u64, desc: &AccessDesc) -> Result<*mut u8, Exception> {
+        let size = usize::from(desc.size);
+        let access = if desc.flags & AccessDesc::WRITE != 0 { Access::Write } else { Access::Read };
+        let (start, first) = self.place(address, desc);
+        let mask = self.xstate.opmask(desc.masking.register.into());
+        let privilege = self.privilege();
+        let mut data = [0; 64];
+        // AMD's processors hold the segment's limit against the whole operand if that goes round the address space.
+        let round = !self.code64() && start + size as u64 > 1 << 32;
+        if round && !self.alignment_checked() && desc.masking.pieces(mask, size).next().is_some() {
+            self.linear(desc.segment.into(), first, size, access)?;
+        }
+        for (offset, size) in desc.masking.pieces(mask, size) {
+            self.check_aligned(start, desc)?;
+            let linear =
+                self.linear(desc.segment.into(), self.wrap(first.wrapping_add(offset as u64)), size, access)?;
+            self.probe(linear, size, access, privilege)?;
+            if desc.flags & AccessDesc::READ != 0 {
+                self.read_as(linear, &mut data[offset..offset + size], privilege)?;
+            }
+        }
+        let at = (start & 63) as usize;
+        self.emitted.bounce[at..at + size].copy_from_slice(&data[..size]);
+        self.emitted.bounce_for = Some(start);
+        self.emitted.bounce_mask = mask;
+        Ok(self.emitted.bounce[at..].as_mut_ptr())
+    }
+
+    /// The linear address that emitted code asks for, and its offset in the segment.
+    fn place(&self, address: u64, desc: &AccessDesc) -> (u64, u64) {
+        use purlin_arch::x86_64::regs::seg;
+        let based = matches!(usize::from(desc.segment), seg::FS | seg::GS) || !self.code64();
+        let base = if based { self.seg[usize::from(desc.segment)].base } else { 0 };
+        if desc.flags & AccessDesc::OFFSET != 0 {
+            (self.wrap(address.wrapping_add(base)), address)
+        } else {
+            (address, self.wrap(address.wrapping_sub(base)))
+        }
+    }
+
+    /// Linear addresses have 32 bits outside of 64-bit mode.
+    fn wrap(&self, linear: u64) -> u64 {
+        if self.code64() { linear } else { linear & 0xffff_ffff }
+    }
+
+    fn commit(&mut self, desc: &AccessDesc) -> bool {
+        let size = usize::from(desc.size);
+        let Some(linear) = self.emitted.bounce_for.take() else {
+            let host = self.emitted.slow_host;
+            return self.wrote_ram(host, size);
+        };
+        let at = (linear & 63) as usize;
+        let mut data = [0; 64];
+        data[..size].copy_from_slice(&self.emitted.bounce[at..at + size]);
+        if desc.masking.register != 0 {
+            for (offset, size) in desc.masking.pieces(self.emitted.bounce_mask, size) {
+                let address = self.wrap(linear.wrapping_add(offset as u64));
+                let _ = self.write_as(address, &data[offset..offset + size], self.privilege());
+            }
+            return true;
+        }
+        // Every page of it was checked before the instruction; if another processor has taken one away since, this
+        // store is as if it had come later.
+        let _ = self.write_as(linear, &data[..size], self.privilege());
+        true
+    }
+}

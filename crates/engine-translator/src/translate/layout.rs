@@ -1,0 +1,260 @@
+//! Where things are behind GS, and which host register holds which guest register.
+
+use std::mem::offset_of;
+
+use super::{
+    asm::{Mem, reg},
+    jumps::JumpTables,
+};
+use crate::{
+    cpu::{Block, Cpu, Segment},
+    exception::Exception,
+    mailbox::Mailbox,
+    tlb::{Entry, Privilege, SET_ENTRIES, Tlb},
+    xstate::XState,
+};
+
+/// What emitted code alone uses of a vCPU's state.
+#[repr(C, align(64))]
+pub struct EmittedState {
+    /// Where an access that cannot go to memory directly is made instead: it crosses a page, or is not memory.
+    pub bounce: [u8; 128],
+    /// The linear address that `bounce` stands for, if the access under way uses it.
+    pub bounce_for: Option<u64>,
+    /// The mask under which it does.
+    pub bounce_mask: u64,
+    /// Where in guest memory the slow access under way goes, if it does not use `bounce`.
+    pub slow_host: *mut u8,
+    /// The low halves of the vector registers during [`super::helpers::quick_access`].
+    pub xmm: [[u64; 2]; 16],
+    /// A locked access crosses a page: the instruction is to be executed while no other vCPU is in emitted code.
+    pub wants_world: bool,
+    /// It is.
+    pub has_world: bool,
+    /// A helper runs that must not change the other halves: no bus, no allocation.
+    pub lean: bool,
+    /// Status flags as `lahf; seto al` leave them in AX.
+    pub flag_word: u32,
+    /// The same, after the copied instruction of a slow access or at a signal.
+    pub late_flag_word: u32,
+    /// Nonzero while vector and x87 registers are in the host's.
+    pub vectors: u32,
+    /// MXCSR for Rust code.
+    pub host_mxcsr: u32,
+    /// Which components XSAVE saves and XRSTOR restores.
+    pub xsave_mask: u64,
+    /// A value on its way from one access to the next.
+    pub temp: u64,
+    /// The `ExitDesc` of the last indirect branch in 64-bit code; 0 after a direct one to an address that is not
+    /// canonical.
+    pub branch: u64,
+    /// Host registers lent to an instruction.
+    pub lent: [u64; 2],
+    /// The host's stack pointer in `enter`.
+    pub host_rsp: u64,
+    /// Where `enter` jumps to.
+    pub entry: u64,
+    /// What an exit tells beside its kind.
+    pub exit_value: u64,
+    /// See [`ExitKind`].
+    pub exit_kind: u32,
+    /// At [`ExitKind::Signal`]: the signal, the exception's vector, the address of the host instruction and si_addr.
+    pub signal: (u32, i32, u64, u64),
+    /// The block itself.
+    pub block: u64,
+    /// Rust functions that stubs call.
+    pub helpers: [u64; 3],
+    /// An exception raised by a slow access.
+    pub pending: Option<Exception>,
+    /// This vCPU's jump tables; null for processors without a block.
+    pub jumps: *mut JumpTables,
+    /// Where empty entries of the jump tables lead.
+    pub miss: u64,
+}
+
+impl Default for EmittedState {
+    fn default() -> Self {
+        Self {
+            bounce: [0; 128],
+            bounce_for: None,
+            bounce_mask: 0,
+            slow_host: std::ptr::null_mut(),
+            xmm: [[0; 2]; 16],
+            wants_world: false,
+            has_world: false,
+            lean: false,
+            flag_word: 0,
+            late_flag_word: 0,
+            vectors: 0,
+            host_mxcsr: 0x1f80,
+            xsave_mask: 0,
+            temp: 0,
+            branch: 0,
+            lent: [0; 2],
+            host_rsp: 0,
+            entry: 0,
+            exit_value: 0,
+            exit_kind: 0,
+            signal: (0, 0, 0, 0),
+            block: 0,
+            helpers: [0; 3],
+            pending: None,
+            jumps: std::ptr::null_mut(),
+            miss: 0,
+        }
+    }
+}
+
+impl EmittedState {
+    /// Forgets where indirect and cross-page jumps lead: linear addresses may mean other pages now.
+    pub fn forget_jumps(&mut self) {
+        self.forget(false);
+    }
+
+    /// The same, but for global pages.
+    pub fn forget_local_jumps(&mut self) {
+        self.forget(true);
+    }
+
+    fn forget(&mut self, keep_global: bool) {
+        let miss = self.miss;
+        if let Some(jumps) = self.jumps() {
+            jumps.forget(miss, keep_global);
+        }
+    }
+
+    /// The jump tables.
+    pub fn jumps(&mut self) -> Option<&mut JumpTables> {
+        // SAFETY: null, or set once to the tables in the vCPU's own block, which only its thread uses.
+        #[allow(unsafe_code)]
+        unsafe {
+            self.jumps.as_mut()
+        }
+    }
+}
+
+/// Why emitted code was left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum ExitKind {
+    /// A jump to the RIP in `exit_value` that no table knew.
+    Miss = 0,
+    /// A direct jump that is not linked yet; `exit_value` is its `ExitDesc`.
+    Link = 1,
+    /// An instruction to be emulated; `exit_value` is its `ExitDesc`.
+    Emulate = 2,
+    /// An access raised `pending`, or `wants_world`; `exit_value` is its `AccessDesc`. The instruction has done nothing.
+    Fault = 3,
+    /// After the instruction of the `AccessDesc` in `exit_value` the run loop is wanted.
+    After = 4,
+    /// A host signal in emitted code; see `signal`.
+    Signal = 5,
+}
+
+impl ExitKind {
+    /// From what emitted code stored.
+    pub fn from_raw(raw: u32) -> Self {
+        match raw {
+            0 => Self::Miss,
+            1 => Self::Link,
+            2 => Self::Emulate,
+            3 => Self::Fault,
+            4 => Self::After,
+            _ => Self::Signal,
+        }
+    }
+}
+
+const CPU: usize = offset_of!(Block, cpu);
+const EMITTED: usize = CPU + offset_of!(Cpu, emitted);
+
+macro_rules! emitted {
+    ($($field:tt)*) => {
+        Mem::gs((EMITTED + offset_of!(EmittedState, $($field)*)) as i32)
+    };
+}
+
+/// GS-relative places.
+pub mod at {
+    #![allow(missing_docs)]
+    use super::*;
+
+    pub const FLAG_WORD: Mem = emitted!(flag_word);
+    pub const LATE_FLAG_WORD: Mem = emitted!(late_flag_word);
+    pub const VECTORS: Mem = emitted!(vectors);
+    pub const HOST_MXCSR: Mem = emitted!(host_mxcsr);
+    pub const XSAVE_MASK: Mem = emitted!(xsave_mask);
+    pub const XSAVE_MASK_HIGH: Mem = Mem::gs(XSAVE_MASK.disp + 4);
+    pub const TEMP: Mem = emitted!(temp);
+    pub const BRANCH: Mem = emitted!(branch);
+    pub const LENT: Mem = emitted!(lent);
+    pub const HOST_RSP: Mem = emitted!(host_rsp);
+    pub const ENTRY: Mem = emitted!(entry);
+    pub const EXIT_VALUE: Mem = emitted!(exit_value);
+    pub const EXIT_KIND: Mem = emitted!(exit_kind);
+    pub const BLOCK: Mem = emitted!(block);
+    pub const HELPER_ACCESS: Mem = emitted!(helpers);
+    pub const HELPER_COMMIT: Mem = Mem::gs(HELPER_ACCESS.disp + 8);
+    pub const HELPER_QUICK: Mem = Mem::gs(HELPER_ACCESS.disp + 16);
+    pub const XMM: Mem = emitted!(xmm);
+    pub const POLL: Mem = Mem::gs((offset_of!(Block, mailbox) + offset_of!(Mailbox, poll)) as i32);
+    pub const XSTATE: Mem = Mem::gs((CPU + offset_of!(Cpu, xstate) + offset_of!(XState, area)) as i32);
+    pub const FIP: Mem = Mem::gs((CPU + offset_of!(Cpu, xstate) + offset_of!(XState, fip)) as i32);
+    pub const FDP: Mem = Mem::gs((CPU + offset_of!(Cpu, xstate) + offset_of!(XState, fdp)) as i32);
+    pub const FOP: Mem = Mem::gs((CPU + offset_of!(Cpu, xstate) + offset_of!(XState, fop)) as i32);
+}
+
+/// Guest register `index` in the state.
+pub fn gpr(index: u8) -> Mem {
+    Mem::gs((CPU + offset_of!(Cpu, gpr) + 8 * index as usize) as i32)
+}
+
+/// Base of segment register `index`.
+pub fn segment_base(index: usize) -> Mem {
+    let segment = CPU + offset_of!(Cpu, seg) + index * size_of::<Segment>();
+    Mem::gs((segment + offset_of!(Segment, base)) as i32)
+}
+
+/// Displacement of the TLB set of `privilege`, plus that of `field` in an entry.
+pub fn tlb(privilege: Privilege, field: usize) -> i32 {
+    let set = privilege as usize * SET_ENTRIES * size_of::<Entry>();
+    (offset_of!(Block, tlb) + offset_of!(Tlb, sets) + set + field) as i32
+}
+
+/// Displacement of jump table `table`.
+pub fn jump_table(table: usize) -> i32 {
+    (offset_of!(Block, jumps) + offset_of!(JumpTables, entries) + table * (8 << 16)) as i32
+}
+
+/// The host register that holds guest register `index`, `None` for those kept in memory.
+///
+/// RSP is the host's own stack, R10 and R11 are scratch; guest RSP is in R15 (measured: giving three registers up
+/// beats pinning all sixteen).
+pub fn pinned(index: u8) -> Option<u8> {
+    match index {
+        reg::RSP => Some(reg::R15),
+        reg::R10 | reg::R11 | reg::R15 => None,
+        other => Some(other),
+    }
+}
+
+/// Guest registers that live in host registers, with those.
+pub fn pinned_pairs() -> impl Iterator<Item = (u8, u8)> {
+    (0..16).filter_map(|guest| pinned(guest).map(|host| (guest, host)))
+}
+
+/// The emitted state of the vCPU whose block GS points at.
+///
+/// # Safety
+/// GS points at a vCPU's block (the thread is inside emitted code, or in a signal handler on top of it).
+#[allow(unsafe_code)]
+pub unsafe fn signal_place() -> *mut EmittedState {
+    let block: u64;
+    // SAFETY: as the caller vouches; `block` holds the block's own address.
+    unsafe {
+        std::arch::asm!("mov {}, gs:[{offset}]", out(reg) block, offset = const BLOCK_DISP, options(nostack, readonly, preserves_flags));
+    }
+    (block as usize + EMITTED) as *mut EmittedState
+}
+
+const BLOCK_DISP: usize = EMITTED + offset_of!(EmittedState, block);

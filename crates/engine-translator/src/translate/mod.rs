@@ -1,0 +1,28 @@
+//! The translator: guest instructions to host instructions.
+
+mod asm;
+mod branch;
+mod cache;
+pub mod classify;
+mod desc;
+mod emit;
+mod flags;
+mod helpers;
+mod jumps;
+mod layout;
+mod masking;
+mod memory;
+mod mode;
+pub mod offered;
+mod operands;
+mod signals;
+pub mod source;
+mod stubs;
+
+pub use cache::{CodeCache, Found};
+pub use desc::{AccessDesc, ExitDesc};
+pub use emit::FaultPoint;
+pub use helpers::helpers;
+pub use jumps::{Context, JumpTables};
+pub use layout::{EmittedState, ExitKind};
+pub use source::Stop;

@@ -1,0 +1,180 @@
+//! What of the processor's state a translation depends on.
+
+use purlin_arch::x86_64::regs::{cr0, cr4, rflags, seg, xcr0};
+
+use super::jumps::Context;
+use crate::{
+    cpu::{Cpu, Segment, access},
+    tlb::Privilege,
+};
+
+/// The mode of a translation. Everything that emitted code bakes in, and that only Rust code can change, is here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Mode(u32);
+
+const CODE32: u32 = 1 << 0;
+const CODE64: u32 = 1 << 1;
+const PRIVILEGE_SHIFT: u32 = 2;
+const PRIVILEGE: u32 = 3 << PRIVILEGE_SHIFT;
+/// CS, DS, ES and SS have base 0 and no limit, and alignment is not checked.
+const FLAT: u32 = 1 << 4;
+const FLAT_FS: u32 = 1 << 5;
+const FLAT_GS: u32 = 1 << 6;
+const STACK32: u32 = 1 << 7;
+/// Vector and x87 registers are in the host's.
+const VECTORS: u32 = 1 << 8;
+const X87: u32 = 1 << 9;
+const SSE: u32 = 1 << 10;
+const AVX: u32 = 1 << 11;
+const AVX512: u32 = 1 << 12;
+const STEP: u32 = 1 << 13;
+
+impl Mode {
+    /// 16, 32 or 64.
+    pub fn bits(self) -> u32 {
+        match self.0 & (CODE32 | CODE64) {
+            CODE64 => 64,
+            CODE32 => 32,
+            _ => 16,
+        }
+    }
+
+    /// On whose behalf memory is accessed.
+    pub fn privilege(self) -> Privilege {
+        match (self.0 & PRIVILEGE) >> PRIVILEGE_SHIFT {
+            0 => Privilege::User,
+            1 => Privilege::Supervisor,
+            _ => Privilege::SupervisorAc,
+        }
+    }
+
+    /// Whether an access through segment `index` goes to base + offset unchecked (base 0 but for FS and GS).
+    pub fn flat(self, index: usize) -> bool {
+        let bit = match index {
+            seg::FS => FLAT_FS,
+            seg::GS => FLAT_GS,
+            seg::CS if self.bits() != 64 => return false,
+            _ => FLAT,
+        };
+        self.0 & bit != 0
+    }
+
+    /// Size of the stack pointer: 16, 32 or 64.
+    pub fn stack_bits(self) -> u32 {
+        match self.bits() {
+            64 => 64,
+            _ if self.0 & STACK32 != 0 => 32,
+            _ => 16,
+        }
+    }
+
+    /// Whether vector and x87 registers are in the host's.
+    pub fn vectors(self) -> bool {
+        self.0 & VECTORS != 0
+    }
+
+    /// Whether x87 and MMX instructions can be executed as they are.
+    pub fn x87(self) -> bool {
+        self.0 & X87 != 0
+    }
+
+    /// Whether SSE instructions can.
+    pub fn sse(self) -> bool {
+        self.0 & SSE != 0
+    }
+
+    /// Whether AVX instructions can.
+    pub fn avx(self) -> bool {
+        self.0 & AVX != 0
+    }
+
+    /// Whether AVX-512 instructions can.
+    pub fn avx512(self) -> bool {
+        self.0 & AVX512 != 0
+    }
+
+    /// Whether every block is one instruction.
+    pub fn step(self) -> bool {
+        self.0 & STEP != 0
+    }
+
+    /// Which jump table its blocks use.
+    pub fn table(self) -> usize {
+        let vectors = usize::from(self.vectors());
+        let kind = if self.step() || self.bits() != 64 { 3 } else { self.privilege() as usize };
+        kind << 1 | vectors
+    }
+}
+
+impl Cpu {
+    /// The context of translations at this moment. `vectors`: the vector registers are to be in the host's; `step`:
+    /// every block is to be one instruction.
+    pub fn context(&self, vectors: bool, step: bool) -> Context {
+        let mut mode = 0;
+        let cs = &self.seg[seg::CS];
+        let code64 = self.code64();
+        if code64 {
+            mode |= CODE64;
+        } else if cs.db() {
+            mode |= CODE32;
+        }
+        mode |= (self.privilege() as u32) << PRIVILEGE_SHIFT;
+        let checks_alignment = self.cpl == 3 && self.cr0 & cr0::AM != 0 && self.rflags & rflags::AC != 0;
+        if !checks_alignment && !self.watches_data() {
+            let flat = |s: &Segment| code64 || no_limit(s);
+            let based = |s: &Segment| code64 || s.base == 0 && no_limit(s);
+            if [seg::DS, seg::ES, seg::SS].iter().all(|&i| based(&self.seg[i])) {
+                mode |= FLAT;
+            }
+            if flat(&self.seg[seg::FS]) {
+                mode |= FLAT_FS;
+            }
+            if flat(&self.seg[seg::GS]) {
+                mode |= FLAT_GS;
+            }
+        }
+        if self.seg[seg::SS].db() {
+            mode |= STACK32;
+        }
+        if vectors {
+            mode |= VECTORS | self.vector_classes();
+        }
+        if step {
+            mode |= STEP;
+        }
+        let (cs_base, cs_limit) = if code64 { (0, 0) } else { (cs.base, cs.limit) };
+        Context { mode: Mode(mode), cs_base, cs_limit }
+    }
+
+    /// Whether a debug register watches loads or stores.
+    fn watches_data(&self) -> bool {
+        (0..4).any(|n| self.dr7 >> (2 * n) & 3 != 0 && self.dr7 >> (16 + 4 * n) & 3 != 0)
+    }
+
+    /// Which classes of vector instructions need no check (CR0, CR4, XCR0; SDM vol. 3A 2.5, vol. 1 13.2).
+    fn vector_classes(&self) -> u32 {
+        let mut classes = 0;
+        if self.cr0 & (cr0::EM | cr0::TS) == 0 {
+            classes |= X87;
+            if self.cr4 & cr4::OSFXSR != 0 {
+                classes |= SSE;
+            }
+        }
+        if self.cr0 & cr0::TS == 0 && self.cr4 & cr4::OSXSAVE != 0 && self.protected() && !self.v86() {
+            let has = |bits| self.xcr0 & bits == bits;
+            if has(xcr0::SSE | xcr0::AVX) {
+                classes |= AVX;
+                if has(xcr0::AVX512) {
+                    classes |= AVX512;
+                }
+            }
+        }
+        classes
+    }
+}
+
+/// A usable, writable, expand-up data segment without limit.
+fn no_limit(s: &Segment) -> bool {
+    let data_rw = s.access & (access::CODE | access::DC | access::RW) == access::RW;
+    !s.unusable() && data_rw && s.limit == u32::MAX
+}

@@ -1,0 +1,406 @@
+//! Copied instructions: their memory operand goes through the address check, their registers to where the guest's are.
+
+use iced_x86::{
+    Code, Instruction, InstructionInfoFactory, InstructionInfoOptions, MemorySize, Mnemonic, OpAccess, OpKind, Register,
+};
+use purlin_arch::x86_64::regs::seg;
+
+use super::{
+    asm::{Mem, reg},
+    classify::Class,
+    desc::AccessDesc,
+    emit::{Access, Emitter, Insn},
+    layout::{at, gpr, pinned},
+    source::AMD,
+};
+
+/// A memory operand as the guest wrote it.
+#[derive(Clone, Copy, Debug)]
+pub struct Operand {
+    base: Option<u8>,
+    index: Option<(u8, u8)>,
+    disp: i32,
+    /// RIP-relative or absolute: the address itself.
+    fixed: Option<u64>,
+    /// Address size: 16, 32 or 64.
+    bits: u32,
+    /// Segment register, in the encoding's order.
+    pub segment: usize,
+}
+
+impl Operand {
+    /// The memory operand of `insn`.
+    pub fn of(insn: &Instruction) -> Self {
+        let (base, index) = (insn.memory_base(), insn.memory_index());
+        let fixed = if insn.is_ip_rel_memory_operand() {
+            Some(insn.ip_rel_memory_address())
+        } else {
+            // MOV with an absolute address of 64 bits.
+            (insn.memory_displ_size() == 8 && base == Register::None && index == Register::None)
+                .then(|| insn.memory_displacement64())
+        };
+        let size = [base, index]
+            .into_iter()
+            .find(|r| *r != Register::None)
+            .map_or(insn.memory_displ_size(), |r| if r == Register::EIP { 4 } else { r.size() as u32 });
+        let bits = match size {
+            2 => 16,
+            4 => 32,
+            _ => 64,
+        };
+        let number = |r: Register| (r != Register::None).then(|| r.full_register().number() as u8);
+        Self {
+            base: if fixed.is_some() { None } else { number(base) },
+            index: number(index).map(|i| (i, insn.memory_index_scale().trailing_zeros() as u8)),
+            disp: insn.memory_displacement64() as i32,
+            fixed,
+            bits,
+            segment: insn.memory_segment().number(),
+        }
+    }
+
+    /// The same, relative to RSP after it has been raised by `by` (POP to memory).
+    pub fn above_stack(mut self, by: i32) -> Self {
+        if self.base == Some(reg::RSP) {
+            self.disp = self.disp.wrapping_add(by);
+        }
+        self
+    }
+}
+
+/// Registers that may be lent to an instruction that needs more than the scratch ones, and needs them without REX.
+const LENDABLE: [u8; 7] = [reg::RBX, reg::RBP, reg::RSI, reg::RDI, reg::RCX, reg::RDX, reg::RAX];
+
+impl Emitter<'_> {
+    /// R10 = offset of `operand` in its segment, R11 is changed. No flags are.
+    pub(super) fn address(&mut self, operand: &Operand) {
+        if let Some(fixed) = operand.fixed {
+            let fixed = if operand.bits == 32 { fixed & 0xffff_ffff } else { fixed };
+            self.asm.mov_ri(reg::R10, fixed);
+            return;
+        }
+        let base = operand.base.map(|b| self.in_register(b, reg::R10));
+        let index = operand.index.map(|(i, scale)| (self.in_register(i, reg::R11), scale));
+        let mem = Mem { gs: false, base, index, disp: operand.disp };
+        match (base, index, operand.bits) {
+            (None, None, 64) => self.asm.mov_ri(reg::R10, operand.disp as i64 as u64),
+            (None, None, 32) => self.asm.mov_ri(reg::R10, u64::from(operand.disp as u32)),
+            (None, None, _) => self.asm.mov_ri(reg::R10, u64::from(operand.disp as u16)),
+            (Some(b), None, 64) if operand.disp == 0 => self.asm.mov_rr(reg::R10, b),
+            (Some(b), None, 32) if operand.disp == 0 => self.asm.mov_rr32(reg::R10, b),
+            (None, Some(_), bits) => self.index_only(operand.disp, index.unwrap_or((0, 0)), bits),
+            (_, _, 64) => self.asm.lea(reg::R10, mem),
+            (_, _, 32) => self.asm.lea32(reg::R10, mem),
+            _ => {
+                self.asm.lea32(reg::R10, mem);
+                self.asm.movzx16(reg::R10, reg::R10);
+            }
+        }
+    }
+
+    /// R10 = index << scale + disp.
+    fn index_only(&mut self, disp: i32, index: (u8, u8), bits: u32) {
+        self.asm.mov_ri(reg::R10, 0);
+        let mem = Mem { gs: false, base: Some(reg::R10), index: Some(index), disp };
+        if bits == 64 {
+            self.asm.lea(reg::R10, mem)
+        } else {
+            self.asm.lea32(reg::R10, mem)
+        }
+        if bits == 16 {
+            self.asm.movzx16(reg::R10, reg::R10);
+        }
+    }
+
+    /// The host register that holds guest register `index`: its own, or `scratch` after a load.
+    pub(super) fn in_register(&mut self, index: u8, scratch: u8) -> u8 {
+        pinned(index).unwrap_or_else(|| {
+            self.asm.load(scratch, gpr(index));
+            scratch
+        })
+    }
+
+    /// A copied instruction.
+    pub(super) fn copy(&mut self, insn: &Insn, live_after: u32) {
+        let memory = (0..insn.insn.op_count()).find(|&i| insn.insn.op_kind(i) == OpKind::Memory);
+        let Some(memory) = memory else {
+            self.flags_before(&insn.flags, live_after);
+            self.substitute(insn, None);
+            self.x87_pointers(insn, false);
+            return;
+        };
+        if insn.insn.mnemonic() == Mnemonic::Lea {
+            self.lea(insn);
+            return;
+        }
+        let operand = Operand::of(&insn.insn);
+        let size = match insn.insn.code() {
+            // AMD's processors load all four bytes.
+            Code::Movsxd_r16_rm16 if *AMD => 4,
+            _ => insn.insn.memory_size().size(),
+        };
+        if size == 0 || size > 64 || insn.insn.memory_size() == MemorySize::Unknown {
+            debug_assert!(false, "memory operand of unknown size: {:?}", insn.insn.code());
+        }
+        let mut flags = access_flags(&insn.insn, memory);
+        if matches!(insn.class, Class::Vector(needs) if needs.x87) && flags & AccessDesc::WRITE != 0 {
+            // An unmasked exception keeps an x87 instruction from storing, without being raised at once.
+            flags |= AccessDesc::READ;
+        }
+        self.free_flags(insn.live);
+        self.address(&operand);
+        if insn.class != Class::Copy && matches!(insn.class, Class::Vector(needs) if needs.pointers) {
+            self.asm.store(at::TEMP, reg::R10);
+        }
+        let bit_string = is_bit_string(&insn.insn);
+        if bit_string {
+            self.bit_string_address(&insn.insn, operand.bits);
+        }
+        let access = Access { size, flags, segment: operand.segment };
+        let uses = insn.flags;
+        self.access(insn, access, &uses, live_after, &mut |this, mem| {
+            let mem = if bit_string { this.bit_string_base(mem) } else { mem };
+            this.substitute(insn, Some(mem));
+            this.x87_pointers(insn, true);
+        });
+    }
+
+    /// LEA: no access, so no check.
+    fn lea(&mut self, insn: &Insn) {
+        let operand = Operand::of(&insn.insn);
+        self.address(&operand);
+        let register = insn.insn.op0_register();
+        let (number, size) = (register.full_register().number() as u8, register.size());
+        match (pinned(number), size) {
+            (Some(host), 8) => self.asm.mov_rr(host, reg::R10),
+            (Some(host), 4) => self.asm.mov_rr32(host, reg::R10),
+            (Some(host), _) => self.asm.mov_rr16(host, reg::R10),
+            (None, 8) => self.asm.store(gpr(number), reg::R10),
+            (None, 4) => {
+                self.asm.mov_rr32(reg::R10, reg::R10);
+                self.asm.store(gpr(number), reg::R10);
+            }
+            (None, _) => self.asm.store_sized(gpr(number), reg::R10, 2),
+        }
+    }
+
+    /// BT and its kin with a register operand: R10 += the operand's whole part, in units of its size (SDM vol. 2, BT).
+    /// The host's instruction will add the same again, so its negative is kept for [`Self::bit_string_base`].
+    fn bit_string_address(&mut self, insn: &Instruction, bits: u32) {
+        let register = insn.op1_register();
+        let size = register.size();
+        let number = register.full_register().number() as u8;
+        let host = self.in_register(number, reg::R11);
+        self.asm.movsx(reg::R11, host, size);
+        let scale = size.trailing_zeros() as u8;
+        self.asm.sar(reg::R11, 3 + scale);
+        let sum = Mem { gs: false, base: Some(reg::R10), index: Some((reg::R11, scale)), disp: 0 };
+        if bits == 64 {
+            self.asm.lea(reg::R10, sum)
+        } else {
+            self.asm.lea32(reg::R10, sum)
+        }
+        if bits == 16 {
+            self.asm.movzx16(reg::R10, reg::R10);
+        }
+        self.asm.shl(reg::R11, scale);
+        self.asm.neg(reg::R11);
+        self.asm.store(at::TEMP, reg::R11);
+    }
+
+    /// The operand from which the host's bit-string instruction reaches the byte that `mem` is.
+    fn bit_string_base(&mut self, mem: Mem) -> Mem {
+        self.asm.lea(reg::R10, mem);
+        self.asm.load(reg::R11, at::TEMP);
+        Mem::sum(reg::R10, reg::R11)
+    }
+
+    /// Encodes the instruction with its registers and memory operand replaced.
+    fn substitute(&mut self, insn: &Insn, mem: Option<Mem>) {
+        let mut host = legal_in_64_bit(&insn.insn);
+        let high =
+            (0..host.op_count()).any(|i| host.op_kind(i) == OpKind::Register && is_high_byte(host.op_register(i)));
+        // Guest registers that need a host register for the occasion.
+        let mut wanted = [0u8; 4];
+        let mut count = 0;
+        for i in 0..host.op_count() {
+            if host.op_kind(i) == OpKind::Register && host.op_register(i).is_gpr() {
+                let number = host.op_register(i).full_register().number() as u8;
+                let homeless = pinned(number).is_none_or(|h| high && h >= 8);
+                if homeless && !wanted[..count].contains(&number) {
+                    wanted[count] = number;
+                    count += 1;
+                }
+            }
+        }
+        let wanted = &wanted[..count];
+
+        let mut scratch: &[u8] = if high {
+            &[]
+        } else if mem.is_some() {
+            &[reg::R11]
+        } else {
+            &[reg::R10, reg::R11]
+        };
+        let mut lent = 0;
+        let mut lend = |this: &mut Self| {
+            let used = used_registers(&insn.insn);
+            let free = LENDABLE.into_iter().filter(|r| used & (1 << r) == 0).nth(lent).unwrap_or(reg::RBX);
+            this.asm.store(Mem::gs(at::LENT.disp + 8 * lent as i32), free);
+            lent += 1;
+            (free, lent - 1)
+        };
+        let mut returns = [(0u8, 0usize); 4];
+        let mut returned = 0;
+
+        if let Some(mut mem) = mem {
+            if mem.index.is_some() && (high || !wanted.is_empty()) {
+                self.asm.lea(reg::R10, mem);
+                mem = Mem::at(reg::R10, 0);
+            }
+            if high {
+                let (base, slot) = lend(self);
+                returns[returned] = (base, slot);
+                returned += 1;
+                self.asm.mov_rr(base, reg::R10);
+                mem = Mem::at(base, 0);
+            }
+            set_memory(&mut host, mem);
+        }
+        let mut homes = [(0u8, 0u8); 4];
+        for (i, &number) in wanted.iter().enumerate() {
+            let home = match scratch.split_first() {
+                Some((first, rest)) => {
+                    scratch = rest;
+                    *first
+                }
+                None => {
+                    let (home, slot) = lend(self);
+                    returns[returned] = (home, slot);
+                    returned += 1;
+                    home
+                }
+            };
+            homes[i] = (number, home);
+            self.read_gpr(home, number);
+        }
+        let homes = &homes[..count];
+        for i in 0..host.op_count() {
+            if host.op_kind(i) == OpKind::Register && host.op_register(i).is_gpr() {
+                let register = host.op_register(i);
+                let number = register.full_register().number() as u8;
+                let home = homes.iter().find(|(n, _)| *n == number).map(|(_, h)| *h).or_else(|| pinned(number));
+                if !is_high_byte(register) {
+                    host.set_op_register(i, sized(home.unwrap_or(number), register.size()));
+                }
+            }
+        }
+        let faults = matches!(host.mnemonic(), Mnemonic::Div | Mnemonic::Idiv | Mnemonic::Cmpxchg16b);
+        if matches!(insn.class, Class::Vector(_)) || faults {
+            self.may_fault(insn.rip());
+        }
+        self.encode(&host);
+        for &(number, home) in homes {
+            match pinned(number) {
+                Some(host) => self.asm.mov_rr(host, home),
+                None => self.asm.store(gpr(number), home),
+            }
+        }
+        for &(register, slot) in &returns[..returned] {
+            self.asm.load(register, Mem::gs(at::LENT.disp + 8 * slot as i32));
+        }
+    }
+}
+
+fn is_high_byte(register: Register) -> bool {
+    matches!(register, Register::AH | Register::CH | Register::DH | Register::BH)
+}
+
+fn is_bit_string(insn: &Instruction) -> bool {
+    matches!(insn.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc)
+        && insn.op1_kind() == OpKind::Register
+}
+
+fn set_memory(insn: &mut Instruction, mem: Mem) {
+    let name = |r: u8| sized(r, 8);
+    insn.set_segment_prefix(Register::None);
+    insn.set_memory_base(mem.base.map_or(Register::None, name));
+    insn.set_memory_index(mem.index.map_or(Register::None, |(r, _)| name(r)));
+    insn.set_memory_index_scale(1);
+    insn.set_memory_displacement64(mem.disp as i64 as u64);
+    insn.set_memory_displ_size(if mem.disp == 0 { 0 } else { 8 });
+}
+
+/// The general register `number` of `size` bytes.
+fn sized(number: u8, size: usize) -> Register {
+    use Register::*;
+    const BYTES: [Register; 16] = [AL, CL, DL, BL, SPL, BPL, SIL, DIL, R8L, R9L, R10L, R11L, R12L, R13L, R14L, R15L];
+    const WORDS: [Register; 16] = [AX, CX, DX, BX, SP, BP, SI, DI, R8W, R9W, R10W, R11W, R12W, R13W, R14W, R15W];
+    const DWORDS: [Register; 16] =
+        [EAX, ECX, EDX, EBX, ESP, EBP, ESI, EDI, R8D, R9D, R10D, R11D, R12D, R13D, R14D, R15D];
+    const QWORDS: [Register; 16] = [RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8, R9, R10, R11, R12, R13, R14, R15];
+    let table = match size {
+        1 => &BYTES,
+        2 => &WORDS,
+        4 => &DWORDS,
+        _ => &QWORDS,
+    };
+    table[usize::from(number & 15)]
+}
+
+/// General registers that an instruction uses in any way, as a bit mask.
+fn used_registers(insn: &Instruction) -> u32 {
+    let mut factory = InstructionInfoFactory::new();
+    let info = factory.info(insn);
+    info.used_registers()
+        .iter()
+        .filter(|u| u.register().is_gpr())
+        .fold(0, |mask, u| mask | 1 << u.register().full_register().number())
+}
+
+/// What the memory operand is used for.
+fn access_flags(insn: &Instruction, operand: u32) -> u16 {
+    let mut factory = InstructionInfoFactory::new();
+    let options = InstructionInfoOptions::NO_MEMORY_USAGE | InstructionInfoOptions::NO_REGISTER_USAGE;
+    let (read, write) = (AccessDesc::READ, AccessDesc::WRITE);
+    match factory.info_options(insn, options).op_access(operand) {
+        OpAccess::Write => write,
+        // Part of it may be left alone: a bounced access has to know what was there.
+        OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite => read | write,
+        _ => read,
+    }
+}
+
+/// Forms that 64-bit code lacks, in their longer equivalents.
+fn legal_in_64_bit(insn: &Instruction) -> Instruction {
+    use Code::*;
+    let mut host = *insn;
+    let code = match insn.code() {
+        Inc_r16 => Inc_rm16,
+        Inc_r32 => Inc_rm32,
+        Dec_r16 => Dec_rm16,
+        Dec_r32 => Dec_rm32,
+        Mov_AL_moffs8 => Mov_r8_rm8,
+        Mov_AX_moffs16 => Mov_r16_rm16,
+        Mov_EAX_moffs32 => Mov_r32_rm32,
+        Mov_RAX_moffs64 => Mov_r64_rm64,
+        Mov_moffs8_AL => Mov_rm8_r8,
+        Mov_moffs16_AX => Mov_rm16_r16,
+        Mov_moffs32_EAX => Mov_rm32_r32,
+        Mov_moffs64_RAX => Mov_rm64_r64,
+        Add_rm8_imm8_82 => Add_rm8_imm8,
+        Or_rm8_imm8_82 => Or_rm8_imm8,
+        Adc_rm8_imm8_82 => Adc_rm8_imm8,
+        Sbb_rm8_imm8_82 => Sbb_rm8_imm8,
+        And_rm8_imm8_82 => And_rm8_imm8,
+        Sub_rm8_imm8_82 => Sub_rm8_imm8,
+        Xor_rm8_imm8_82 => Xor_rm8_imm8,
+        Cmp_rm8_imm8_82 => Cmp_rm8_imm8,
+        _ => return host,
+    };
+    host.set_code(code);
+    host
+}
+
+/// Whether the operand of a stack access needs anything but SS.
+pub(super) const STACK: usize = seg::SS;

@@ -1,0 +1,248 @@
+//! The fixed pieces of emitted code: how it is entered and left, and how it calls Rust.
+
+use super::{
+    asm::{Asm, Mem, cc, reg},
+    layout::{ExitKind, at, gpr, pinned_pairs},
+};
+
+/// Addresses of the stubs.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stubs {
+    /// `extern "C" fn(entry, rip)`: loads the guest's registers and jumps to the checked `entry`.
+    pub enter: u64,
+    /// Jumped to with the target RIP in R11, flags live.
+    pub miss: u64,
+    /// The same with the flags in `flag_word`.
+    pub miss_saved: u64,
+    /// Jumped to with an `ExitDesc` in R11, flags live.
+    pub link: u64,
+    /// Jumped to with an `ExitDesc` in R11, flags live.
+    pub emulate: u64,
+    /// The same with the flags in `flag_word`.
+    pub emulate_saved: u64,
+    /// Called with a linear address in R10 and an `AccessDesc` in R11; returns the host address in R10. Keeps all
+    /// other registers, not the flags. Does not return if the access faults.
+    pub access: u64,
+    /// Called after the store of a slow access, `AccessDesc` in R11; keeps all registers and the flags but R10.
+    pub commit: u64,
+    /// Where the signal handler sends the thread.
+    pub signal: u64,
+}
+
+/// Registers that a Rust function may change, but for the scratch registers.
+const CALLER_SAVED: [u8; 7] = [reg::RAX, reg::RCX, reg::RDX, reg::RSI, reg::RDI, reg::R8, reg::R9];
+/// Registers that `enter` must keep for its caller.
+const CALLEE_SAVED: [u8; 6] = [reg::RBX, reg::RBP, reg::R12, reg::R13, reg::R14, reg::R15];
+
+/// Assembles the stubs at the start of the code cache.
+pub fn assemble(asm: &mut Asm) -> Stubs {
+    let mut stubs = Stubs { enter: asm.here(), ..Stubs::default() };
+    enter(asm);
+
+    // Exits: `late` has the flags in `late_flag_word`'s or `flag_word`'s place already.
+    asm.align(16, 0);
+    let live_tail = asm.here();
+    asm.store(gpr(reg::RAX), reg::RAX);
+    asm.flags_to_ax();
+    asm.store_sized(at::FLAG_WORD, reg::RAX, 4);
+    asm.load(reg::RAX, gpr(reg::RAX));
+    let saved_tail = asm.here();
+    exit(asm);
+
+    let exit_stub = |asm: &mut Asm, kind: ExitKind, tail: u64| {
+        asm.align(16, 0);
+        let address = asm.here();
+        asm.store_imm(at::EXIT_KIND, kind as i32, 4);
+        asm.jmp_to(tail);
+        address
+    };
+    stubs.miss = exit_stub(asm, ExitKind::Miss, live_tail);
+    stubs.miss_saved = exit_stub(asm, ExitKind::Miss, saved_tail);
+    stubs.link = exit_stub(asm, ExitKind::Link, live_tail);
+    stubs.emulate = exit_stub(asm, ExitKind::Emulate, live_tail);
+    stubs.emulate_saved = exit_stub(asm, ExitKind::Emulate, saved_tail);
+
+    asm.align(16, 0);
+    stubs.signal = asm.here();
+    asm.store(at::TEMP, reg::RAX);
+    asm.flags_to_ax();
+    asm.store_sized(at::LATE_FLAG_WORD, reg::RAX, 4);
+    asm.load(reg::RAX, at::TEMP);
+    asm.store_imm(at::EXIT_KIND, ExitKind::Signal as i32, 4);
+    asm.jmp_to(saved_tail);
+
+    asm.align(16, 0);
+    stubs.access = asm.here();
+    access(asm);
+    asm.align(16, 0);
+    stubs.commit = asm.here();
+    commit(asm);
+    stubs
+}
+
+fn enter(asm: &mut Asm) {
+    for r in CALLEE_SAVED {
+        asm.push(r);
+    }
+    // Seven words are on the stack with the return address: one more makes RSP a multiple of 16, as calls want it.
+    asm.lea(reg::RSP, Mem::at(reg::RSP, -8));
+    asm.store(at::HOST_RSP, reg::RSP);
+    asm.store(at::ENTRY, reg::RDI);
+    asm.mov_rr(reg::R11, reg::RSI);
+    restore_vectors(asm);
+    for (guest, host) in pinned_pairs() {
+        asm.load(host, gpr(guest));
+    }
+    asm.jmp_mem(at::ENTRY);
+}
+
+/// Leaves: R11 is the exit value, flags have been saved, all pinned registers hold guest values.
+fn exit(asm: &mut Asm) {
+    for (guest, host) in pinned_pairs() {
+        asm.store(gpr(guest), host);
+    }
+    asm.store(at::EXIT_VALUE, reg::R11);
+    leave(asm);
+}
+
+/// Leaves with the guest's registers saved already.
+fn leave(asm: &mut Asm) {
+    save_vectors(asm);
+    asm.load(reg::RSP, at::HOST_RSP);
+    asm.lea(reg::RSP, Mem::at(reg::RSP, 8));
+    for r in CALLEE_SAVED.into_iter().rev() {
+        asm.pop(r);
+    }
+    asm.ret();
+}
+
+/// XSAVE if the vector registers are the guest's. Changes RAX, RDX and flags.
+fn save_vectors(asm: &mut Asm) {
+    let done = asm.label();
+    asm.cmp8_mem(at::VECTORS, 0);
+    asm.jcc(cc::E, done);
+    asm.load_sized(reg::RAX, at::XSAVE_MASK, 4);
+    asm.load_sized(reg::RDX, at::XSAVE_MASK_HIGH, 4);
+    asm.xsave(&[0x0f, 0xae], 4, at::XSTATE.disp);
+    asm.ldmxcsr(at::HOST_MXCSR.disp);
+    asm.bind(done);
+}
+
+/// XRSTOR if the vector registers are the guest's. Changes RAX, RDX and flags.
+fn restore_vectors(asm: &mut Asm) {
+    let done = asm.label();
+    asm.cmp8_mem(at::VECTORS, 0);
+    asm.jcc(cc::E, done);
+    asm.load_sized(reg::RAX, at::XSAVE_MASK, 4);
+    asm.load_sized(reg::RDX, at::XSAVE_MASK_HIGH, 4);
+    asm.xsave(&[0x0f, 0xae], 5, at::XSTATE.disp);
+    asm.bind(done);
+}
+
+/// `access(block, linear, desc) -> host address, or 0 for a fault`; the quick one first, which says 0 if it is not the
+/// one to ask.
+fn access(asm: &mut Asm) {
+    for r in CALLER_SAVED {
+        asm.store(gpr(r), r);
+    }
+    // The return address made RSP odd; one push makes it even again.
+    asm.push(reg::R11);
+    asm.push(reg::R10);
+    asm.push(reg::R11);
+    keep_xmm(asm, Asm::store_xmm);
+    call_access(asm, at::HELPER_QUICK);
+    asm.mov_rr(reg::R10, reg::RAX);
+    keep_xmm(asm, Asm::load_xmm);
+    asm.pop(reg::R11);
+    asm.test_rr(reg::R10);
+    let (slow, done) = (asm.label(), asm.label());
+    asm.jcc(cc::E, slow);
+    asm.lea(reg::RSP, Mem::at(reg::RSP, 16));
+    asm.bind(done);
+    for r in CALLER_SAVED {
+        asm.load(r, gpr(r));
+    }
+    asm.ret();
+
+    asm.bind(slow);
+    asm.pop(reg::R10);
+    save_vectors(asm);
+    call_access(asm, at::HELPER_ACCESS);
+    asm.pop(reg::R11);
+    asm.mov_rr(reg::R10, reg::RAX);
+    asm.test_rr(reg::R10);
+    let fault = asm.label();
+    asm.jcc(cc::E, fault);
+    restore_vectors(asm);
+    asm.jmp(done);
+
+    asm.bind(fault);
+    asm.store_imm(at::EXIT_KIND, ExitKind::Fault as i32, 4);
+    leave_from_helper(asm);
+}
+
+/// Calls `helper(block, R10, R11)`.
+fn call_access(asm: &mut Asm, helper: Mem) {
+    asm.load(reg::RDI, at::BLOCK);
+    asm.mov_rr(reg::RSI, reg::R10);
+    asm.mov_rr(reg::RDX, reg::R11);
+    asm.call_mem(helper);
+}
+
+/// Stores or loads the low halves of the sixteen vector registers of SSE, if they are the guest's. Changes flags.
+fn keep_xmm(asm: &mut Asm, each: fn(&mut Asm, u8, Mem)) {
+    let done = asm.label();
+    asm.cmp8_mem(at::VECTORS, 0);
+    asm.jcc(cc::E, done);
+    for i in 0..16 {
+        each(asm, i, Mem::gs(at::XMM.disp + 16 * i32::from(i)));
+    }
+    asm.bind(done);
+}
+
+/// `commit(block, desc) -> nonzero to leave`
+fn commit(asm: &mut Asm) {
+    for r in CALLER_SAVED {
+        asm.store(gpr(r), r);
+    }
+    asm.flags_to_ax();
+    asm.store_sized(at::LATE_FLAG_WORD, reg::RAX, 4);
+    save_vectors(asm);
+    asm.push(reg::R11);
+    asm.load(reg::RDI, at::BLOCK);
+    asm.mov_rr(reg::RSI, reg::R11);
+    asm.call_mem(at::HELPER_COMMIT);
+    asm.pop(reg::R11);
+    asm.test_rr(reg::RAX);
+    let out = asm.label();
+    asm.jcc(cc::NE, out);
+    restore_vectors(asm);
+    asm.load_sized(reg::RAX, at::LATE_FLAG_WORD, 4);
+    asm.ax_to_flags();
+    for r in CALLER_SAVED {
+        asm.load(r, gpr(r));
+    }
+    asm.ret();
+
+    asm.bind(out);
+    asm.store_imm(at::EXIT_KIND, ExitKind::After as i32, 4);
+    leave_from_helper(asm);
+}
+
+/// Leaves after a helper: what it may have changed was saved before; if the vectors were the guest's they have been
+/// saved too, and must not be saved again.
+fn leave_from_helper(asm: &mut Asm) {
+    for r in CALLER_SAVED {
+        asm.load(r, gpr(r));
+    }
+    for (guest, host) in pinned_pairs() {
+        asm.store(gpr(guest), host);
+    }
+    asm.store(at::EXIT_VALUE, reg::R11);
+    asm.load(reg::RSP, at::HOST_RSP);
+    asm.lea(reg::RSP, Mem::at(reg::RSP, 8));
+    for r in CALLEE_SAVED.into_iter().rev() {
+        asm.pop(r);
+    }
+    asm.ret();
+}

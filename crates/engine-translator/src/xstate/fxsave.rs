@@ -1,0 +1,210 @@
+//! FXSAVE, FXRSTOR, LDMXCSR and STMXCSR (SDM vol. 1 10.5; APM vol. 2 11.4.4 for AMD's error pointers).
+
+use std::sync::OnceLock;
+
+use iced_x86::{Instruction, Mnemonic};
+use purlin_arch::x86_64::{
+    cpuid::{Vendor, lookup, vendor},
+    regs::{cr0, cr4},
+};
+
+use super::{XState, checks, offset};
+use crate::{cpu::Cpu, exception::Exception, mem::Access};
+
+/// Size of the image that FXSAVE writes and FXRSTOR reads.
+const IMAGE: usize = 512;
+/// Bits of the status word: an unmasked exception waits.
+const FSW_ES: u16 = 1 << 7;
+const FOP_MASK: u16 = 0x7ff;
+
+/// The bits that MXCSR can have.
+pub fn mxcsr_mask(cpu: &Cpu) -> u32 {
+    const MISALIGNED: u32 = 1 << 17;
+    let misaligned = lookup(&cpu.cpuid, 0x8000_0001, 0)[2] & 1 << 7 != 0;
+    host_mxcsr_mask() & if misaligned { !0 } else { !MISALIGNED }
+}
+
+/// What the host's FXSAVE says of it: 0xffff, with bit 17 too on AMD's processors.
+#[allow(unsafe_code)]
+fn host_mxcsr_mask() -> u32 {
+    static MASK: OnceLock<u32> = OnceLock::new();
+    *MASK.get_or_init(|| {
+        #[repr(align(16))]
+        struct Image([u8; IMAGE]);
+        let mut image = Image([0; IMAGE]);
+        // SAFETY: every x86-64 processor has FXSAVE; the image is of the right size and alignment.
+        unsafe { core::arch::x86_64::_fxsave64(image.0.as_mut_ptr()) };
+        let at = offset::MXCSR_MASK;
+        match u32::from_le_bytes([image.0[at], image.0[at + 1], image.0[at + 2], image.0[at + 3]]) {
+            0 => 0xffbf,
+            mask => mask,
+        }
+    })
+}
+
+/// How FIP and FDP look in an image: 64 bits with REX.W, else 32 with selectors, which are always zero here.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Pointers {
+    Bits32,
+    Bits64,
+}
+
+/// What becomes of FOP, FIP and FDP while no exception waits (FSW.ES clear).
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum IdlePointers {
+    /// They are saved and restored all the same: Intel.
+    Kept,
+    /// Zeros are saved, whatever they are; they are restored. AMD with CPUID.8000_0008.EBX bit 2.
+    SavedAsZero,
+    /// They are neither saved nor restored. Older processors of AMD.
+    Skipped,
+}
+
+fn idle_pointers(cpu: &Cpu) -> IdlePointers {
+    let saves = lookup(&cpu.cpuid, 0x8000_0008, 0)[1] & 1 << 2 != 0;
+    match (vendor(&cpu.cpuid), saves) {
+        (Vendor::Intel, _) => IdlePointers::Kept,
+        (Vendor::Amd, true) => IdlePointers::SavedAsZero,
+        (Vendor::Amd, false) => IdlePointers::Skipped,
+    }
+}
+
+/// The x87 part of an image: bytes 0 to 23 into `image`, whose old contents stay where nothing is saved.
+pub(super) fn put_x87_control(cpu: &mut Cpu, image: &mut [u8], pointers: Pointers) {
+    let idle = idle_pointers(cpu);
+    let state = &mut cpu.xstate;
+    state.materialise_for_reading();
+    image[..offset::FOP].copy_from_slice(&state.area[..offset::FOP]);
+    let [fop, fip, fdp] = match (state.u16(offset::FSW) & FSW_ES != 0, idle, pointers) {
+        (false, IdlePointers::Skipped, _) => return,
+        (false, IdlePointers::SavedAsZero, _) => [0; 3],
+        (_, _, Pointers::Bits64) => [state.fop, state.fip, state.fdp],
+        (_, _, Pointers::Bits32) => {
+            let far = |selector: u16, offset: u64| u64::from(selector) << 32 | offset & 0xffff_ffff;
+            [state.fop, far(state.fcs, state.fip), far(state.fds, state.fdp)]
+        }
+    };
+    image[offset::FOP..offset::FOP + 2].copy_from_slice(&(fop as u16 & FOP_MASK).to_le_bytes());
+    image[offset::FIP..offset::FIP + 8].copy_from_slice(&fip.to_le_bytes());
+    image[offset::FDP..offset::FDP + 8].copy_from_slice(&fdp.to_le_bytes());
+}
+
+/// Takes over the x87 part of an image, registers included.
+pub(super) fn take_x87(cpu: &mut Cpu, image: &[u8], pointers: Pointers) {
+    let idle = idle_pointers(cpu);
+    let state = &mut cpu.xstate;
+    state.materialise(0);
+    state.area[..offset::FOP].copy_from_slice(&image[..offset::FOP]);
+    state.area[offset::FTW + 1] = 0;
+    state.area[offset::ST..offset::XMM].copy_from_slice(&image[offset::ST..offset::XMM]);
+    if idle == IdlePointers::Skipped && state.u16(offset::FSW) & FSW_ES == 0 {
+        return;
+    }
+    let number = |at: usize| u64::from_le_bytes(image[at..at + 8].try_into().unwrap_or_default());
+    let (fip, fdp) = (number(offset::FIP), number(offset::FDP));
+    state.fop = number(offset::FOP) & u64::from(FOP_MASK);
+    (state.fip, state.fdp, state.fcs, state.fds) = match pointers {
+        Pointers::Bits64 => (fip, fdp, 0, 0),
+        Pointers::Bits32 => (fip & 0xffff_ffff, fdp & 0xffff_ffff, (fip >> 32) as u16, (fdp >> 32) as u16),
+    };
+}
+
+impl XState {
+    /// Makes the x87 bytes valid without marking the component as in use.
+    pub(super) fn materialise_for_reading(&mut self) {
+        if self.in_use() & 1 == 0 {
+            self.write_initial(0);
+        }
+    }
+}
+
+/// Number of XMM register bytes that an instruction moves: sixteen registers in 64-bit mode, else eight; none if the
+/// system does not know of them.
+fn xmm_bytes(cpu: &Cpu) -> usize {
+    match (cpu.cr4 & cr4::OSFXSR != 0, cpu.code64()) {
+        (false, _) => 0,
+        (true, true) => 256,
+        (true, false) => 128,
+    }
+}
+
+fn image_address(cpu: &mut Cpu, insn: &Instruction, access: Access) -> Result<u64, Exception> {
+    if cpu.cr0 & (cr0::EM | cr0::TS) != 0 {
+        return Err(Exception::NM);
+    }
+    let (segment, offset) = cpu.effective_address(insn);
+    let address = cpu.linear(segment, offset, IMAGE, access)?;
+    if address & 15 != 0 { Err(Exception::GP0) } else { Ok(address) }
+}
+
+fn pointers(insn: &Instruction) -> Pointers {
+    match insn.mnemonic() {
+        Mnemonic::Fxsave64 | Mnemonic::Fxrstor64 => Pointers::Bits64,
+        _ => Pointers::Bits32,
+    }
+}
+
+/// FXSAVE.
+pub fn fxsave(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
+    let address = image_address(cpu, insn, Access::Write)?;
+    let privilege = cpu.privilege();
+    cpu.probe(address, IMAGE, Access::Write, privilege)?;
+    let mut image = [0; IMAGE];
+    cpu.read_as(address, &mut image, privilege)?;
+
+    put_x87_control(cpu, &mut image, pointers(insn));
+    image[offset::ST..offset::XMM].copy_from_slice(&cpu.xstate.area[offset::ST..offset::XMM]);
+    let xmm = xmm_bytes(cpu);
+    if xmm != 0 {
+        let mask = mxcsr_mask(cpu);
+        image[offset::MXCSR..offset::MXCSR + 4].copy_from_slice(&cpu.xstate.mxcsr().to_le_bytes());
+        image[offset::MXCSR_MASK..offset::MXCSR_MASK + 4].copy_from_slice(&mask.to_le_bytes());
+        let range = offset::XMM..offset::XMM + xmm;
+        match cpu.xstate.in_use() & 2 {
+            0 => image[range].fill(0),
+            _ => image[range.clone()].copy_from_slice(&cpu.xstate.area[range]),
+        }
+    }
+    // The last 96 bytes are the system's own.
+    cpu.write_as(address, &image[..416], privilege)
+}
+
+/// FXRSTOR.
+pub fn fxrstor(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
+    let address = image_address(cpu, insn, Access::Read)?;
+    let mut image = [0; IMAGE];
+    cpu.read_as(address, &mut image, cpu.privilege())?;
+
+    let xmm = xmm_bytes(cpu);
+    let mxcsr = u32::from_le_bytes(image[offset::MXCSR..offset::MXCSR + 4].try_into().unwrap_or_default());
+    if xmm != 0 && mxcsr & !mxcsr_mask(cpu) != 0 {
+        return Err(Exception::GP0);
+    }
+    take_x87(cpu, &image, pointers(insn));
+    cpu.xstate.settle_x87();
+    if xmm != 0 {
+        cpu.xstate.set_mxcsr(mxcsr);
+        cpu.xstate.materialise(1);
+        let range = offset::XMM..offset::XMM + xmm;
+        cpu.xstate.area[range.clone()].copy_from_slice(&image[range]);
+    }
+    Ok(())
+}
+
+/// LDMXCSR and its VEX form: #GP if a reserved bit is set.
+pub fn ldmxcsr(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
+    checks::check_fpu(cpu, insn)?;
+    let value = cpu.read_op(insn, 0)? as u32;
+    if value & !mxcsr_mask(cpu) != 0 {
+        return Err(Exception::GP0);
+    }
+    cpu.xstate.set_mxcsr(value);
+    Ok(())
+}
+
+/// STMXCSR and its VEX form.
+pub fn stmxcsr(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
+    checks::check_fpu(cpu, insn)?;
+    let value = cpu.xstate.mxcsr();
+    cpu.write_op(insn, 0, u64::from(value))
+}

@@ -1,0 +1,11 @@
+//! Whole guests through the engine seam: what needs emitted code, the run loop and several processors at once.
+//!
+//! Values are the SDM's. One file per subject; [`machine`] is the machine that they run on.
+
+mod debugging;
+mod faults;
+mod interrupts;
+mod machine;
+mod modes;
+mod smc;
+mod smp;

@@ -1,0 +1,149 @@
+//! Builds a bootable image of a distribution's packages, without root.
+//!
+//! mmdebstrap installs Debian's packages into a directory, and mke2fs makes a file system of it, both inside what
+//! [`isolation`] found to work on this host. The package sources are the host's own ([`sources`]), and the guest gets
+//! the same.
+
+mod guest;
+mod isolation;
+mod runner;
+mod sources;
+mod tools;
+
+use std::{fs, os::unix::fs::PermissionsExt, path::Path};
+
+use purlin_debian::{Error as HostError, Progress};
+use purlin_storage::{Conversion, Format, SourceFormat};
+
+use self::{isolation::Isolation, runner::Runner, sources::Sources};
+use crate::{
+    Error, Metadata, Origin,
+    store::{Image, Store, check_unused, disk_name},
+};
+
+/// What can be built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Recipe {
+    /// The image's name, if the user wants no other.
+    pub image: &'static str,
+    /// For people.
+    title: &'static str,
+    /// The release's code name.
+    suite: &'static str,
+}
+
+impl Recipe {
+    /// Debian 12.
+    pub const DEBIAN_12: Self = Self { image: "debian-12", title: "Debian 12", suite: "bookworm" };
+
+    /// The one that a user means: `debian` or `debian:12`.
+    pub fn of_name(name: &str) -> Result<Self, Error> {
+        match name {
+            "debian" | "debian:12" | "debian-12" => Ok(Self::DEBIAN_12),
+            other => Err(Error::UnknownBuild(other.escape_debug().to_string())),
+        }
+    }
+}
+
+/// The size of the disk. It is thin: what the guest has not written takes no room.
+const SIZE: u64 = 10 << 30;
+/// The file system's, so that two builds of the same packages are the same.
+const UUID: &str = "5b0f2e1c-0d5c-4c1e-9a54-8d3f6f1c0b12";
+
+/// The image of `recipe` called `name`; made if it is not there yet, or if `rebuild`.
+pub fn build(
+    store: &Store,
+    recipe: Recipe,
+    name: &str,
+    rebuild: bool,
+    progress: &dyn Progress,
+) -> Result<Image, Error> {
+    let there = |image: &Result<Image, Error>| !rebuild && image.is_ok();
+    let found = store.get(name);
+    if there(&found) {
+        return found;
+    }
+    let lock = store.lock(name, progress)?;
+    // Another process may have made it while this one waited for the lock.
+    match store.get(name) {
+        found if there(&found) => return found,
+        Ok(image) => check_unused(&image)?,
+        Err(Error::NoImage(_)) => {}
+        Err(damaged @ Error::Damaged { .. }) => progress.note(&format!("{damaged}: building it anew")),
+        Err(other) => return Err(other),
+    }
+    tools::provide(progress)?;
+    let isolation = Isolation::choose(progress)?;
+    for leftover in lock.leftovers()? {
+        isolation.remove(&leftover)?;
+    }
+    store.add(&lock, name, |new, work| {
+        let made = make(recipe, isolation, new, work, progress);
+        if made.is_err() {
+            // Files of other users of the namespace: we cannot remove them ourselves.
+            isolation.remove(&work.join("root"))?;
+        }
+        made
+    })
+}
+
+fn make(
+    recipe: Recipe,
+    isolation: Isolation,
+    new: &Path,
+    work: &Path,
+    progress: &dyn Progress,
+) -> Result<Metadata, Error> {
+    let sources = Sources::find(work, recipe.suite, progress)?;
+    write_inputs(work, &sources)?;
+    let raw = work.join("disk.raw");
+    let mut script = isolation.command(&work.join("make.sh"));
+    script
+        .current_dir(work)
+        .envs(isolation.environment())
+        .env("SUITE", recipe.suite)
+        .env("PACKAGES", guest::PACKAGES.join(","))
+        .env("SIZE", format!("{}k", SIZE >> 10))
+        .env("UUID", UUID)
+        .env("EPOCH", sources.date.to_string())
+        .env("DISK", &raw);
+    Runner::new(progress).run(&mut script)?;
+
+    progress.step("writing the image");
+    let disk = new.join(disk_name(Format::Qcow2));
+    let conversion = Conversion {
+        source: (&raw, SourceFormat::Disk(Format::Raw)),
+        target: (&disk, Format::Qcow2),
+        other_files: false,
+    };
+    conversion.run(&mut |done, all| progress.fraction(done as f64 / all as f64))?;
+    if progress.cancelled() {
+        return Err(HostError::Cancelled.into());
+    }
+    let origin = Origin::Built(format!("{} from {}", recipe.title, sources.mirror()));
+    let metadata = Metadata::of_disk(&disk, Format::Qcow2, SIZE, origin);
+    Ok(metadata.map_err(HostError::file("read", &disk))?)
+}
+
+/// The scripts, the guest's own files, and apt's configuration.
+fn write_inputs(work: &Path, sources: &Sources) -> Result<(), Error> {
+    write(&work.join("make.sh"), 0o755, include_str!("make.sh"))?;
+    write(&work.join("customize.sh"), 0o755, include_str!("customize.sh"))?;
+    write(&work.join("sources/debian.sources"), 0o644, &sources.text)?;
+    write(&work.join("apt.conf"), 0o644, &sources.options)?;
+    for (path, content) in guest::FILES {
+        write(&work.join("files").join(path), 0o644, content)?;
+    }
+    if !sources.guest_options.is_empty() {
+        write(&work.join("files/etc/apt/apt.conf.d/80purlin-host"), 0o644, &sources.guest_options)?;
+    }
+    Ok(())
+}
+
+fn write(path: &Path, mode: u32, content: &str) -> Result<(), Error> {
+    if let Some(dir) = path.parent() {
+        fs::create_dir_all(dir).map_err(HostError::file("create", dir))?;
+    }
+    let written = fs::write(path, content).and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(mode)));
+    Ok(written.map_err(HostError::file("write", path))?)
+}

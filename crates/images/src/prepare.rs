@@ -1,0 +1,211 @@
+//! A machine of an image, ready to be started: a disk of its own, a seed for cloud-init, its kernel.
+
+use std::{
+    fs::{self, File},
+    io,
+    path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use purlin_debian::{Error as HostError, Progress, home};
+use purlin_storage::{Format, NewImage, open_read_only};
+use rustix::fs::{FlockOperation, flock};
+use tempfile::TempDir;
+
+use crate::{
+    Error, boot,
+    build::{Recipe, build},
+    seed::{self, Seed},
+    ssh,
+    store::{Image, Store},
+};
+
+/// What to make ready.
+#[derive(Clone, Debug, Default)]
+pub struct Request<'a> {
+    /// The image: one in the store, or what can be built (`debian`, `debian:12`).
+    pub image: &'a str,
+    /// The guest's host name; the image's name (as far as it can be one) if there is none.
+    pub host_name: Option<&'a str>,
+    /// The user's user-data for cloud-init.
+    pub user_data: Option<&'a Path>,
+    /// The disk's size in bytes, if it is to be larger than the image's.
+    pub disk_size: Option<u64>,
+    /// More words for the kernel's command line.
+    pub arguments: Option<&'a str>,
+}
+
+/// A machine that is there for one run; its files are gone when this is dropped.
+#[derive(Debug)]
+pub struct Prepared {
+    /// The image that it stands on.
+    pub image: Image,
+    /// Its disk, a thin qcow2 overlay.
+    pub disk: PathBuf,
+    /// The disk for cloud-init, raw, to be attached for reading only.
+    pub seed: PathBuf,
+    /// The kernel.
+    pub kernel: PathBuf,
+    /// The initial RAM disks, in order.
+    pub initrds: Vec<PathBuf>,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// The guest's host name.
+    pub host_name: String,
+    /// The private key to name to ssh with -i, where ssh does not find one by itself.
+    pub identity: Option<PathBuf>,
+    _dir: RunDir,
+}
+
+/// Makes a machine of `request.image` ready, which is built first if need be.
+pub fn prepare_run(store: &Store, request: &Request, progress: &dyn Progress) -> Result<Prepared, Error> {
+    // What the user said wrong is told before anything long begins.
+    let user_data = request.user_data.map(seed::read_user_data).transpose()?;
+    let host_name = host_name(request)?;
+    let image = find_or_build(store, request.image, progress)?;
+    let keys = ssh::keys_of_user()?;
+    let dir = RunDir::new()?;
+
+    let disk = dir.path().join("disk.qcow2");
+    let overlay = NewImage::overlay(&disk, image.disk(), image.format);
+    let overlay = match request.disk_size {
+        Some(size) => overlay.size(size.max(image.metadata.virtual_size)),
+        None => overlay,
+    };
+    overlay.create()?;
+    let files = boot::read(&open_read_only(&disk, Some(Format::Qcow2))?, &image.name)?;
+    let kernel = dir.write("kernel", &files.kernel)?;
+    let initrds = files.initrds.iter().enumerate();
+    let initrds =
+        initrds.map(|(number, initrd)| dir.write(&format!("initrd-{number}"), initrd)).collect::<Result<_, _>>()?;
+
+    let instance_id = instance_id();
+    let hostname_argument = format!("systemd.hostname={host_name}");
+    let seed = Seed { instance_id, host_name: host_name.clone(), ssh_keys: keys.public, user_data };
+    let seed_path = dir.path().join("seed.img");
+    let seed = dir.write("seed.img", &seed.to_disk().map_err(HostError::file("make", &seed_path))?)?;
+    // The name is there before cloud-init is.
+    let words = [Some(files.cmdline.as_str()), Some(hostname_argument.as_str()), request.arguments];
+    let cmdline = words.into_iter().flatten().filter(|w| !w.is_empty()).collect::<Vec<_>>().join(" ");
+    Ok(Prepared { image, disk, seed, kernel, initrds, cmdline, host_name, identity: keys.identity, _dir: dir })
+}
+
+/// The image in the store of that name, or that which can be built of it.
+fn find_or_build(store: &Store, name: &str, progress: &dyn Progress) -> Result<Image, Error> {
+    match (store.get(name), Recipe::of_name(name)) {
+        (Err(Error::NoImage(_) | Error::Name(_)), Ok(recipe)) => build(store, recipe, recipe.image, false, progress),
+        (found, _) => found,
+    }
+}
+
+fn host_name(request: &Request) -> Result<String, Error> {
+    if let Some(name) = request.host_name {
+        seed::check_host_name(name)?;
+        return Ok(name.to_owned());
+    }
+    // debian:12 → debian.
+    let name: String = request.image.split(':').next().unwrap_or_default().replace(['.', '_'], "-");
+    let name = name.trim_matches('-');
+    Ok(if seed::check_host_name(name).is_ok() { name.to_owned() } else { "purlin".to_owned() })
+}
+
+/// No other machine has it: cloud-init does its first-boot work for each new one.
+fn instance_id() -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    format!("purlin-{:x}-{:x}", now.as_nanos(), std::process::id())
+}
+
+/// The files of one run, in `runs` in [`home::cache`]. They are removed at its end, or by a later run if this process
+/// was killed: that sees by the lock that nobody uses them.
+#[derive(Debug)]
+struct RunDir {
+    dir: TempDir,
+    _lock: File,
+}
+
+const LOCK: &str = "lock";
+
+impl RunDir {
+    fn new() -> Result<Self, Error> {
+        Ok(Self::new_in(&home::cache()?.join("runs"))?)
+    }
+
+    fn new_in(runs: &Path) -> Result<Self, HostError> {
+        fs::create_dir_all(runs).map_err(HostError::file("create", runs))?;
+        remove_left(runs);
+        let dir = tempfile::Builder::new().prefix("run-").tempdir_in(runs);
+        let dir = dir.map_err(HostError::file("create a directory in", runs))?;
+        let path = dir.path().join(LOCK);
+        let lock = File::create(&path).map_err(HostError::file("create", &path))?;
+        flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|e| HostError::file("lock", &path)(e.into()))?;
+        Ok(Self { dir, _lock: lock })
+    }
+
+    fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    fn write(&self, name: &str, content: &[u8]) -> Result<PathBuf, Error> {
+        let path = self.path().join(name);
+        fs::write(&path, content).map_err(HostError::file("write", &path))?;
+        Ok(path)
+    }
+}
+
+/// Removes the files of runs whose process is gone. One without a lock yet is about to begin.
+fn remove_left(runs: &Path) {
+    for entry in fs::read_dir(runs).into_iter().flatten().flatten() {
+        let lock = File::open(entry.path().join(LOCK));
+        let unused = |lock: &File| flock(lock, FlockOperation::NonBlockingLockExclusive).is_ok();
+        let left = match &lock {
+            Ok(lock) => unused(lock),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => is_old(&entry),
+            Err(_) => false,
+        };
+        if left {
+            // Another run may be removing it, too.
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+/// Whether it was made more than a minute ago, far longer than it takes to lock it.
+fn is_old(entry: &fs::DirEntry) -> bool {
+    let age = entry.metadata().and_then(|m| m.modified()).ok().and_then(|made| made.elapsed().ok());
+    age.is_some_and(|age| age.as_secs() > 60)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_killed_run_left_is_removed() {
+        let runs = tempfile::tempdir().unwrap();
+        let running = RunDir::new_in(runs.path()).unwrap();
+        running.write("disk.qcow2", b"x").unwrap();
+        let killed = runs.path().join("run-killed");
+        fs::create_dir(&killed).unwrap();
+        fs::write(killed.join(LOCK), "").unwrap();
+        let other = RunDir::new_in(runs.path()).unwrap();
+        assert!(!killed.exists());
+        assert!(running.path().join("disk.qcow2").exists() && other.path().exists());
+        let path = running.path().to_owned();
+        drop(running);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn host_names() {
+        let of = |image, host_name| host_name_of(image, host_name);
+        assert_eq!(of("debian", None).unwrap(), "debian");
+        assert_eq!(of("debian:12", None).unwrap(), "debian");
+        assert_eq!(of("my_image.1", None).unwrap(), "my-image-1");
+        assert_eq!(of("debian", Some("web")).unwrap(), "web");
+        assert!(of("debian", Some("a b")).is_err());
+    }
+
+    fn host_name_of(image: &str, wanted: Option<&str>) -> Result<String, Error> {
+        host_name(&Request { image, host_name: wanted, ..Request::default() })
+    }
+}

@@ -1,0 +1,214 @@
+//! What cloud-init is to know at a guest's first boot: a NoCloud seed, a FAT file system with the label `CIDATA`
+//! (cloud-init's documentation, "NoCloud").
+
+use std::{
+    fs,
+    io::{self, Cursor, Write},
+    path::Path,
+};
+
+use fatfs::{FileSystem, FormatVolumeOptions, FsOptions};
+use serde::de::IgnoredAny;
+
+use crate::Error;
+
+/// The most bytes of user-data.
+const MAX_USER_DATA: u64 = 1 << 20;
+
+/// The seed of one machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seed {
+    /// What tells this machine from all others: cloud-init does its first-boot work once for each.
+    pub instance_id: String,
+    /// The guest's host name; [`check_host_name`] says whether it can be one.
+    pub host_name: String,
+    /// Public keys that may log in, as lines of authorized_keys(5).
+    pub ssh_keys: Vec<String>,
+    /// The user's own user-data ([`read_user_data`]).
+    pub user_data: Option<Vec<u8>>,
+}
+
+/// Root may log in with the keys, as on the console; images of others do not allow that by themselves.
+const DEFAULT_USER_DATA: &str = "#cloud-config\ndisable_root: false\n";
+
+/// DHCP on whatever cards there are.
+const NETWORK_CONFIG: &str = "\
+version: 2
+ethernets:
+  all:
+    match: {name: \"e*\"}
+    dhcp4: true
+";
+
+impl Seed {
+    /// The disk's content.
+    pub fn to_disk(&self) -> io::Result<Vec<u8>> {
+        let meta_data = self.meta_data()?;
+        let user_data = self.user_data.as_deref().unwrap_or(DEFAULT_USER_DATA.as_bytes());
+        // FAT's tables and directory take less than 64 KiB of so small a disk.
+        let size = (user_data.len() + meta_data.len() + (128 << 10)).next_multiple_of(64 << 10);
+        let mut disk = Cursor::new(vec![0; size]);
+        let options = FormatVolumeOptions::new().volume_label(*b"CIDATA     ");
+        fatfs::format_volume(&mut disk, options)?;
+        let volume = FileSystem::new(&mut disk, FsOptions::new())?;
+        for (name, content) in [
+            ("meta-data", meta_data.as_bytes()),
+            ("user-data", user_data),
+            ("network-config", NETWORK_CONFIG.as_bytes()),
+        ] {
+            volume.root_dir().create_file(name)?.write_all(content)?;
+        }
+        volume.unmount()?;
+        Ok(disk.into_inner())
+    }
+
+    /// JSON is YAML, and its strings need no second thought.
+    fn meta_data(&self) -> io::Result<String> {
+        let keys: Vec<&str> = self.ssh_keys.iter().map(String::as_str).collect();
+        let fields = serde_json::json!({
+            "instance-id": self.instance_id, "local-hostname": self.host_name, "public-keys": keys,
+        });
+        Ok(serde_json::to_string_pretty(&fields)? + "\n")
+    }
+}
+
+/// Reads a user-data file and sees whether cloud-init will know what it is.
+pub fn read_user_data(path: &Path) -> Result<Vec<u8>, Error> {
+    let wrong = |reason: String| Error::UserData { path: path.to_owned(), reason };
+    let size = fs::metadata(path).map_err(|e| wrong(e.to_string()))?.len();
+    if size > MAX_USER_DATA {
+        return Err(wrong(format!("it is larger than {} KiB", MAX_USER_DATA >> 10)));
+    }
+    let data = fs::read(path).map_err(|e| wrong(e.to_string()))?;
+    check_user_data(&data).map_err(wrong)?;
+    Ok(data)
+}
+
+/// cloud-init goes by the first line ("User data formats").
+fn check_user_data(data: &[u8]) -> Result<(), String> {
+    const KINDS: [&str; 7] = [
+        "#!",
+        "#include",
+        "#cloud-boothook",
+        "#part-handler",
+        "#cloud-config-archive",
+        "## template:",
+        "Content-Type:",
+    ];
+    let text = match std::str::from_utf8(data) {
+        Ok(text) => text,
+        // gzip, which cloud-init unpacks.
+        Err(_) if data.starts_with(&[0x1f, 0x8b]) => return Ok(()),
+        Err(_) => return Err("it is not UTF-8 text".into()),
+    };
+    let first = text.lines().next().unwrap_or_default().trim_end();
+    if first == "#cloud-config" {
+        return check_cloud_config(text);
+    }
+    if KINDS.iter().any(|kind| first.starts_with(kind)) {
+        return Ok(());
+    }
+    Err("its first line is neither '#cloud-config' nor that of a script ('#!/bin/sh')".into())
+}
+
+fn check_cloud_config(text: &str) -> Result<(), String> {
+    if text.lines().all(|line| line.trim().is_empty() || line.trim_start().starts_with('#')) {
+        return Ok(());
+    }
+    let parsed = serde_saphyr::from_str::<std::collections::BTreeMap<String, IgnoredAny>>(text);
+    parsed.map(drop).map_err(|error| match error.location() {
+        Some(at) => format!("line {} is no YAML mapping as cloud-config wants it: {}", at.line(), first_line(&error)),
+        None => format!("it is no YAML mapping as cloud-config wants it: {}", first_line(&error)),
+    })
+}
+
+fn first_line(error: &serde_saphyr::Error) -> String {
+    let text = error.without_snippet().to_string();
+    text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned()
+}
+
+/// Whether a machine can be called so (RFC 1123, 2.1).
+pub fn check_host_name(name: &str) -> Result<(), Error> {
+    let good = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
+    let edge = |byte: Option<u8>| byte.is_some_and(|b| b.is_ascii_alphanumeric());
+    let fits = name.len() <= 63 && name.bytes().all(good) && edge(name.bytes().next()) && edge(name.bytes().last());
+    if fits { Ok(()) } else { Err(Error::HostName(name.escape_debug().to_string())) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, io::Read};
+
+    use super::*;
+
+    fn seed() -> Seed {
+        Seed {
+            instance_id: "i-1".into(),
+            host_name: "web".into(),
+            ssh_keys: vec!["ssh-ed25519 AAAA a \"b\": c".into()],
+            user_data: None,
+        }
+    }
+
+    fn file(disk: Vec<u8>, name: &str) -> String {
+        let volume = FileSystem::new(Cursor::new(disk), FsOptions::new()).unwrap();
+        let mut text = String::new();
+        volume.root_dir().open_file(name).unwrap().read_to_string(&mut text).unwrap();
+        text
+    }
+
+    #[test]
+    fn a_disk_as_cloud_init_looks_for_it() {
+        let disk = seed().to_disk().unwrap();
+        // The label in the boot sector is at 43 in FAT12 and FAT16, the type behind it.
+        assert_eq!(&disk[43..54], b"CIDATA     ");
+        assert_eq!(&disk[54..57], b"FAT");
+        assert_eq!(&disk[510..512], [0x55, 0xaa]);
+        assert_eq!(disk.len() % 512, 0);
+        assert_eq!(file(disk.clone(), "user-data"), DEFAULT_USER_DATA);
+        let meta: BTreeMap<String, serde_json::Value> = serde_json::from_str(&file(disk, "meta-data")).unwrap();
+        assert_eq!(meta["local-hostname"], "web");
+        assert_eq!(meta["public-keys"][0], "ssh-ed25519 AAAA a \"b\": c");
+    }
+
+    #[test]
+    fn large_user_data_fits() {
+        let text = format!("#cloud-config\n# {}\n", "x".repeat(MAX_USER_DATA as usize - 20));
+        let disk = Seed { user_data: Some(text.clone().into_bytes()), ..seed() }.to_disk().unwrap();
+        assert_eq!(file(disk, "user-data"), text);
+    }
+
+    #[test]
+    fn user_data_that_cloud_init_knows() {
+        for good in [
+            "#cloud-config\nruncmd:\n - echo\n",
+            "#cloud-config\n",
+            "#!/bin/sh\necho\n",
+            "## template: jinja\n#cloud-config\n{{ x }}\n",
+        ] {
+            assert_eq!(check_user_data(good.as_bytes()), Ok(()), "{good}");
+        }
+        for bad in [
+            "",
+            "packages: [vim]\n",
+            "#cloud-config\n- a\n- b\n",
+            "#cloud-config\nfoo\n",
+            "#cloud-config\npackages: [vim\nruncmd: x: y\n",
+        ] {
+            let reason = check_user_data(bad.as_bytes()).expect_err(bad);
+            assert!(!reason.contains('\n'), "{reason}");
+        }
+        assert!(check_user_data(b"#cloud-config\n\xff").is_err());
+        assert!(check_user_data(b"#cloud-config\na: 1\nb: [\n").unwrap_err().contains("line"));
+    }
+
+    #[test]
+    fn host_names() {
+        for good in ["a", "web-1", "A1"] {
+            assert!(check_host_name(good).is_ok());
+        }
+        for bad in ["", "-a", "a-", "a.b", "a_b", "a b", &"a".repeat(64)] {
+            assert!(check_host_name(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,48 @@
+//! What is on the PCI bus, and in which slot.
+//!
+//! A new function is a row in [`root`]. Slots are part of the machine type: a device stays in its slot whatever else
+//! there is.
+
+use std::sync::Arc;
+
+use purlin_devices::{
+    MsiLine,
+    pci::{Devfn, PciRoot, Window},
+    virtio::{VirtioDevice, block::Block, net::Net, pci::VirtioPci, rng::Rng},
+};
+use purlin_engine::{Vm, memory::GuestRam};
+
+use crate::{
+    config::{MachineConfig, OptionalDevice},
+    layout::{PCI_WINDOW, PCI_WINDOW_LENGTH},
+};
+
+/// Device numbers. 0 is the host bridge; 2 to 7 are for devices of which there is one each.
+mod slot {
+    pub const RNG: u8 = 1;
+    /// The first of [`MAX_DISKS`](crate::layout::MAX_DISKS).
+    pub const DISKS: u8 = 8;
+    /// The first of [`MAX_NETWORKS`](crate::layout::MAX_NETWORKS).
+    pub const NETWORKS: u8 = 24;
+}
+
+/// The bus of a machine, with its functions.
+pub fn root(config: &MachineConfig, ram: &Arc<GuestRam>, vm: &Arc<dyn Vm>) -> PciRoot {
+    let vm = vm.clone();
+    let messages = MsiLine::new(move |address, data| vm.deliver_msi(address, data));
+    let mut root = PciRoot::new(Window { start: PCI_WINDOW, length: PCI_WINDOW_LENGTH });
+    let mut add = |slot: u8, device: Box<dyn VirtioDevice>| {
+        let function = VirtioPci::new(device, ram.clone(), messages.clone());
+        root.add(Devfn::of_device(slot), Arc::new(function));
+    };
+    if config.devices.contains(&OptionalDevice::Rng) {
+        add(slot::RNG, Box::new(Rng::new("rng0")));
+    }
+    for (number, disk) in (0..).zip(&config.disks) {
+        add(slot::DISKS + number, Box::new(Block::new(&format!("disk{number}"), disk.clone(), config.cpus)));
+    }
+    for (number, network) in (0..).zip(&config.networks) {
+        add(slot::NETWORKS + number, Box::new(Net::new(&format!("net{number}"), network.clone())));
+    }
+    root
+}

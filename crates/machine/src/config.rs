@@ -1,0 +1,202 @@
+//! What a machine is to be made of.
+
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use prost::Message;
+use purlin_arch::x86_64::cpuid::CpuModel;
+pub use purlin_devices::virtio::net::{NetConfig, Network};
+use purlin_state::{Saved, StateError};
+use purlin_storage::Disk;
+
+use crate::{boot::image::Image, error::MachineError, layout};
+
+/// The machine type: the set of devices, addresses and firmware tables that a guest meets. It is saved with the
+/// virtual machine, and what one name stands for never changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MachineType {
+    /// A PC of 8259s, I/O APIC, 8254, MC146818, 16550 and ACPI; PCI Express with virtio devices.
+    Pc1,
+}
+
+impl MachineType {
+    /// The name under which it is saved.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Pc1 => "pc-1",
+        }
+    }
+
+    fn from_name(name: &str) -> Option<Self> {
+        [Self::Pc1].into_iter().find(|t| t.name() == name)
+    }
+}
+
+/// A device that a machine has only if it is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum OptionalDevice {
+    /// Port 0xf4: a write ends the run with the exit status `(value << 1) | 1`.
+    DebugExit = 0,
+    /// Port 0xe9: what is written goes to the serial output.
+    Debugcon = 1,
+    /// virtio-rng: random bytes of the host's.
+    Rng = 2,
+}
+
+/// Everything that makes one machine differ from another.
+#[derive(Clone, Debug)]
+pub struct MachineConfig {
+    /// The machine type.
+    pub machine_type: MachineType,
+    /// Guest memory in bytes, a multiple of 4 KiB.
+    pub memory: u64,
+    /// Number of processors, 1 to [`layout::MAX_CPUS`].
+    pub cpus: u32,
+    /// The processor that CPUID shows.
+    pub cpu_model: CpuModel,
+    /// Whether there is a 16550 at COM1.
+    pub serial: bool,
+    /// Devices asked for beside those that every PC has.
+    pub devices: BTreeSet<OptionalDevice>,
+    /// Disks on virtio-blk, by number: at most [`layout::MAX_DISKS`].
+    pub disks: Vec<Arc<Disk>>,
+    /// Networks on virtio-net, by number: at most [`layout::MAX_NETWORKS`].
+    pub networks: Vec<Network>,
+    /// What to boot.
+    pub boot: BootConfig,
+}
+
+impl MachineConfig {
+    /// Checks memory size and processor count, against what the type can have and what the host could ever provide.
+    pub fn validate(&self, host_memory: u64) -> Result<(), MachineError> {
+        if self.memory < layout::MIN_MEMORY {
+            return Err(MachineError::MemoryTooSmall { asked: self.memory });
+        }
+        if !self.memory.is_multiple_of(layout::PAGE) {
+            return Err(MachineError::MemoryUnaligned { asked: self.memory });
+        }
+        if self.memory > host_memory {
+            return Err(MachineError::MemoryTooLarge { asked: self.memory, host: host_memory });
+        }
+        if self.cpus == 0 || self.cpus > layout::MAX_CPUS {
+            return Err(MachineError::CpuCount { asked: self.cpus });
+        }
+        if self.disks.len() > layout::MAX_DISKS {
+            return Err(MachineError::TooManyDisks { asked: self.disks.len() });
+        }
+        if self.networks.len() > layout::MAX_NETWORKS {
+            return Err(MachineError::TooManyNetworks { asked: self.networks.len() });
+        }
+        let missing = crate::processor::missing(self.cpu_model);
+        if !missing.is_empty() {
+            return Err(MachineError::CpuModel { model: self.cpu_model, missing: missing.join(", ") });
+        }
+        Ok(())
+    }
+
+    /// The saved form: the hardware, without what is booted.
+    pub fn saved(&self) -> SavedConfig {
+        SavedConfig {
+            machine_type: self.machine_type.name().into(),
+            memory: self.memory,
+            cpus: self.cpus,
+            serial: self.serial,
+            devices: self.devices.iter().map(|&d| d as i32).collect(),
+            disks: self.disks.len() as u32,
+            networks: self.networks.len() as u32,
+        }
+    }
+}
+
+/// What to boot. Opened before anything else is made, so that a missing file is found first, and kept open: a reset
+/// loads the same files again, even where a path has been given to another file since.
+#[derive(Clone, Debug)]
+pub struct BootConfig {
+    /// The kernel.
+    pub kernel: Arc<Image>,
+    /// Initial RAM disks in order, or multiboot modules.
+    pub initrds: Vec<Arc<Image>>,
+    /// The kernel's command line.
+    pub cmdline: String,
+}
+
+impl BootConfig {
+    /// Opens the files.
+    pub fn open(kernel: &Path, initrds: &[PathBuf], cmdline: &str) -> Result<Self, MachineError> {
+        let kernel = Arc::new(Image::open(kernel, "kernel")?);
+        let initrds = initrds.iter().map(|path| Image::open(path, "initrd").map(Arc::new)).collect::<Result<_, _>>()?;
+        Ok(Self { kernel, initrds, cmdline: cmdline.to_owned() })
+    }
+}
+
+/// The hardware of a saved machine.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct SavedConfig {
+    /// [`MachineType::name`].
+    #[prost(string, tag = "1")]
+    pub machine_type: String,
+    /// Bytes.
+    #[prost(uint64, tag = "2")]
+    pub memory: u64,
+    /// Number of processors.
+    #[prost(uint32, tag = "3")]
+    pub cpus: u32,
+    /// Whether there is a 16550 at COM1.
+    #[prost(bool, tag = "4")]
+    pub serial: bool,
+    /// Optional devices.
+    #[prost(enumeration = "OptionalDevice", repeated, tag = "5")]
+    pub devices: Vec<i32>,
+    /// Number of disks. (What each one is, its device's section says.)
+    #[prost(uint32, tag = "6")]
+    pub disks: u32,
+    /// Number of networks, likewise.
+    #[prost(uint32, tag = "7")]
+    pub networks: u32,
+}
+
+impl Saved for SavedConfig {
+    const NAME: &'static str = "machine";
+    const VERSION: u32 = 1;
+}
+
+impl SavedConfig {
+    /// The configuration of the machine that continues this one. Its processors are those that were saved; `disks` are
+    /// as many as it had, with the content that they had, and `networks` as many too; the files to boot (and the model, whose CPUID is saved with
+    /// each processor) serve its next reset.
+    pub fn config(
+        &self,
+        cpu_model: CpuModel,
+        disks: Vec<Arc<Disk>>,
+        networks: Vec<Network>,
+        boot: BootConfig,
+    ) -> Result<MachineConfig, MachineError> {
+        let machine_type = MachineType::from_name(&self.machine_type)
+            .ok_or_else(|| MachineError::UnknownType { name: self.machine_type.clone() })?;
+        let unknown = |device: i32| StateError::corrupt(Self::NAME, format!("there is no device {device}"));
+        let device = |&d: &i32| OptionalDevice::try_from(d).map_err(|_| unknown(d));
+        let devices = self.devices.iter().map(device).collect::<Result<_, _>>()?;
+        if disks.len() != self.disks as usize {
+            return Err(MachineError::DiskCount { saved: self.disks, given: disks.len() });
+        }
+        if networks.len() != self.networks as usize {
+            return Err(MachineError::NetworkCount { saved: self.networks, given: networks.len() });
+        }
+        let config = MachineConfig {
+            machine_type,
+            memory: self.memory,
+            cpus: self.cpus,
+            cpu_model,
+            serial: self.serial,
+            devices,
+            disks,
+            networks,
+            boot,
+        };
+        Ok(config)
+    }
+}

@@ -1,0 +1,646 @@
+//! One connection: the guest's TCP ends here, and a socket of the host's goes on from here.
+//!
+//! Towards the guest this is a TCP of its own (RFC 9293) over a wire that is short and loses nothing, but for what the
+//! guest itself drops: there is no congestion control, and a loss is mended by going back to the first byte that is
+//! not acknowledged. What the guest sends goes straight to the socket; only what that does not take is kept. What the
+//! socket yields is kept until the guest has acknowledged it.
+
+use std::{
+    os::fd::OwnedFd,
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    event::epoll::EventFlags,
+    io::Errno,
+    net::{
+        RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, recvmsg, sendmsg, shutdown, sockopt,
+    },
+};
+use smoltcp::wire::TcpControl;
+
+use super::{
+    ring::{Memory, Ring},
+    segment::{Incoming, Key, Reply},
+};
+use crate::nat::link::{Link, Sent};
+
+/// What windows are scaled by where the guest knows about it: up to 4 MiB, in steps of 64 bytes.
+const WINDOW_SHIFT: u8 = 6;
+/// How much is read of the host's socket before others have their turn, in bytes.
+const QUANTUM: usize = 256 << 10;
+/// The largest payload of one segment to the guest, in bytes.
+const MAX_SEGMENT: usize = 65535 - 60 - 60;
+/// A guest cannot ask for smaller segments than any host must take (RFC 9293 3.7.1).
+const MIN_MSS: u16 = 536;
+
+/// The first wait for an acknowledgement (RFC 6298 2.1). It doubles up to [`MAX_WAIT`].
+const FIRST_WAIT: Duration = Duration::from_secs(1);
+const MAX_WAIT: Duration = Duration::from_secs(60);
+/// Waits in vain after which a connection is given up.
+const MAX_SYN_RETRIES: u32 = 6;
+const MAX_RETRIES: u32 = 15;
+/// How long the host may take to connect.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(75);
+/// How long an open connection may be silent (RFC 5382 REQ-5: not less than 2 h 4 min).
+const IDLE_TIMEOUT: Duration = Duration::from_secs(2 * 3600 + 5 * 60);
+
+/// How far a connection has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// The guest has sent a SYN, the host's socket is connecting.
+    Connecting,
+    /// The host's socket stands, the guest is to acknowledge our SYN.
+    SynReceived,
+    /// Somebody has connected to a published port, the guest is to answer our SYN.
+    SynSent,
+    /// Both sides stand.
+    Open,
+}
+
+/// What is to be done about a connection.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Next {
+    /// Nothing until something happens.
+    Wait,
+    /// There is more to do at once, when others have had their turn.
+    Again,
+    /// There is more to do as soon as the guest's link has room.
+    Blocked,
+    /// It is over: forget it.
+    Gone,
+    /// The host could not connect.
+    Unreachable(Errno),
+}
+
+/// A connection.
+pub struct Flow {
+    key: Key,
+    socket: OwnedFd,
+    phase: Phase,
+    /// The socket may have something to read.
+    readable: bool,
+    /// The socket may have room.
+    writable: bool,
+    from_guest: FromGuest,
+    to_guest: ToGuest,
+    /// When something last came from either side.
+    last_active: Instant,
+    timer: Timer,
+    /// It is in the list of those with work to do.
+    pub queued: bool,
+    /// See [`crate::nat::timers::Timers`].
+    pub noted: Option<Instant>,
+}
+
+/// The direction from the guest to the host.
+#[derive(Debug, Default)]
+struct FromGuest {
+    /// RCV.NXT.
+    next: u32,
+    /// The first sequence number that the guest has not been allowed to send.
+    edge: u32,
+    /// The scale of the windows that the guest is told.
+    shift: u8,
+    /// What the socket has not taken yet.
+    buffer: Ring,
+    /// The guest has sent its FIN.
+    fin: bool,
+    /// The socket knows.
+    shut: bool,
+    /// The guest is to be told [`FromGuest::next`].
+    ack_due: bool,
+}
+
+/// The direction from the host to the guest.
+#[derive(Debug, Default)]
+struct ToGuest {
+    /// SND.UNA.
+    una: u32,
+    /// SND.NXT.
+    next: u32,
+    /// The highest SND.NXT there was: `next` goes back where something is sent again.
+    max: u32,
+    /// SND.WND, in bytes.
+    window: u32,
+    /// The scale of the windows that the guest tells.
+    shift: u8,
+    /// The largest segment that the guest takes.
+    mss: u16,
+    /// What the guest has not acknowledged, from `una` on.
+    buffer: Ring,
+    /// How much to read of the socket at once, in bytes: as much as there was of late.
+    quantum: usize,
+    /// The SYN is to be sent (again).
+    syn_due: bool,
+    /// The socket will yield nothing more.
+    eof: bool,
+    /// The guest knows.
+    fin_acked: bool,
+    duplicate_acks: u8,
+}
+
+/// Waiting for an acknowledgement.
+#[derive(Debug, Default)]
+struct Timer {
+    at: Option<Instant>,
+    retries: u32,
+}
+
+impl Timer {
+    fn wait(&self) -> Duration {
+        (FIRST_WAIT * 2u32.pow(self.retries.min(6))).min(MAX_WAIT)
+    }
+
+    fn start(&mut self, now: Instant) {
+        self.at.get_or_insert(now + self.wait());
+    }
+
+    fn clear(&mut self) {
+        *self = Self::default();
+    }
+}
+
+impl Flow {
+    /// The connection that the guest's SYN asks for; `socket` is connecting. Segments are at most `mss` bytes.
+    pub fn from_guest(key: Key, socket: OwnedFd, syn: &Incoming<'_>, mss: u16, iss: u32, now: Instant) -> Self {
+        let mut flow = Self::new(key, socket, Phase::Connecting, iss, mss, now);
+        flow.take_syn(syn);
+        flow
+    }
+
+    /// The connection that somebody has made to a published port.
+    pub fn from_host(key: Key, socket: OwnedFd, mss: u16, iss: u32, now: Instant) -> Self {
+        let mut flow = Self::new(key, socket, Phase::SynSent, iss, mss, now);
+        flow.to_guest.syn_due = true;
+        flow.from_guest.shift = WINDOW_SHIFT;
+        flow
+    }
+
+    fn new(key: Key, socket: OwnedFd, phase: Phase, iss: u32, mss: u16, now: Instant) -> Self {
+        let to_guest = ToGuest { una: iss, next: iss, max: iss, mss, quantum: Memory::LEAST, ..ToGuest::default() };
+        Self {
+            key,
+            socket,
+            phase,
+            readable: false,
+            writable: false,
+            from_guest: FromGuest::default(),
+            to_guest,
+            last_active: now,
+            timer: Timer::default(),
+            queued: false,
+            noted: None,
+        }
+    }
+
+    /// What the guest's SYN says of itself.
+    fn take_syn(&mut self, syn: &Incoming<'_>) {
+        self.from_guest.next = syn.seq.wrapping_add(1);
+        self.from_guest.edge = self.from_guest.next;
+        // RFC 7323 2.2: scaling only if both sides ask for it.
+        self.from_guest.shift = if syn.scale.is_some() { WINDOW_SHIFT } else { 0 };
+        self.to_guest.shift = syn.scale.unwrap_or(0);
+        self.to_guest.window = syn.window.into();
+        self.to_guest.mss = self.to_guest.mss.min(syn.mss.unwrap_or(MIN_MSS).max(MIN_MSS));
+    }
+
+    /// Both ends.
+    pub fn key(&self) -> &Key {
+        &self.key
+    }
+
+    /// The host's socket.
+    pub fn socket(&self) -> &OwnedFd {
+        &self.socket
+    }
+
+    /// When something last came.
+    pub fn last_active(&self) -> Instant {
+        self.last_active
+    }
+
+    /// Whether all has been said, and only the guest's last acknowledgement is missing.
+    pub fn is_ending(&self) -> bool {
+        self.from_guest.shut && self.to_guest.eof && self.to_guest.buffer.is_empty()
+    }
+
+    /// The sequence number of the guest's SYN, for an error message about it.
+    pub fn guest_syn(&self) -> u32 {
+        self.from_guest.next.wrapping_sub(1)
+    }
+
+    /// When to call [`Flow::time_out`].
+    pub fn deadline(&self) -> Instant {
+        let limit = if self.phase == Phase::Connecting { CONNECT_TIMEOUT } else { IDLE_TIMEOUT };
+        let idle = self.last_active + limit;
+        self.timer.at.map_or(idle, |at| at.min(idle))
+    }
+
+    /// Gives all memory back.
+    pub fn release(&mut self, memory: &mut Memory) {
+        self.from_guest.buffer.release(memory);
+        self.to_guest.buffer.release(memory);
+    }
+
+    /// The host's socket has news. Each is told once, as it comes up.
+    pub fn on_event(&mut self, events: EventFlags, now: Instant) -> Next {
+        let ended = EventFlags::ERR | EventFlags::HUP | EventFlags::RDHUP;
+        self.readable |= events.intersects(EventFlags::IN | ended);
+        self.writable |= events.intersects(EventFlags::OUT | ended);
+        self.last_active = now;
+        if self.phase != Phase::Connecting || !self.writable {
+            return Next::Again;
+        }
+        match sockopt::socket_error(&self.socket) {
+            Ok(Ok(())) => {
+                self.phase = Phase::SynReceived;
+                self.to_guest.syn_due = true;
+                Next::Again
+            }
+            Ok(Err(error)) | Err(error) => Next::Unreachable(error),
+        }
+    }
+
+    /// A segment has come from the guest (RFC 9293 3.10.7).
+    pub fn on_segment(&mut self, segment: &Incoming<'_>, memory: &mut Memory, link: &mut Link, now: Instant) -> Next {
+        match self.phase {
+            Phase::Connecting if segment.control == TcpControl::Rst => return Next::Gone,
+            // A SYN sent again: the answer is on its way.
+            Phase::Connecting => return Next::Wait,
+            Phase::SynSent => return self.on_syn_answer(segment, now),
+            Phase::SynReceived | Phase::Open => {}
+        }
+        let offset = self.from_guest.next.wrapping_sub(segment.seq).cast_signed();
+        match segment.control {
+            TcpControl::Syn => {
+                // Our answer was lost, or this is another connection: the guest will tell (RFC 5961 4).
+                let again = self.phase == Phase::SynReceived && offset == 1;
+                self.to_guest.syn_due |= again;
+                self.from_guest.ack_due |= !again;
+                return Next::Again;
+            }
+            TcpControl::Rst if offset == 0 => {
+                self.abort_host();
+                return Next::Gone;
+            }
+            TcpControl::Rst => {
+                // RFC 5961 3.2: perhaps; the guest will tell.
+                self.from_guest.ack_due |= self.is_in_window(segment.seq);
+                return Next::Again;
+            }
+            TcpControl::None | TcpControl::Psh | TcpControl::Fin => {}
+        }
+        let Some(ack) = segment.ack else { return Next::Wait };
+        if !self.on_ack(ack, segment, now) {
+            self.from_guest.ack_due = true;
+            return Next::Again;
+        }
+        self.last_active = now;
+        if segment.len() > 0 {
+            self.from_guest.ack_due = true;
+            // Nothing comes out of order but by loss; what is lost comes again.
+            if offset >= 0
+                && let Err(error) = self.take_data(segment, offset.cast_unsigned() as usize, memory)
+            {
+                return self.fail(error, link);
+            }
+        }
+        Next::Again
+    }
+
+    fn is_in_window(&self, seq: u32) -> bool {
+        seq.wrapping_sub(self.from_guest.next) < self.from_guest.edge.wrapping_sub(self.from_guest.next)
+    }
+
+    /// The guest's answer to our SYN.
+    fn on_syn_answer(&mut self, segment: &Incoming<'_>, now: Instant) -> Next {
+        let acks_ours = segment.ack == Some(self.to_guest.una.wrapping_add(1));
+        match segment.control {
+            TcpControl::Rst if acks_ours => {
+                self.abort_host();
+                return Next::Gone;
+            }
+            TcpControl::Syn if acks_ours => {}
+            _ => return Next::Wait,
+        }
+        self.take_syn(segment);
+        self.to_guest.una = self.to_guest.una.wrapping_add(1);
+        self.open(now);
+        self.from_guest.ack_due = true;
+        Next::Again
+    }
+
+    fn open(&mut self, now: Instant) {
+        self.phase = Phase::Open;
+        self.last_active = now;
+        self.timer.clear();
+    }
+
+    /// Takes an acknowledgement. Returns whether the segment is acceptable.
+    fn on_ack(&mut self, ack: u32, segment: &Incoming<'_>, now: Instant) -> bool {
+        let to = &mut self.to_guest;
+        let advance = ack.wrapping_sub(to.una);
+        if advance.cast_signed() < 0 {
+            // An old one: its data may be new.
+            return self.phase == Phase::Open;
+        }
+        if advance > to.max.wrapping_sub(to.una) {
+            return false;
+        }
+        if self.phase == Phase::SynReceived {
+            if advance == 0 {
+                return false;
+            }
+            to.una = to.una.wrapping_add(1);
+            self.open(now);
+        }
+        let to = &mut self.to_guest;
+        let window = u32::from(segment.window) << to.shift;
+        let advance = ack.wrapping_sub(to.una);
+        if advance > 0 {
+            let data = (advance as usize).min(to.buffer.len());
+            to.buffer.consume(data);
+            to.fin_acked |= advance as usize > data;
+            to.una = ack;
+            if to.next.wrapping_sub(to.una).cast_signed() < 0 {
+                to.next = to.una;
+            }
+            to.duplicate_acks = 0;
+            self.timer.clear();
+        } else if to.max != to.una && segment.len() == 0 && window == to.window {
+            // RFC 5681 3.2: three duplicates say that something was lost.
+            to.duplicate_acks = to.duplicate_acks.saturating_add(1);
+            if to.duplicate_acks == 3 {
+                to.next = to.una;
+            }
+        }
+        to.window = window;
+        true
+    }
+
+    /// Takes the data of a segment, all but the first `skip` bytes, which have come before; and its FIN.
+    fn take_data(&mut self, segment: &Incoming<'_>, skip: usize, memory: &mut Memory) -> Result<(), Errno> {
+        let from = &mut self.from_guest;
+        let Some(data) = segment.payload.get(skip..) else { return Ok(()) };
+        if from.fin {
+            return Ok(());
+        }
+        let mut taken = 0;
+        if from.buffer.is_empty() && self.writable && !data.is_empty() {
+            taken = match send(&self.socket, &[std::io::IoSlice::new(data)]) {
+                Ok(count) => count,
+                Err(Errno::AGAIN) => 0,
+                Err(error) => return Err(error),
+            };
+            self.writable = taken == data.len();
+        }
+        // What there is no memory for comes again.
+        taken += from.buffer.push(&data[taken..], memory);
+        from.next = from.next.wrapping_add(taken as u32);
+        if segment.control == TcpControl::Fin && taken == data.len() {
+            from.fin = true;
+            from.next = from.next.wrapping_add(1);
+        }
+        Ok(())
+    }
+
+    /// Does what there is to do.
+    pub fn work(&mut self, memory: &mut Memory, link: &mut Link, now: Instant) -> Next {
+        let more = match self.exchange_with_host(memory) {
+            Ok(more) => more,
+            Err(error) => return self.fail(error, link),
+        };
+        if self.talk_to_guest(memory, link, now) == Sent::Blocked {
+            return Next::Blocked;
+        }
+        for buffer in [&mut self.from_guest.buffer, &mut self.to_guest.buffer] {
+            if buffer.is_empty() {
+                buffer.release(memory);
+            }
+        }
+        match (more, self.from_guest.shut && self.to_guest.fin_acked) {
+            (_, true) => Next::Gone,
+            (true, _) => Next::Again,
+            _ => Next::Wait,
+        }
+    }
+
+    /// Writes to the socket and reads from it. Returns whether there may be more to read.
+    fn exchange_with_host(&mut self, memory: &mut Memory) -> Result<bool, Errno> {
+        if self.phase == Phase::Connecting {
+            return Ok(false);
+        }
+        let from = &mut self.from_guest;
+        while self.writable && !from.buffer.is_empty() {
+            match send(&self.socket, &from.buffer.filled()) {
+                Ok(count) => from.buffer.consume(count),
+                Err(Errno::AGAIN) => self.writable = false,
+                Err(error) => return Err(error),
+            }
+        }
+        if from.fin && !from.shut && from.buffer.is_empty() {
+            // A socket that is not connected any more will say so when it is read.
+            let _ = shutdown(&self.socket, Shutdown::Write);
+            from.shut = true;
+        }
+        let to = &mut self.to_guest;
+        if self.phase != Phase::Open || !self.readable || to.eof {
+            return Ok(false);
+        }
+        let room = to.buffer.make_room(to.quantum, memory);
+        if room == 0 {
+            return Ok(false);
+        }
+        let mut slices = to.buffer.free(room);
+        match recvmsg(&self.socket, &mut slices, &mut RecvAncillaryBuffer::default(), RecvFlags::DONTWAIT) {
+            Ok(message) if message.bytes == 0 => to.eof = true,
+            Ok(message) => {
+                to.buffer.added(message.bytes);
+                let next = if message.bytes == to.quantum { to.quantum * 2 } else { message.bytes.next_power_of_two() };
+                to.quantum = next.clamp(Memory::LEAST, QUANTUM);
+                return Ok(true);
+            }
+            Err(Errno::AGAIN) => self.readable = false,
+            Err(Errno::INTR) => return Ok(true),
+            Err(error) => return Err(error),
+        }
+        Ok(false)
+    }
+
+    /// Sends the guest all that its window allows, or at least an acknowledgement that is due.
+    fn talk_to_guest(&mut self, memory: &Memory, link: &mut Link, now: Instant) -> Sent {
+        if self.to_guest.syn_due {
+            if self.send_syn(memory, link) == Sent::Blocked {
+                return Sent::Blocked;
+            }
+            self.to_guest.syn_due = false;
+            self.timer.start(now);
+        }
+        if self.phase != Phase::Open {
+            return Sent::Yes;
+        }
+        while let Some((offset, len, fin)) = self.next_segment(link) {
+            let (seq, last) = (self.to_guest.next, offset + len == self.to_guest.buffer.len());
+            let control = match (fin, last) {
+                (true, _) => TcpControl::Fin,
+                (false, true) => TcpControl::Psh,
+                (false, false) => TcpControl::None,
+            };
+            let (edge, window) = self.window(memory);
+            let reply = Reply {
+                payload: self.to_guest.buffer.slices(offset, len),
+                mss: self.to_guest.mss,
+                ..Reply::bare(control, seq, Some(self.from_guest.next), window)
+            };
+            if reply.send(&self.key, link) == Sent::Blocked {
+                return Sent::Blocked;
+            }
+            self.told(edge);
+            let to = &mut self.to_guest;
+            to.next = seq.wrapping_add(len as u32 + u32::from(fin));
+            if to.next.wrapping_sub(to.max).cast_signed() > 0 {
+                to.max = to.next;
+            }
+        }
+        let to = &self.to_guest;
+        if to.max != to.una || (to.window == 0 && !to.buffer.is_empty()) {
+            self.timer.start(now);
+        }
+        let (edge, window) = self.window(memory);
+        if self.from_guest.ack_due || self.is_worth_telling(edge) {
+            let reply = Reply::bare(TcpControl::None, self.to_guest.next, Some(self.from_guest.next), window);
+            if reply.send(&self.key, link) == Sent::Blocked {
+                return Sent::Blocked;
+            }
+            self.told(edge);
+        }
+        Sent::Yes
+    }
+
+    /// Our SYN, with an acknowledgement of the guest's if that was first.
+    fn send_syn(&mut self, memory: &Memory, link: &mut Link) -> Sent {
+        let is_answer = self.phase != Phase::SynSent;
+        let iss = self.to_guest.una;
+        // RFC 7323 2.2: the window of a SYN is not scaled.
+        let window = memory.allowance().min(usize::from(u16::MAX)) as u16;
+        let scale = (!is_answer || self.from_guest.shift > 0).then_some(WINDOW_SHIFT);
+        let ack = is_answer.then_some(self.from_guest.next);
+        let reply =
+            Reply { options: Some((self.to_guest.mss, scale)), ..Reply::bare(TcpControl::Syn, iss, ack, window) };
+        let sent = reply.send(&self.key, link);
+        if sent == Sent::Yes {
+            if is_answer {
+                self.told(self.from_guest.next.wrapping_add(window.into()));
+            }
+            self.to_guest.next = iss.wrapping_add(1);
+            self.to_guest.max = self.to_guest.next;
+        }
+        sent
+    }
+
+    /// What to send next: where in the buffer it begins, its length, and whether a FIN follows it.
+    fn next_segment(&self, link: &Link) -> Option<(usize, usize, bool)> {
+        let to = &self.to_guest;
+        let flying = to.next.wrapping_sub(to.una) as usize;
+        // Beyond the last byte there is only the FIN, which has been sent then.
+        let unsent = to.buffer.len().checked_sub(flying)?;
+        let room = (to.window as usize).saturating_sub(flying);
+        let mss = usize::from(to.mss);
+        let most = if link.takes_large_segments(self.key.guest.ip()) { MAX_SEGMENT / mss * mss } else { mss };
+        let len = unsent.min(room).min(most);
+        let fin = to.eof && len == unsent && !to.fin_acked;
+        // RFC 9293 3.8.6.2.1: no small segments for a small window, while larger ones are on their way.
+        let is_silly = len < unsent && len < mss && flying > 0;
+        ((len > 0 && !is_silly) || (fin && (room > 0 || unsent == 0))).then_some((flying, len, fin))
+    }
+
+    /// How far the guest may send, as a sequence number, and the same as the window in a header.
+    fn window(&self, memory: &Memory) -> (u32, u16) {
+        let from = &self.from_guest;
+        let free = memory.allowance().saturating_sub(from.buffer.len());
+        let told = from.edge.wrapping_sub(from.next).cast_signed().max(0).cast_unsigned();
+        // What was once offered is not taken back (RFC 9293 3.8.6).
+        let window = (free as u32).max(told) >> from.shift;
+        let window = window.min(u16::MAX.into()) as u16;
+        (from.next.wrapping_add(u32::from(window) << from.shift), window)
+    }
+
+    fn told(&mut self, edge: u32) {
+        let from = &mut self.from_guest;
+        // Rounding to the scale may not take back what was offered.
+        if edge.wrapping_sub(from.edge).cast_signed() > 0 {
+            from.edge = edge;
+        }
+        from.ack_due = false;
+    }
+
+    /// Whether the window has opened so far that the guest should know (RFC 9293 3.8.6.2.2).
+    fn is_worth_telling(&self, edge: u32) -> bool {
+        let from = &self.from_guest;
+        let told = from.edge.wrapping_sub(from.next).cast_signed();
+        let opened = edge.wrapping_sub(from.edge).cast_signed();
+        let enough = (2 * i32::from(self.to_guest.mss)).min((told + opened) / 2).max(1);
+        !from.fin && opened >= enough && opened >= told
+    }
+
+    /// The deadline has come.
+    pub fn time_out(&mut self, link: &mut Link, now: Instant) -> Next {
+        let Some(at) = self.timer.at else {
+            if now < self.deadline() {
+                return Next::Wait;
+            }
+            return match self.phase {
+                Phase::Connecting => Next::Unreachable(Errno::TIMEDOUT),
+                _ => self.fail(Errno::TIMEDOUT, link),
+            };
+        };
+        if now < at {
+            return Next::Wait;
+        }
+        let limit = if self.phase == Phase::Open { MAX_RETRIES } else { MAX_SYN_RETRIES };
+        if self.timer.retries == limit {
+            return self.fail(Errno::TIMEDOUT, link);
+        }
+        self.timer.retries += 1;
+        self.timer.at = Some(now + self.timer.wait());
+        let to = &mut self.to_guest;
+        if self.phase != Phase::Open {
+            to.syn_due = true;
+        } else if to.max == to.una || to.window == 0 {
+            // RFC 9293 3.8.6.1: a segment that is not acceptable is answered with the window as it is now.
+            let probe = to.una.wrapping_sub(1);
+            let _ = Reply::bare(TcpControl::None, probe, Some(self.from_guest.next), 0).send(&self.key, link);
+        } else {
+            to.next = to.una;
+        }
+        Next::Again
+    }
+
+    /// The host's side has failed, or waiting was in vain: both sides learn of it.
+    fn fail(&mut self, error: Errno, link: &mut Link) -> Next {
+        tracing::debug!("connection {} to {} ends: {error}", self.key.guest, self.key.remote);
+        self.abort_host();
+        if self.phase != Phase::SynSent {
+            let reply = Reply::bare(TcpControl::Rst, self.to_guest.next, Some(self.from_guest.next), 0);
+            reply.send_or_wait(&self.key, link);
+        }
+        Next::Gone
+    }
+
+    /// What is left of the socket ends with a reset instead of a FIN.
+    fn abort_host(&self) {
+        let _ = sockopt::set_socket_linger(&self.socket, Some(Duration::ZERO));
+    }
+}
+
+fn send(socket: &OwnedFd, data: &[std::io::IoSlice<'_>]) -> Result<usize, Errno> {
+    loop {
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        match sendmsg(socket, data, &mut SendAncillaryBuffer::default(), flags) {
+            Err(Errno::INTR) => {}
+            other => return other,
+        }
+    }
+}

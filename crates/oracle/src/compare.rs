@@ -1,0 +1,291 @@
+//! Two outcomes of a case, held against each other.
+
+use iced_x86::{
+    Decoder, DecoderOptions, EncodingKind, Instruction, MemorySize, Mnemonic, OpKind, Register, RflagsBits,
+};
+use purlin_arch::x86_64::regs::rflags;
+
+use crate::{
+    case::{Case, Fault, Outcome},
+    layout::HIGH,
+    translated::Step,
+    xsave::{COMPONENTS, at},
+};
+
+/// The status flags, in RFLAGS' bits.
+pub const STATUS: u64 = rflags::STATUS;
+
+/// What the SDM leaves open in a case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Open {
+    /// Status flags that are undefined at the end.
+    pub flags: u64,
+    /// An instruction has read an undefined flag: anything may differ.
+    pub consumed: bool,
+}
+
+/// Follows the executed instructions: which flags each leaves undefined, and whether one reads such a flag.
+///
+/// `trapped`: the case was ended by a trap behind its last instruction.
+pub fn open(case: &Case, steps: &[Step], trapped: bool) -> Open {
+    let mut open = Open::default();
+    let mut steps = steps.iter().peekable();
+    while let Some(step) = steps.next() {
+        // The last one raised the exception, or was not even there.
+        let again = |next: &&Step| next.rip == step.rip && next.gpr == step.gpr;
+        if steps.peek().is_some_and(again) || steps.peek().is_none() && !trapped {
+            continue;
+        }
+        let Some(insn) = decode(case, step.rip) else { continue };
+        if status(insn.rflags_read()) & open.flags != 0 {
+            open.consumed = true;
+        }
+        if leaves_flags(&insn, step) {
+            continue;
+        }
+        let undefined = status(insn.rflags_undefined()) | undefined_by_count(&insn, step);
+        open.flags = open.flags & !status(insn.rflags_modified()) | undefined;
+    }
+    open
+}
+
+/// The instruction of `case` at `rip`.
+pub fn decode(case: &Case, rip: u64) -> Option<Instruction> {
+    let offset = usize::try_from(rip.checked_sub(case.entry)?).ok()?;
+    let bytes = case.code.get(offset..).filter(|b| !b.is_empty())?;
+    let insn = Decoder::with_ip(case.bits, bytes, rip, DecoderOptions::AMD).decode();
+    (!insn.is_invalid()).then_some(insn)
+}
+
+/// iced's flag bits as RFLAGS' bits.
+fn status(bits: u32) -> u64 {
+    let pairs = [
+        (RflagsBits::OF, rflags::OF),
+        (RflagsBits::SF, rflags::SF),
+        (RflagsBits::ZF, rflags::ZF),
+        (RflagsBits::AF, rflags::AF),
+        (RflagsBits::CF, rflags::CF),
+        (RflagsBits::PF, rflags::PF),
+    ];
+    pairs.iter().filter(|(iced, _)| bits & iced != 0).fold(0, |all, (_, flag)| all | flag)
+}
+
+/// The masked count of a shift or rotate.
+fn count(insn: &Instruction, step: &Step) -> Option<u32> {
+    use Mnemonic::*;
+    if !matches!(insn.mnemonic(), Shl | Sal | Shr | Sar | Rol | Ror | Rcl | Rcr | Shld | Shrd) {
+        return None;
+    }
+    let last = insn.op_count() - 1;
+    let count = match insn.op_kind(last) {
+        OpKind::Immediate8 => u32::from(insn.immediate8()),
+        _ if insn.op_register(last) == Register::CL => step.gpr[1] as u32 & 0xff,
+        _ => 1,
+    };
+    Some(count & if operand_bits(insn) == 64 { 63 } else { 31 })
+}
+
+fn operand_bits(insn: &Instruction) -> u32 {
+    match insn.op0_kind() {
+        OpKind::Register => insn.op0_register().size() as u32 * 8,
+        _ => insn.memory_size().size() as u32 * 8,
+    }
+}
+
+/// A shift by nothing changes no flags.
+fn leaves_flags(insn: &Instruction, step: &Step) -> bool {
+    let repeats = insn.is_string_instruction() && (insn.has_rep_prefix() || insn.has_repne_prefix());
+    let nothing = || match insn.op_kinds().any(|k| matches!(k, OpKind::MemoryESEDI | OpKind::MemorySegESI)) {
+        true => step.gpr[1] as u32 == 0,
+        false => step.gpr[1] == 0,
+    };
+    count(insn, step) == Some(0) || repeats && nothing()
+}
+
+/// SHL and SHR by more than the operand's size leave CF undefined; SHLD and SHRD everything (SDM vol. 2).
+fn undefined_by_count(insn: &Instruction, step: &Step) -> u64 {
+    let Some(count) = count(insn, step) else { return 0 };
+    match insn.mnemonic() {
+        Mnemonic::Shl | Mnemonic::Sal | Mnemonic::Shr if count >= operand_bits(insn) => rflags::CF,
+        Mnemonic::Shld | Mnemonic::Shrd if count > operand_bits(insn) => STATUS,
+        Mnemonic::Rol | Mnemonic::Ror | Mnemonic::Rcl | Mnemonic::Rcr if count != 1 => rflags::OF,
+        _ => 0,
+    }
+}
+
+/// What may be left out of a comparison.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Ignore {
+    /// Status flags.
+    pub flags: u64,
+    /// The x87's last-instruction pointers: AMD's processors save them only while an exception waits.
+    pub pointers: bool,
+}
+
+/// Whether it is one of the differences that are known, and left so. AMD's processors have instructions of many accesses
+/// whose order, and what they leave behind at a fault, is in no manual:
+/// - a segment's limit holds for the whole of a masked operand, or for the elements that are accessed;
+/// - POPA loads registers before it faults, PUSHA stores before it looks at the limit;
+/// - ENTER, MASKMOV and compressed and expanded moves check alignment or not;
+/// - FLD of 80 bits wraps 32-bit addresses between its two loads;
+/// - gathers and scatters are single-stepped by the element, AVX-512 gathers clear what is above their result or do not;
+/// - FXSAVE and FXRSTOR begin in the middle.
+pub fn known(case: &Case, native: &Outcome, translated: &Outcome) -> bool {
+    use Mnemonic::*;
+    let place = |o: &Outcome| (o.rip, o.fault.vector, o.fault.address);
+    let same_fault = place(native) == place(translated);
+    let same_place = native.rip == translated.rip;
+    let checks_alignment = (case.rflags | native.rflags | translated.rflags) & rflags::AC != 0;
+    let beyond_limit = case.bits == 32 && matches!(native.fault.vector, 12 | 13);
+    let wrapped = same_place && native.fault.address == translated.fault.address & 0xffff_ffff;
+    let peculiar = |insn: Instruction| match insn.mnemonic() {
+        _ if insn.has_op_mask() && beyond_limit => true,
+        Fld if insn.memory_size() == MemorySize::Float80 => wrapped,
+        Pusha | Pushad | Fxsave64 | Fxrstor64 => same_place,
+        Maskmovq | Maskmovdqu | Vmaskmovdqu => checks_alignment || same_place,
+        Vcompresspd | Vcompressps | Vpcompressb | Vpcompressd | Vpcompressq | Vpcompressw => checks_alignment,
+        Vexpandpd | Vexpandps | Vpexpandb | Vpexpandd | Vpexpandq | Vpexpandw => checks_alignment,
+        Enter => checks_alignment || same_fault,
+        Popa | Popad => same_fault,
+        _ if !insn.is_vsib() => false,
+        _ => native.fault.vector == 1 || insn.encoding() == EncodingKind::EVEX && same_fault,
+    };
+    [native.rip, translated.rip].into_iter().filter_map(|rip| decode(case, rip)).any(peculiar)
+}
+
+/// The differences, a line each: none if the outcomes agree.
+pub fn differences(case: &Case, native: &Outcome, translated: &Outcome, ignore: Ignore) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut differ = |what: &str, native: u64, translated: u64| {
+        if native != translated {
+            found.push(format!("{what}: native {native:#x}, translated {translated:#x}"));
+        }
+    };
+    differ("vector", native.fault.vector.into(), translated.fault.vector.into());
+    // Linux does not tell whether the kernel's own addresses are mapped.
+    let kernel = native.fault.address >> 47 != 0;
+    let told = if kernel { !1 } else { !0 };
+    differ("error code", (native.fault.error & told).into(), (translated.fault.error & told).into());
+    differ("fault address", native.fault.address, translated.fault.address);
+    differ("rip", native.rip, translated.rip);
+    let (count, mask) = if case.bits == 64 { (16, u64::MAX) } else { (8, u64::from(u32::MAX)) };
+    for (name, (a, b)) in NAMES.iter().zip(native.gpr.iter().zip(&translated.gpr)).take(count) {
+        differ(name, a & mask, b & mask);
+    }
+    let flags = (STATUS | rflags::DF | rflags::AC) & !ignore.flags;
+    differ("rflags", native.rflags & flags, translated.rflags & flags);
+
+    let (a, b) = (&native.area, &translated.area);
+    differ("fcw", a.u16(at::FCW).into(), b.u16(at::FCW).into());
+    differ("fsw", a.u16(at::FSW).into(), b.u16(at::FSW).into());
+    differ("ftw", a.0[at::FTW].into(), b.0[at::FTW].into());
+    differ("mxcsr", a.u32(at::MXCSR).into(), b.u32(at::MXCSR).into());
+    if !ignore.pointers {
+        differ("fop", a.u16(at::FOP).into(), b.u16(at::FOP).into());
+        differ("fip", a.u64(at::FIP), b.u64(at::FIP));
+        differ("fdp", a.u64(at::FDP), b.u64(at::FDP));
+    }
+    for i in 0..8 {
+        let at = at::ST + 16 * i;
+        differ(&format!("st{i} mantissa"), a.u64(at), b.u64(at));
+        differ(&format!("st{i} exponent"), a.u16(at + 8).into(), b.u16(at + 8).into());
+    }
+    let mut words = |name: &str, offset: usize, size: usize| {
+        for at in (offset..offset + size).step_by(8) {
+            if a.u64(at) != b.u64(at) {
+                differ(&format!("{name}+{:#x}", at - offset), a.u64(at), b.u64(at));
+            }
+        }
+    };
+    words("xmm", at::XMM, 256);
+    for c in COMPONENTS.iter() {
+        words(c.name, c.offset, c.size);
+    }
+    if native.memory != translated.memory {
+        let at = native.memory.iter().zip(&translated.memory).position(|(a, b)| a != b).unwrap_or(0);
+        differ(&format!("data+{at:#x}"), native.memory[at].into(), translated.memory[at].into());
+    }
+    found
+}
+
+const NAMES: [&str; 16] =
+    ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"];
+
+/// How `outcome` ended, in words.
+pub fn ending(outcome: &Outcome) -> String {
+    let Fault { vector, error, address } = outcome.fault;
+    format!("natively it ends by vector {vector} (error code {error:#x}, address {address:#x}) at {:#x}", outcome.rip)
+}
+
+/// Whether the case ended by running into the hole behind the code.
+pub fn ran_through(outcome: &Outcome) -> bool {
+    let end = outcome.fault.address == outcome.rip && outcome.rip & !HIGH == crate::layout::CODE_END;
+    outcome.fault.vector == 14 && end
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::xsave::Area;
+
+    fn outcome() -> Outcome {
+        let fault = Fault { vector: 14, error: 6, address: 0x1000_5000 };
+        Outcome { gpr: [7; 16], rip: 0x2000_1000, rflags: 0x246, fault, area: Area::default(), memory: vec![0; 64] }
+    }
+
+    fn case(code: &[u8]) -> Case {
+        let (gpr, entry) = ([7; 16], 0x2000_1000);
+        Case { bits: 64, entry, code: code.to_vec(), gpr, rflags: 0x202, vectors: 0, memory: 0 }
+    }
+
+    fn changed(change: impl Fn(&mut Outcome)) -> Vec<String> {
+        let mut other = outcome();
+        change(&mut other);
+        differences(&case(&[0x90]), &outcome(), &other, Ignore { flags: rflags::AF, pointers: false })
+    }
+
+    #[test]
+    fn every_difference_is_found() {
+        assert_eq!(changed(|_| {}), Vec::<String>::new());
+        assert_eq!(changed(|o| o.rflags ^= rflags::AF | rflags::RF), Vec::<String>::new());
+        type Change = (&'static str, fn(&mut Outcome));
+        let changes: [Change; 12] = [
+            ("vector", |o| o.fault.vector = 13),
+            ("error code", |o| o.fault.error = 7),
+            ("fault address", |o| o.fault.address += 1),
+            ("rip", |o| o.rip += 1),
+            ("r15", |o| o.gpr[15] ^= 1 << 63),
+            ("rflags", |o| o.rflags ^= rflags::OF),
+            ("mxcsr", |o| o.area.0[at::MXCSR] = 1),
+            ("fdp", |o| o.area.0[at::FDP] = 1),
+            ("st7 exponent", |o| o.area.0[at::ST + 16 * 7 + 9] = 1),
+            ("xmm+0xf8", |o| o.area.0[at::XMM + 0xff] = 1),
+            ("ymm-high+0x0", |o| o.area.0[COMPONENTS[0].offset] = 1),
+            ("data+0x3f", |o| o.memory[63] = 1),
+        ];
+        for (name, change) in changes {
+            let lines = changed(change);
+            assert_eq!(lines.len(), 1, "{name}: {lines:?}");
+            assert!(lines[0].starts_with(&format!("{name}:")), "{lines:?}");
+        }
+    }
+
+    #[test]
+    fn undefined_flags_are_followed() {
+        let step = |offset, rcx| Step {
+            rip: 0x2000_1000u64 + offset,
+            gpr: std::array::from_fn(|i| if i == 1 { rcx } else { 7 }),
+        };
+        // imul eax, eax: SF, ZF, AF and PF; then an end.
+        let imul = case(&[0x0f, 0xaf, 0xc0, 0xd3, 0xe0]);
+        let undefined = rflags::SF | rflags::ZF | rflags::AF | rflags::PF;
+        assert_eq!(open(&imul, &[step(0, 0), step(3, 0)], false).flags, undefined);
+        // shl eax, cl: by 0 nothing changes; by 3 AF and OF are undefined, the others are written.
+        assert_eq!(open(&imul, &[step(0, 0), step(3, 0), step(5, 0)], false).flags, undefined);
+        assert_eq!(open(&imul, &[step(0, 3), step(3, 3), step(5, 3)], false).flags, rflags::AF | rflags::OF);
+        // jz reads ZF.
+        let jump = case(&[0x0f, 0xaf, 0xc0, 0x74, 0x00]);
+        assert!(open(&jump, &[step(0, 0), step(3, 0), step(5, 0)], false).consumed);
+        assert!(!open(&jump, &[step(3, 0), step(5, 0)], false).consumed);
+    }
+}

@@ -1,0 +1,51 @@
+//! The cases that once differed, and a bounded run of new ones.
+
+use std::{
+    fs,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use purlin_oracle::{
+    case::Case,
+    check::{Oracle, Verdict},
+    generate::{Generated, Generator},
+};
+
+#[test]
+fn kept_cases_agree() {
+    let mut oracle = Oracle::new().unwrap();
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("seeds");
+    let mut count = 0;
+    for entry in fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        let case = Case::parse(&fs::read_to_string(&path).unwrap()).unwrap();
+        let verdict = oracle.check(&case).unwrap();
+        assert!(matches!(verdict, Verdict::Same { .. }), "{}: {verdict:?}", path.display());
+        count += 1;
+    }
+    assert!(count >= 18, "only {count} kept cases were found");
+}
+
+/// New cases for ten seconds, at most 20,000; seeds that no other run uses.
+#[test]
+fn generated_cases_agree() {
+    const FIRST: u64 = 1 << 40;
+    let mut oracle = Oracle::new().unwrap();
+    let generator = Generator::default();
+    let begin = Instant::now();
+    let mut same = 0;
+    for batch in 0..20_000 / 64 {
+        let seeds = FIRST + batch * 64..FIRST + (batch + 1) * 64;
+        let generated: Vec<(u64, Generated)> = seeds.filter_map(|s| Some((s, generator.generate(s)?))).collect();
+        let cases: Vec<&Case> = generated.iter().map(|(_, g)| &g.case).collect();
+        for ((seed, _), verdict) in generated.iter().zip(oracle.check_all(&cases).unwrap()) {
+            assert!(!matches!(verdict, Verdict::Different { .. }), "`oracle replay {seed}`: {verdict:?}");
+            same += usize::from(matches!(verdict, Verdict::Same { .. }));
+        }
+        if begin.elapsed() > Duration::from_secs(10) {
+            break;
+        }
+    }
+    assert!(same > 500, "only {same} cases came to anything");
+}

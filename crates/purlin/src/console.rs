@@ -1,0 +1,223 @@
+//! The guest's serial port on standard input and output.
+
+use std::{
+    io::{self, Write},
+    sync::{Arc, mpsc},
+    thread,
+};
+
+use purlin_vmm::SerialInput;
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    fd::BorrowedFd,
+    io::{Errno, read, retry_on_intr, write},
+    stdio::{stdin, stdout},
+};
+
+use crate::{
+    prompt::Prompt,
+    stop::{Reason, Stop},
+    terminal,
+};
+
+const ESCAPE_HELP: &str = "Ctrl-A x ends the run, Ctrl-A h shows this, Ctrl-A Ctrl-A sends Ctrl-A to the guest";
+
+/// Standard output. The guest is stopped where it is lost: nobody could see what the guest does.
+pub struct Output(pub Arc<Stop>);
+
+/// A pipe that is ready takes this much without blocking (POSIX, PIPE_BUF).
+const CHUNK: usize = 4096;
+
+impl Write for Output {
+    /// Blocks while the reader does (the guest waits, nothing is lost), but not longer than the run is wanted: a vCPU
+    /// that sits here could not be stopped.
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let chunk = bytes.get(..CHUNK).unwrap_or(bytes);
+        loop {
+            if self.0.reason().is_some() {
+                return Ok(bytes.len());
+            }
+            if !is_ready(stdout(), PollFlags::OUT) {
+                continue;
+            }
+            match write(stdout(), chunk) {
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                // Said at the end of the run, which this is.
+                Err(errno) => self.0.request(Reason::OutputLost(errno.into())),
+                Ok(count) => return Ok(count),
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Waits, for a moment at most, until a descriptor is ready (or broken, which the next call then tells).
+fn is_ready(fd: BorrowedFd<'_>, what: PollFlags) -> bool {
+    const MOMENT: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+    poll(&mut [PollFd::new(&fd, what)], Some(&MOMENT)).is_ok_and(|ready| ready > 0)
+}
+
+/// A file for the serial output. The guest goes on where it cannot be written, for example when the disk is full.
+pub struct LogFile<W> {
+    file: W,
+    name: String,
+    failed: bool,
+}
+
+impl<W: Write> LogFile<W> {
+    /// Writes to `file`; `name` is for the message.
+    pub fn new(file: W, name: String) -> Self {
+        Self { file, name, failed: false }
+    }
+}
+
+impl<W: Write> Write for LogFile<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self.file.write_all(bytes) {
+            Ok(()) => self.failed = false,
+            Err(error) if !self.failed => {
+                self.failed = true;
+                terminal::say(&format!("cannot write to {}: {error}; the guest goes on without it", self.name));
+            }
+            Err(_) => {}
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Passes a pipe or file on standard input to the guest, as fast as that takes it; where `prompt` is given, once it shows
+/// one. Its end means nothing to the guest.
+pub fn pass_pipe(serial: SerialInput, prompt: Option<Arc<Prompt>>) {
+    thread::spawn(move || {
+        prompt.iter().for_each(|prompt| prompt.wait());
+        let mut buffer = [0; 4096];
+        while let Some(bytes) = read_stdin(&mut buffer) {
+            if !serial.push(bytes) {
+                break;
+            }
+        }
+    });
+}
+
+/// How many reads of the terminal may wait for a guest that takes no input.
+const TYPED_AHEAD: usize = 256;
+
+/// Passes what is typed to the guest, and obeys Ctrl-A. Reading goes on where the guest takes nothing, so that Ctrl-A
+/// always works.
+pub fn pass_terminal(serial: SerialInput, stop: Arc<Stop>) {
+    let (sender, receiver) = mpsc::sync_channel::<Vec<u8>>(TYPED_AHEAD);
+    thread::spawn(move || receiver.into_iter().take_while(|bytes| serial.push(bytes)).for_each(drop));
+    thread::spawn(move || {
+        let (mut buffer, mut escape) = ([0; 4096], Escape::default());
+        while let Some(bytes) = read_stdin(&mut buffer) {
+            let (typed, commands) = escape.filter(bytes);
+            for command in commands {
+                match command {
+                    Command::Quit => stop.request(Reason::Quit),
+                    Command::Help => terminal::say(ESCAPE_HELP),
+                }
+            }
+            if !typed.is_empty() && sender.try_send(typed).is_err() {
+                terminal::say("the guest takes no input; what you typed is lost (Ctrl-A x ends the run)");
+            }
+        }
+    });
+}
+
+/// What was read, `None` at the end of standard input.
+fn read_stdin(buffer: &mut [u8]) -> Option<&[u8]> {
+    loop {
+        match retry_on_intr(|| read(stdin(), &mut *buffer)) {
+            Ok(0) => return None,
+            Ok(count) => return buffer.get(..count),
+            // Non-blocking, as some parents leave it.
+            Err(Errno::AGAIN) => _ = is_ready(stdin(), PollFlags::IN),
+            // A terminal that was hung up, a closed descriptor: there will be no more.
+            Err(_) => return None,
+        }
+    }
+}
+
+const CTRL_A: u8 = 1;
+
+/// Finds Ctrl-A and the key after it in what is typed.
+#[derive(Default)]
+struct Escape {
+    pending: bool,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Command {
+    Quit,
+    Help,
+}
+
+impl Escape {
+    /// The bytes for the guest, and the commands.
+    fn filter(&mut self, bytes: &[u8]) -> (Vec<u8>, Vec<Command>) {
+        let (mut typed, mut commands) = (Vec::with_capacity(bytes.len()), Vec::new());
+        for &byte in bytes {
+            match (std::mem::take(&mut self.pending), byte) {
+                (false, CTRL_A) => self.pending = true,
+                (false, byte) => typed.push(byte),
+                (true, b'x' | b'X') => commands.push(Command::Quit),
+                (true, b'h' | b'H' | b'?') => commands.push(Command::Help),
+                (true, CTRL_A) => typed.push(CTRL_A),
+                // Not a command: both keys were meant for the guest.
+                (true, byte) => typed.extend([CTRL_A, byte]),
+            }
+        }
+        (typed, commands)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn all(escape: &mut Escape, text: &[u8]) -> (Vec<u8>, Vec<Command>) {
+        escape.filter(text)
+    }
+
+    #[test]
+    fn commands_are_taken_out() {
+        let mut escape = Escape::default();
+        assert_eq!(all(&mut escape, b"a\x01xb"), (b"ab".to_vec(), vec![Command::Quit]));
+        assert_eq!(all(&mut escape, b"\x01h"), (vec![], vec![Command::Help]));
+        assert_eq!(all(&mut escape, b"\x01\x01x"), (b"\x01x".to_vec(), vec![]));
+        assert_eq!(all(&mut escape, b"\x01e"), (b"\x01e".to_vec(), vec![]));
+    }
+
+    #[test]
+    fn a_command_may_come_in_two_reads() {
+        let mut escape = Escape::default();
+        assert_eq!(all(&mut escape, b"a\x01"), (b"a".to_vec(), vec![]));
+        assert_eq!(all(&mut escape, b"x"), (vec![], vec![Command::Quit]));
+    }
+
+    #[test]
+    fn a_full_disk_is_told_once_and_does_not_stop_the_guest() {
+        struct Full(usize);
+        impl Write for Full {
+            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+                self.0 += 1;
+                Err(io::ErrorKind::StorageFull.into())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let mut log = LogFile::new(Full(0), "log".into());
+        assert_eq!(log.write(b"abc").unwrap(), 3);
+        assert_eq!(log.write(b"abc").unwrap(), 3);
+        assert_eq!(log.file.0, 2, "it is tried again: there may be room by then");
+        assert!(log.failed);
+    }
+}

@@ -1,0 +1,205 @@
+//! `purlin run`: a virtual machine in the foreground.
+
+mod args;
+mod boot;
+mod disk;
+mod net;
+mod quantity;
+
+use std::{
+    fs::File,
+    io::Write,
+    sync::{Arc, OnceLock},
+};
+
+use anyhow::{Result, anyhow};
+use purlin_machine::{MachineError, processor::default_model};
+use purlin_vmm::{
+    OptionalDevice, Outcome, RunConfig, Running, StartError, Vmm,
+    engines::{self, EngineChoice},
+};
+
+pub use self::args::RunArgs;
+use self::{
+    args::Serial,
+    boot::Boot,
+    net::{Connected, Net},
+};
+use crate::{
+    console::{self, LogFile, Output},
+    exit::Ended,
+    prompt::{Prompt, Watched},
+    signals::Signals,
+    stop::{Reason, Stop},
+    terminal::{self, Modes, Raw},
+};
+
+/// Runs the machine until it ends.
+pub fn run(args: RunArgs, signals: Signals) -> Result<Ended> {
+    if args.guest.is_none() && args.kernel.is_none() {
+        return Ok(Ended::WrongUsage(
+            "nothing to boot: name an image (debian, or shell), or give --kernel FILE".into(),
+        ));
+    }
+    let net = args.net.clone().unwrap_or(if is_image(&args) { Net::User { rate: None } } else { Net::None });
+    if let Some(wrong) = at_odds(&args, &net) {
+        return Ok(Ended::WrongUsage(wrong.into()));
+    }
+    // Before anything long begins.
+    let chosen = engines::choose(args.engine)?;
+    let stop = Arc::new(Stop::default());
+    let raw_modes = Arc::new(OnceLock::<Modes>::new());
+    watch(signals, &stop, &raw_modes);
+
+    let interactive = args.serial == Serial::Stdio && terminal::is_interactive();
+    // A server flushes its line until somebody is logged in.
+    let prompt = (is_image(&args) && !interactive).then(|| Arc::new(Prompt::default()));
+    let output = open_output(&args.serial, &stop, prompt.as_ref())?;
+    let boot = match Boot::prepare(&args, interactive, &stop) {
+        Err(_) if stop.reason().is_some() => return Ok(stopped(&stop)),
+        Err(error) if is_unknown_image(&error) => return Ok(Ended::WrongUsage(error.to_string())),
+        other => other?,
+    };
+    let host_name = boot.machine.as_ref().map_or("", |machine| &machine.host_name);
+    let network = net.connect(&args.publish, host_name, boot.machine.is_some())?;
+
+    let raw = interactive.then(Raw::enter).transpose().map_err(|e| anyhow!("cannot make the terminal raw: {e}"))?;
+    if let Some(raw) = &raw {
+        let _ = raw_modes.set(raw.modes());
+    }
+    let running = match Vmm::start(config(&args, &boot, &network, chosen.engine), output) {
+        Ok(running) => Arc::new(running),
+        Err(error) if is_wrong_usage(&error) => return Ok(Ended::WrongUsage(error.to_string())),
+        Err(error) => return Err(error.into()),
+    };
+    if args.engine == EngineChoice::Auto {
+        terminal::say(&chosen.why);
+    }
+    say_ssh(&boot, &network);
+    connect(&args, &running, &stop, interactive, prompt);
+    let outcome = running.wait();
+    drop(raw);
+    Ok(ended(outcome, &stop))
+}
+
+fn watch(signals: Signals, stop: &Arc<Stop>, raw_modes: &Arc<OnceLock<Modes>>) {
+    let (stop, raw_modes) = (stop.clone(), raw_modes.clone());
+    let on_end = move |signal| stop.request(Reason::Signal(signal));
+    let on_continue = move || raw_modes.get().into_iter().for_each(Modes::again);
+    signals.watch(on_end, on_continue);
+}
+
+/// Where the guest's serial output goes (and debugcon's, which works without a serial port too).
+fn open_output(serial: &Serial, stop: &Arc<Stop>, prompt: Option<&Arc<Prompt>>) -> Result<Box<dyn Write + Send>> {
+    let Serial::File(path) = serial else {
+        let output = Output(stop.clone());
+        return Ok(match prompt {
+            Some(prompt) => Box::new(Watched(output, prompt.clone())),
+            None => Box::new(output),
+        });
+    };
+    let file = File::create(path).map_err(|e| anyhow!("cannot create {} for --serial: {e}", path.display()))?;
+    Ok(Box::new(LogFile::new(file, path.display().to_string())))
+}
+
+/// An image is a server to be reached; a kernel of the user's, or the shell, gets a network only if it is asked for.
+fn is_image(args: &RunArgs) -> bool {
+    args.guest.as_deref().is_some_and(|guest| guest != boot::SHELL)
+}
+
+/// What the command line says that does not go together.
+fn at_odds(args: &RunArgs, net: &Net) -> Option<&'static str> {
+    let of_images = args.hostname.is_some() || args.user_data.is_some() || args.disk_size.is_some();
+    if of_images && !is_image(args) {
+        return Some(
+            "--hostname, --user-data and --disk-size are for images: name one, such as debian, or leave them out",
+        );
+    }
+    if !args.publish.is_empty() && !matches!(net, Net::User { .. }) {
+        return Some("--publish leads through the user network: add --net user, or leave --publish out");
+    }
+    None
+}
+
+/// Tells how to reach the guest.
+fn say_ssh(boot: &Boot, network: &Connected) {
+    let (Some(machine), Some(ssh)) = (&boot.machine, network.ssh) else { return };
+    let identity = machine.identity.as_ref().map(|path| format!(" -i {}", path.display())).unwrap_or_default();
+    terminal::say(&format!("the guest's ssh: ssh{identity} -p {} root@{}", ssh.port(), ssh.ip()));
+}
+
+fn config(args: &RunArgs, boot: &Boot, network: &Connected, engine: Arc<dyn purlin_engine::Engine>) -> RunConfig {
+    const MEMORY: u64 = 512 << 20;
+    let default_memory = if boot.machine.is_some() { 2 * MEMORY } else { MEMORY };
+    RunConfig {
+        kernel: boot.kernel.clone(),
+        initrds: boot.initrds.clone(),
+        cmdline: boot.cmdline.clone(),
+        memory: args.memory.unwrap_or(default_memory),
+        cpus: args.cpus,
+        engine,
+        cpu_model: args.cpu.unwrap_or_else(default_model),
+        serial: args.serial != Serial::None,
+        devices: devices(args, boot),
+        disks: boot.disks.iter().chain(&args.disk).cloned().collect(),
+        networks: network.networks.clone(),
+        no_reboot: args.no_reboot,
+    }
+}
+
+/// A server wants randomness before it has had time to gather any.
+fn devices(args: &RunArgs, boot: &Boot) -> Vec<OptionalDevice> {
+    let of_image = boot.machine.is_some().then_some(OptionalDevice::Rng);
+    args.device.iter().copied().chain(of_image).collect()
+}
+
+fn is_unknown_image(error: &anyhow::Error) -> bool {
+    use purlin_images::Error::{Name, NoImage, UnknownBuild};
+    matches!(error.downcast_ref(), Some(Name(_) | NoImage(_) | UnknownBuild(_)))
+}
+
+/// Whether no machine could be as the command line wants it.
+fn is_wrong_usage(error: &StartError) -> bool {
+    use MachineError::{CpuCount, CpuModel, MemoryTooLarge, MemoryTooSmall, MemoryUnaligned, TooManyDisks};
+    let StartError::Machine(error) = error else { return false };
+    matches!(
+        error,
+        TooManyDisks { .. }
+            | MemoryTooSmall { .. }
+            | MemoryUnaligned { .. }
+            | MemoryTooLarge { .. }
+            | CpuCount { .. }
+            | CpuModel { .. }
+    )
+}
+
+/// Connects the running machine with what can stop it and with standard input.
+fn connect(args: &RunArgs, running: &Arc<Running>, stop: &Arc<Stop>, interactive: bool, prompt: Option<Arc<Prompt>>) {
+    let machine = running.clone();
+    stop.on_request(move || machine.stop());
+    match (&args.serial, interactive) {
+        (Serial::Stdio, true) => console::pass_terminal(running.serial_input(), stop.clone()),
+        (Serial::Stdio, false) => console::pass_pipe(running.serial_input(), prompt),
+        (Serial::File(_) | Serial::None, _) => {}
+    }
+}
+
+fn ended(outcome: Outcome, stop: &Stop) -> Ended {
+    match outcome {
+        Outcome::PowerOff | Outcome::Reset => Ended::Well,
+        Outcome::Exit(status) => Ended::WithStatus(status),
+        Outcome::Quit => stopped(stop),
+        crashed @ Outcome::Crashed { .. } => Ended::Crashed(crashed.to_string()),
+    }
+}
+
+/// How a run ends that was asked to.
+fn stopped(stop: &Stop) -> Ended {
+    match stop.reason() {
+        Some(Reason::Signal(signal)) => Ended::Signalled(*signal),
+        Some(Reason::OutputLost(error)) => {
+            Ended::Failed(anyhow!("standard output is lost ({error}): the guest was stopped"))
+        }
+        Some(Reason::Quit) | None => Ended::Well,
+    }
+}

@@ -1,0 +1,102 @@
+//! What `purlin run` boots: a kernel of the user's, a shell in memory, or an image.
+
+use std::{path::PathBuf, sync::Arc};
+
+use anyhow::Result;
+use purlin_debian::{
+    cache::Cache,
+    guest::{Recipe, obtain},
+};
+use purlin_images::{
+    prepare::{Prepared, Request, prepare_run},
+    store::Store,
+};
+use purlin_vmm::storage::{DiskSpec, Format};
+
+use super::args::RunArgs;
+use crate::{progress::Shown, stop::Stop, terminal};
+
+/// The guest that is Debian's kernel with a shell, all in memory.
+pub const SHELL: &str = "shell";
+
+/// What is booted, and what it needs of the machine.
+pub struct Boot {
+    /// The kernel.
+    pub kernel: PathBuf,
+    /// Initial RAM disks, in order.
+    pub initrds: Vec<PathBuf>,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// The guest's own disks, before those that the user adds.
+    pub disks: Vec<DiskSpec>,
+    /// The files of the run, removed when this is dropped.
+    pub machine: Option<Prepared>,
+}
+
+impl Boot {
+    /// Finds, obtains or builds it. `interactive`: the guest has the user's terminal.
+    pub fn prepare(args: &RunArgs, interactive: bool, stop: &Arc<Stop>) -> Result<Self> {
+        match (&args.kernel, args.guest.as_deref()) {
+            (Some(kernel), _) => Ok(Self::of_kernel(args, kernel.clone())),
+            (None, Some(SHELL)) => Self::shell(args, interactive, stop),
+            (None, image) => Self::image(image.unwrap_or_default(), args, interactive, stop),
+        }
+    }
+
+    fn of_kernel(args: &RunArgs, kernel: PathBuf) -> Self {
+        let cmdline = args.cmdline.clone().unwrap_or_else(|| "console=ttyS0".into());
+        Self { kernel, initrds: args.initrd.clone(), cmdline, disks: Vec::new(), machine: None }
+    }
+
+    fn shell(args: &RunArgs, interactive: bool, stop: &Arc<Stop>) -> Result<Self> {
+        let guest = obtain(&Cache::of_user()?, &Recipe::SHELL, &Shown::new(stop.clone()))?;
+        let environment = interactive.then(terminal::environment);
+        let words = [Some("console=ttyS0 quiet"), environment.as_deref(), args.cmdline.as_deref()];
+        Ok(Self {
+            kernel: guest.kernel,
+            initrds: vec![guest.initrd],
+            cmdline: join(&words),
+            disks: Vec::new(),
+            machine: None,
+        })
+    }
+
+    fn image(image: &str, args: &RunArgs, interactive: bool, stop: &Arc<Stop>) -> Result<Self> {
+        let environment = interactive.then(terminal::environment);
+        let arguments = join(&[environment.as_deref(), args.cmdline.as_deref()]);
+        let request = Request {
+            image,
+            host_name: args.hostname.as_deref(),
+            user_data: args.user_data.as_deref(),
+            disk_size: args.disk_size,
+            arguments: Some(&arguments),
+        };
+        let machine = prepare_run(&Store::of_user()?, &request, &Shown::new(stop.clone()))?;
+        let disk = DiskSpec::new(&machine.disk).format(Format::Qcow2);
+        let seed = DiskSpec::new(&machine.seed).format(Format::Raw).read_only();
+        Ok(Self {
+            kernel: machine.kernel.clone(),
+            initrds: machine.initrds.clone(),
+            cmdline: machine.cmdline.clone(),
+            disks: vec![disk, seed],
+            machine: Some(machine),
+        })
+    }
+}
+
+/// The last word on the kernel's command line counts, so the user's come last. What the kernel does not know it hands
+/// to process 1 as environment.
+fn join(words: &[Option<&str>]) -> String {
+    words.iter().flatten().copied().filter(|words| !words.is_empty()).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn command_lines() {
+        assert_eq!(join(&[Some("console=ttyS0 quiet"), None, None]), "console=ttyS0 quiet");
+        assert_eq!(join(&[Some("a"), Some(""), Some("b c")]), "a b c");
+    }
+}

@@ -1,0 +1,36 @@
+//! Signals that ask for the end, received by a thread instead of a handler.
+
+use std::{process, thread};
+
+use nix::sys::signal::SigSet;
+pub use nix::sys::signal::Signal;
+
+/// The signals of interest, blocked in this thread and all that it starts. (Programs that the process starts do not
+/// inherit this: the standard library unblocks signals there.)
+pub struct Signals(SigSet);
+
+impl Signals {
+    /// Blocks them. One that is ignored, as SIGHUP under nohup(1), stays ignored.
+    pub fn block() -> Self {
+        let set: SigSet = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM, Signal::SIGCONT].into_iter().collect();
+        // Cannot fail with a valid set (pthread_sigmask(3)); if it did, the signals would only act as usual.
+        let _ = set.thread_block();
+        Self(set)
+    }
+
+    /// Starts a thread that calls `on_end` at the first signal that asks for the end, and `on_continue` when the process
+    /// goes on after having been stopped. The second signal that asks for the end is obeyed on the spot.
+    pub fn watch(self, on_end: impl Fn(Signal) + Send + 'static, on_continue: impl Fn() + Send + 'static) {
+        thread::spawn(move || {
+            let mut asked = false;
+            while let Ok(signal) = self.0.wait() {
+                match signal {
+                    Signal::SIGCONT => on_continue(),
+                    signal if asked => process::exit(128 + signal as i32),
+                    signal => on_end(signal),
+                }
+                asked |= signal != Signal::SIGCONT;
+            }
+        });
+    }
+}

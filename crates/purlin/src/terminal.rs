@@ -1,0 +1,174 @@
+//! The user's terminal: raw while a guest has it, and given back however the process ends.
+
+use std::{
+    env,
+    io::{self, Read, Write},
+    os::{fd::AsFd, unix::process::CommandExt},
+    process::{Child, Command, ExitCode, Stdio},
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use nix::sys::signal::SigSet;
+use rustix::{
+    stdio::{stderr, stdin},
+    termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr},
+};
+use tracing::level_filters::LevelFilter;
+
+/// Whether [`Raw`] is in force: lines then need a carriage return.
+static IS_RAW: AtomicBool = AtomicBool::new(false);
+
+/// Whether the user is at a terminal.
+pub fn is_interactive() -> bool {
+    isatty(stdin())
+}
+
+/// What a guest on a serial line cannot find out about the terminal: its size and type, as environment variables.
+pub fn environment() -> String {
+    let mut variables = Vec::new();
+    if let Ok(size) = tcgetwinsize(stdin())
+        && size.ws_row > 0
+        && size.ws_col > 0
+    {
+        variables.push(format!("LINES={} COLUMNS={}", size.ws_row, size.ws_col));
+    }
+    let is_word =
+        |text: &String| !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-+._".contains(&b));
+    variables.extend(env::var("TERM").ok().filter(is_word).map(|name| format!("TERM={name}")));
+    variables.join(" ")
+}
+
+/// Tells the user something, on a line of its own on standard error.
+pub fn say(line: &str) {
+    // If standard error is closed there is nobody to tell.
+    let _ = Lines.write_all(format!("purlin: {line}\n").as_bytes());
+}
+
+/// Sends the program's log to standard error: warnings, or what `PURLIN_LOG` says (`error`, `info`, `debug`, `trace`).
+pub fn log_to_stderr() {
+    let level = env::var("PURLIN_LOG").ok().and_then(|level| level.parse().ok()).unwrap_or(LevelFilter::WARN);
+    tracing_subscriber::fmt().with_max_level(level).without_time().with_ansi(false).with_writer(|| Lines).init();
+}
+
+/// Standard error, with the line ends that the terminal needs now.
+struct Lines;
+
+impl Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut text = Vec::with_capacity(bytes.len() + 2);
+        for &byte in bytes {
+            if byte == b'\n' && IS_RAW.load(Ordering::Relaxed) {
+                text.push(b'\r');
+            }
+            text.push(byte);
+        }
+        io::stderr().write_all(&text)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
+
+/// The terminal on standard input in raw mode, until dropped.
+pub struct Raw {
+    modes: Modes,
+    keeper: Option<Child>,
+}
+
+impl Raw {
+    /// Makes it raw.
+    pub fn enter() -> io::Result<Self> {
+        let modes = Modes::of(stdin())?;
+        // Should there be no keeper, `drop` still does its work at all ends but the violent ones.
+        let keeper = start_keeper().ok();
+        tcsetattr(stdin(), OptionalActions::Now, &modes.raw)?;
+        IS_RAW.store(true, Ordering::Relaxed);
+        Ok(Self { modes, keeper })
+    }
+
+    /// The modes, to make the terminal raw again after the process was stopped and continued.
+    pub fn modes(&self) -> Modes {
+        self.modes.clone()
+    }
+}
+
+impl Drop for Raw {
+    fn drop(&mut self) {
+        self.modes.restore(stdin());
+        IS_RAW.store(false, Ordering::Relaxed);
+        if let Some(mut keeper) = self.keeper.take() {
+            drop(keeper.stdin.take());
+            // It has nothing left to do and ends at once.
+            let _ = keeper.wait();
+        }
+    }
+}
+
+/// The terminal's modes as they were found, and the raw ones made of them.
+#[derive(Clone)]
+pub struct Modes {
+    found: Termios,
+    raw: Termios,
+}
+
+impl Modes {
+    fn of(terminal: impl AsFd) -> io::Result<Self> {
+        let found = tcgetattr(terminal)?;
+        let mut raw = found.clone();
+        raw.make_raw();
+        Ok(Self { found, raw })
+    }
+
+    /// Makes the terminal raw again.
+    pub fn again(&self) {
+        // A terminal that has gone away needs nothing.
+        let _ = tcsetattr(stdin(), OptionalActions::Now, &self.raw);
+    }
+
+    /// Puts the terminal back, unless somebody else (a shell after the end of this process) has changed it since.
+    fn restore(&self, terminal: impl AsFd) {
+        let ours = |now: Termios| {
+            (now.local_modes, now.input_modes, now.output_modes)
+                == (self.raw.local_modes, self.raw.input_modes, self.raw.output_modes)
+        };
+        if tcgetattr(&terminal).is_ok_and(ours) {
+            let _ = tcsetattr(&terminal, OptionalActions::Now, &self.found);
+        }
+    }
+}
+
+/// The hidden verb of the keeper: the same program once more, waiting for the end of this process, to put the
+/// terminal back where that could not (SIGKILL, a fault in the engine, the kernel being out of memory).
+pub const KEEPER_VERB: &str = "__keep-terminal";
+
+/// Starts the keeper and waits until it has read the terminal's modes.
+fn start_keeper() -> io::Result<Child> {
+    let mut keeper = Command::new(env::current_exe()?)
+        .arg(KEEPER_VERB)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(stdin().try_clone_to_owned()?)
+        // What kills this process's group spares it.
+        .process_group(0)
+        .spawn()?;
+    if let Some(mut ready) = keeper.stdout.take() {
+        ready.read_exact(&mut [0])?;
+    }
+    Ok(keeper)
+}
+
+/// The keeper. The terminal is its standard error; its standard input ends when the process that started it does.
+pub fn keep() -> ExitCode {
+    // SIGTTOU among them: a background process that blocks it may set the terminal's modes (POSIX, tcsetattr).
+    let _ = SigSet::all().thread_block();
+    let Ok(modes) = Modes::of(stderr()) else { return ExitCode::FAILURE };
+    if io::stdout().write_all(b"\n").and_then(|()| io::stdout().flush()).is_err() {
+        return ExitCode::FAILURE;
+    }
+    // Nothing is ever sent.
+    let _ = io::stdin().read(&mut [0]);
+    modes.restore(stderr());
+    ExitCode::SUCCESS
+}

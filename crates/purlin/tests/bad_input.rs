@@ -1,0 +1,119 @@
+//! Bad input gets one line that says what, why and what to do, and a status.
+
+mod support;
+
+use std::{fs, path::PathBuf, process::Output};
+
+use support::{assert_one_line, purlin};
+use tempfile::TempDir;
+
+fn run(arguments: &str) -> Output {
+    purlin().args(arguments.split_whitespace()).output().unwrap()
+}
+
+#[test]
+fn wrong_usage() {
+    for (arguments, words) in [
+        ("rum", &["'rum'", "similar", "'run'"][..]),
+        ("run", &["nothing to boot", "--kernel"]),
+        ("run debain", &["'debain'", "debian"]),
+        ("run shell --engine kvn", &["'kvn'", "auto, kvm, translator", "similar", "'kvm'"]),
+        ("run shell --cpu x86-64-v5", &["'x86-64-v5'", "x86-64-v4"]),
+        ("run shell --device debug-exti", &["'debug-exti'", "similar", "'debug-exit'"]),
+        ("run shell --kernle x", &["--kernle", "similar", "'--kernel'"]),
+        ("run shell --memory 512", &["'512'", "512M"]),
+        ("run shell --memory lots", &["'lots'", "512M"]),
+        ("run shell --cpus two", &["'two'", "--cpus"]),
+        ("run shell --cpus -1", &["-1"]),
+        ("run shell --serial tcp:1", &["'tcp:1'", "stdio, file:PATH, none"]),
+        ("run shell --kernel x", &["--kernel"]),
+        ("run --initrd x", &["--kernel"]),
+        ("run shell --disk a,format=vmdk", &["'format=vmdk'", "raw or qcow2"]),
+        ("run shell --disk a,readonyl", &["'readonyl'", "readonly"]),
+        ("run shell --disk a,bps=fast", &["bytes a second"]),
+        ("run shell --net bridge", &["'bridge'", "user, tap=NAME, none"]),
+        ("run debian --publish 80:80 --net none", &["--publish", "--net user"]),
+        ("run shell --hostname a", &["--hostname", "images"]),
+        ("run shell --publish 80", &["'80'", "[HOST:]PORT:GUESTPORT"]),
+        ("run --kernel x --user-data y", &["--user-data", "--kernel"]),
+    ] {
+        let output = run(arguments);
+        assert_one_line(&output, 2, words);
+        assert!(output.stdout.is_empty());
+    }
+}
+
+#[test]
+fn help_goes_to_standard_output() {
+    for (arguments, words) in [
+        ("--help", &["run", "doctor", "Examples:", "purlin run debian"][..]),
+        ("run --help", &["--kernel <FILE>", "--no-reboot", "Examples:", "Ctrl-A x", "Exit status:"]),
+        ("doctor --help", &["--json"]),
+    ] {
+        let output = run(arguments);
+        assert_eq!(output.status.code(), Some(0));
+        let text = String::from_utf8(output.stdout).unwrap();
+        words.iter().for_each(|word| assert!(text.contains(word), "no '{word}' in: {text}"));
+        assert!(output.stderr.is_empty());
+    }
+}
+
+/// A directory with one file in it.
+fn file(bytes: &[u8]) -> (TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("file");
+    fs::write(&path, bytes).unwrap();
+    (dir, path)
+}
+
+fn boot(kernel: &str, more: &[&str]) -> Output {
+    purlin().args(["run", "--engine", "translator", "--kernel", kernel]).args(more).output().unwrap()
+}
+
+#[test]
+fn no_such_kernel_or_initrd() {
+    assert_one_line(&boot("/no/such/kernel", &[]), 1, &["/no/such/kernel", "No such file"]);
+    let (_dir, kernel) = file(&support::kernel());
+    assert_one_line(&boot(kernel.to_str().unwrap(), &["--initrd", "/no/such/initrd"]), 1, &["/no/such/initrd"]);
+}
+
+#[test]
+fn a_kernel_that_is_none() {
+    let mut arm = support::elf_header();
+    arm[18..20].copy_from_slice(&183u16.to_le_bytes()); // EM_AARCH64
+    for (bytes, words) in [
+        (&b""[..], &["empty"][..]),
+        (b"#!/bin/sh\necho not a kernel\n", &["kernel"]),
+        (&arm, &["AArch64"]),
+        (&support::truncated_bzimage(), &["truncated"]),
+    ] {
+        let (_dir, path) = file(bytes);
+        assert_one_line(&boot(path.to_str().unwrap(), &[]), 1, words);
+    }
+    assert_one_line(&boot("/", &[]), 1, &["'/'", "regular file"]);
+}
+
+#[test]
+fn impossible_machines() {
+    let (_dir, kernel) = file(&support::kernel());
+    let kernel = kernel.to_str().unwrap();
+    for (more, words) in [
+        (["--memory", "0"], &["memory", "at least"][..]),
+        (["--memory", "1M"], &["memory", "at least"]),
+        (["--memory", "1000T"], &["memory", "RAM and swap"]),
+        (["--cpus", "0"], &["0"]),
+        (["--cpus", "10000"], &["10000"]),
+    ] {
+        assert_one_line(&boot(kernel, &more), 2, words);
+    }
+    let (_dir, initrd) = file(&vec![0; 40 << 20]);
+    let output = boot(kernel, &["--memory", "32M", "--initrd", initrd.to_str().unwrap()]);
+    assert_one_line(&output, 1, &["initrd", "memory"]);
+}
+
+#[test]
+fn a_serial_file_that_cannot_be() {
+    let (_dir, kernel) = file(&support::kernel());
+    let output = boot(kernel.to_str().unwrap(), &["--serial", "file:/no/such/directory/log"]);
+    assert_one_line(&output, 1, &["/no/such/directory/log", "--serial"]);
+}

@@ -1,0 +1,198 @@
+//! io_uring: what a thread has asked of the kernel and not yet heard of.
+//!
+//! A [`Ring`] belongs to one thread. While that thread polls a request's future, the ring is its *current* one, and the
+//! files below (see `host_file.rs`) put their operations into it. Without a current ring they do them at once, with
+//! preadv and its like: so it is on hosts that do not allow io_uring, and in tools.
+
+use std::{
+    cell::RefCell,
+    future::Future,
+    io,
+    os::fd::{AsRawFd, BorrowedFd},
+    pin::Pin,
+    rc::Rc,
+    sync::OnceLock,
+    task::{Context, Poll, Waker},
+};
+
+use io_uring::{IoUring, squeue};
+
+/// Submissions that are collected before the kernel is told, at most.
+const ENTRIES: u32 = 128;
+
+thread_local! {
+    static CURRENT: RefCell<Option<Rc<Ring>>> = const { RefCell::new(None) };
+}
+
+/// The ring of the future that this thread is polling.
+pub(crate) fn current() -> Option<Rc<Ring>> {
+    CURRENT.with_borrow(Clone::clone)
+}
+
+/// Makes `ring` the current one while `f` runs.
+pub(crate) fn enter<R>(ring: Option<&Rc<Ring>>, f: impl FnOnce() -> R) -> R {
+    struct Restore(Option<Rc<Ring>>);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            CURRENT.set(self.0.take());
+        }
+    }
+    let _restore = Restore(CURRENT.replace(ring.cloned()));
+    f()
+}
+
+/// One io_uring and the operations in it.
+pub(crate) struct Ring {
+    uring: RefCell<IoUring>,
+    operations: RefCell<Operations>,
+}
+
+/// What became of each operation, by its number in the ring (the kernel's `user_data`).
+#[derive(Default)]
+struct Operations {
+    slots: Vec<State>,
+    free: Vec<usize>,
+}
+
+enum State {
+    Free,
+    InFlight(Option<Waker>),
+    Done(i32),
+}
+
+impl Ring {
+    /// A ring, or `None` where the host does not allow it (old kernel, seccomp, sysctl kernel.io_uring_disabled) or the
+    /// environment says `PURLIN_IO_URING=off`.
+    pub(crate) fn new() -> Option<Rc<Self>> {
+        static ALLOWED: OnceLock<bool> = OnceLock::new();
+        let off = || std::env::var_os("PURLIN_IO_URING").is_some_and(|value| value == "off");
+        if !ALLOWED.get_or_init(|| !off() && IoUring::new(2).is_ok()) {
+            return None;
+        }
+        let uring =
+            IoUring::new(ENTRIES).inspect_err(|e| tracing::info!("no io_uring for a disk's queue: {e}")).ok()?;
+        // Without these two, operations could get lost (before Linux 5.5); nobody has such a kernel and wants io_uring.
+        let usable = uring.params().is_feature_nodrop() && uring.params().is_feature_submit_stable();
+        usable.then(|| Rc::new(Self { uring: RefCell::new(uring), operations: RefCell::default() }))
+    }
+
+    /// Puts an operation into the ring. The kernel hears of it at the next [`Ring::submit`].
+    ///
+    /// # Safety
+    /// The memory that the operation names must stay valid until the returned future is ready or dropped, and whoever
+    /// holds that memory must not forget the future.
+    pub(crate) unsafe fn start(self: Rc<Self>, entry: squeue::Entry) -> Operation {
+        let slot = self.operations.borrow_mut().allocate();
+        let entry = entry.user_data(slot as u64);
+        // SAFETY: as this function's caller promises.
+        while unsafe { self.uring.borrow_mut().submission().push(&entry) }.is_err() {
+            self.submit();
+            // With too many results untaken, the kernel takes nothing more.
+            self.reap();
+        }
+        Operation { ring: self, slot }
+    }
+
+    /// Tells the kernel of what was started.
+    pub(crate) fn submit(&self) {
+        let mut uring = self.uring.borrow_mut();
+        if !uring.submission().is_empty() {
+            retry(|| uring.submit());
+        }
+    }
+
+    /// Takes what is done out of the ring and wakes those who wait for it.
+    pub(crate) fn reap(&self) {
+        let mut uring = self.uring.borrow_mut();
+        let mut operations = self.operations.borrow_mut();
+        for completion in uring.completion() {
+            operations.finish(completion.user_data() as usize, completion.result());
+        }
+    }
+
+    /// Lends a descriptor that is readable while there is something for [`Ring::reap`].
+    pub(crate) fn with_fd<R>(&self, f: impl FnOnce(BorrowedFd<'_>) -> R) -> R {
+        let fd = self.uring.borrow().as_raw_fd();
+        // SAFETY: the ring keeps it open, and outlives the call.
+        f(unsafe { BorrowedFd::borrow_raw(fd) })
+    }
+
+    /// Blocks until at least one operation is done.
+    fn wait(&self) {
+        {
+            let uring = self.uring.borrow_mut();
+            retry(|| uring.submit_and_wait(1));
+        }
+        self.reap();
+    }
+}
+
+/// Calls `enter` again where a signal came in between or the kernel is short of something for a moment.
+fn retry(mut enter: impl FnMut() -> io::Result<usize>) {
+    while let Err(error) = enter() {
+        match error.raw_os_error() {
+            Some(libc::EINTR) => {}
+            // Results must be taken first, which is the caller's next step.
+            Some(libc::EBUSY) => return,
+            Some(libc::EAGAIN) => std::thread::yield_now(),
+            // Nothing of what we do can cause another one (bad descriptor, bad flags).
+            _ => panic!("io_uring_enter: {error}"),
+        }
+    }
+}
+
+impl Operations {
+    fn allocate(&mut self) -> usize {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(State::Free);
+            self.slots.len() - 1
+        });
+        self.slots[slot] = State::InFlight(None);
+        slot
+    }
+
+    fn finish(&mut self, slot: usize, result: i32) {
+        if let Some(state) = self.slots.get_mut(slot)
+            && let State::InFlight(waker) = std::mem::replace(state, State::Done(result))
+            && let Some(waker) = waker
+        {
+            waker.wake();
+        }
+    }
+
+    fn free(&mut self, slot: usize) {
+        self.slots[slot] = State::Free;
+        self.free.push(slot);
+    }
+}
+
+/// An operation in a ring; ready with its result: what a system call would return, errors as negative numbers.
+///
+/// Dropped before that, it waits: the kernel must be done with the memory.
+pub(crate) struct Operation {
+    ring: Rc<Ring>,
+    slot: usize,
+}
+
+impl Future for Operation {
+    type Output = i32;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<i32> {
+        match &mut self.ring.operations.borrow_mut().slots[self.slot] {
+            State::Done(result) => Poll::Ready(*result),
+            state => {
+                *state = State::InFlight(Some(context.waker().clone()));
+                Poll::Pending
+            }
+        }
+    }
+}
+
+impl Drop for Operation {
+    fn drop(&mut self) {
+        while !matches!(self.ring.operations.borrow().slots[self.slot], State::Done(_)) {
+            self.ring.wait();
+        }
+        self.ring.operations.borrow_mut().free(self.slot);
+    }
+}

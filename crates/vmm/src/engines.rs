@@ -1,0 +1,138 @@
+//! Which engine runs a machine on this host.
+
+use std::{fmt, str::FromStr, sync::Arc};
+
+use purlin_engine::{Engine, EngineError};
+use purlin_engine_kvm::{KvmEngine, Obstacle, Probed, probe};
+use purlin_engine_translator::TranslatorEngine;
+
+/// What the user asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum EngineChoice {
+    /// KVM where it runs kernels, else the translator.
+    #[default]
+    Auto,
+    /// KVM, or an error that says why not.
+    Kvm,
+    /// The translator.
+    Translator,
+}
+
+impl EngineChoice {
+    /// All of them, under the names that users give.
+    pub const NAMES: [(&str, Self); 3] = [("auto", Self::Auto), ("kvm", Self::Kvm), ("translator", Self::Translator)];
+}
+
+/// The user named an engine that there is not.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("there is no engine '{0}': the engines are auto, kvm and translator")]
+pub struct UnknownEngine(String);
+
+impl FromStr for EngineChoice {
+    type Err = UnknownEngine;
+
+    fn from_str(name: &str) -> Result<Self, UnknownEngine> {
+        let known = Self::NAMES.iter().find(|(known, _)| *known == name);
+        known.map(|(_, choice)| *choice).ok_or_else(|| UnknownEngine(name.to_owned()))
+    }
+}
+
+impl fmt::Display for EngineChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(Self::NAMES.iter().find(|(_, choice)| choice == self).map_or("", |(name, _)| name))
+    }
+}
+
+/// The engine that a machine will run on.
+#[derive(Clone)]
+pub struct Chosen {
+    /// It.
+    pub engine: Arc<dyn Engine>,
+    /// Which it is and why, in one line for a person.
+    pub why: String,
+}
+
+impl fmt::Debug for Chosen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Chosen").field("engine", &self.engine.name()).field("why", &self.why).finish()
+    }
+}
+
+/// Opens the engine that `choice` comes to on this host. Probes KVM (see [`mod@purlin_engine_kvm::probe`]) unless the
+/// translator was asked for.
+pub fn choose(choice: EngineChoice) -> Result<Chosen, EngineError> {
+    match choice {
+        EngineChoice::Auto => auto(probe()),
+        EngineChoice::Kvm => kvm(probe()),
+        EngineChoice::Translator => translator("asked for"),
+    }
+}
+
+fn auto(probed: Result<Probed, Obstacle>) -> Result<Chosen, EngineError> {
+    let obstacle = match probed {
+        Ok(probed) => match open_kvm(probed) {
+            Ok(chosen) => return Ok(chosen),
+            Err(error) => error.to_string(),
+        },
+        Err(obstacle) => obstacle.to_string(),
+    };
+    translator(&obstacle).map_err(|error| {
+        EngineError::Unavailable(format!("no engine works here. KVM: {obstacle}. Translator: {error}"))
+    })
+}
+
+fn kvm(probed: Result<Probed, Obstacle>) -> Result<Chosen, EngineError> {
+    open_kvm(probed.map_err(|o| EngineError::Unavailable(format!("{o}. {}", o.advice())))?)
+}
+
+fn open_kvm(probed: Probed) -> Result<Chosen, EngineError> {
+    Ok(Chosen { engine: Arc::new(KvmEngine::new()?), why: format!("engine: KVM ({})", speed(probed)) })
+}
+
+/// What the probe found, in words.
+pub(crate) fn speed(probed: Probed) -> String {
+    format!("a probe kernel ran at {:.0}% of the host's speed", (100.0 / probed.slowdown).min(100.0))
+}
+
+fn translator(why: &str) -> Result<Chosen, EngineError> {
+    Ok(Chosen { engine: Arc::new(TranslatorEngine::new()?), why: format!("engine: translator ({why})") })
+}
+
+#[cfg(test)]
+mod tests {
+    use purlin_engine::EngineError;
+    use purlin_engine_kvm::{DeviceError, Obstacle};
+
+    use super::{EngineChoice, auto, kvm};
+
+    #[test]
+    fn names_are_those_that_are_shown() {
+        for (name, choice) in EngineChoice::NAMES {
+            assert_eq!(name.parse(), Ok(choice));
+            assert_eq!(choice.to_string(), name);
+        }
+        assert_eq!(
+            "KVM".parse::<EngineChoice>().expect_err("names are lower case").to_string(),
+            "there is no engine 'KVM': the engines are auto, kvm and translator"
+        );
+    }
+
+    #[test]
+    fn auto_takes_the_translator_where_kvm_does_not_run_kernels() {
+        let obstacle = Obstacle::Instruction { instruction: "int3", said: String::new() };
+        let chosen = auto(Err(obstacle)).expect("the translator runs anywhere");
+        assert_eq!(chosen.engine.name(), "translator");
+        assert_eq!(
+            chosen.why,
+            "engine: translator (this host's KVM does not run kernels: it cannot execute `int3` in ring 0)"
+        );
+    }
+
+    #[test]
+    fn kvm_by_name_says_why_not_and_what_to_do() {
+        let error = kvm(Err(Obstacle::Device(DeviceError::Forbidden))).expect_err("no permission");
+        assert!(matches!(error, EngineError::Unavailable(_)));
+        let text = error.to_string();
+        assert!(text.starts_with("no permission to open /dev/kvm. Join the group"), "{text}");
+    }
+}

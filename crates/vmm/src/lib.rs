@@ -1,0 +1,22 @@
+//! The process of one virtual machine: a thread for each vCPU, and the lifecycle that they share.
+//!
+//! [`Vmm::start`] makes a machine and starts it; the [`Running`] that it returns pauses, saves and ends it and waits
+//! for its [`Outcome`].
+#![forbid(unsafe_code)]
+
+mod config;
+pub mod engines;
+pub mod host;
+mod lifecycle;
+mod running;
+mod vcpu;
+
+pub use config::{Outcome, RunConfig};
+pub use lifecycle::{LifecycleError, StartError};
+pub use purlin_machine::{
+    SerialInput,
+    config::{NetConfig, Network, OptionalDevice},
+};
+pub use purlin_network as network;
+pub use purlin_storage as storage;
+pub use running::{Running, Vmm};

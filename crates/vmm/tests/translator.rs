@@ -1,0 +1,134 @@
+//! Each boot method under the translator, with kernels of a few bytes.
+
+use std::{fs, io, path::PathBuf, sync::Arc, time::Duration};
+
+use purlin_arch::x86_64::cpuid::CpuModel;
+use purlin_engine::Engine;
+use purlin_engine_translator::TranslatorEngine;
+use purlin_machine::testing::kernels::{BzImage, elf, multiboot_flat};
+use purlin_vmm::{OptionalDevice, Outcome, RunConfig, Vmm};
+
+/// `None` only where the tests are told to do without KVM.
+fn engine() -> Option<Arc<dyn Engine>> {
+    if std::env::var_os("PURLIN_TEST_NO_KVM").is_some() {
+        return None;
+    }
+    let engine = TranslatorEngine::new().expect("these tests need /dev/kvm (PURLIN_TEST_NO_KVM=1 goes without)");
+    Some(Arc::new(engine))
+}
+
+struct KernelFile(PathBuf);
+
+impl KernelFile {
+    fn new(name: &str, bytes: &[u8]) -> Self {
+        let path = std::env::temp_dir().join(format!("purlin-kvm-{name}-{}", std::process::id()));
+        fs::write(&path, bytes).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for KernelFile {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+fn config(engine: Arc<dyn Engine>, kernel: &KernelFile) -> RunConfig {
+    RunConfig {
+        kernel: kernel.0.clone(),
+        initrds: Vec::new(),
+        cmdline: String::new(),
+        memory: 16 << 20,
+        cpus: 2,
+        engine,
+        cpu_model: CpuModel::V2,
+        serial: true,
+        devices: vec![OptionalDevice::DebugExit],
+        disks: Vec::new(),
+        networks: Vec::new(),
+        no_reboot: true,
+    }
+}
+
+/// Code that ends the run with 0x15 where the flags after `compare` say equal, with 1 where not; the same bytes mean
+/// the same in 32-bit and in 64-bit mode.
+fn check(compare: &[u8]) -> Vec<u8> {
+    let jump_if_different = [0x75, 5];
+    let exit = |value| [0xb0, value, 0xe6, 0xf4, 0xf4];
+    [compare, &jump_if_different, &exit(0x15), &exit(1)].concat()
+}
+
+/// mov eax, [rsi + 0x202]; cmp eax, "HdrS"
+const BOOT_PARAMS: &[u8] = b"\x8b\x86\x02\x02\x00\x00\x3dHdrS";
+/// cmp dword [ebx], XEN_HVM_START_MAGIC_VALUE
+const START_INFO: &[u8] = b"\x81\x3b\x78\xc5\x6e\x33";
+/// cmp eax, the loader's magic number
+const MULTIBOOT: &[u8] = b"\x3d\x02\xb0\xad\x2b";
+
+fn outcome(name: &str, kernel: &[u8]) -> Option<Outcome> {
+    let file = KernelFile::new(name, kernel);
+    Some(Vmm::start(config(engine()?, &file), Box::new(io::sink())).unwrap().wait())
+}
+
+const GOOD: Option<Outcome> = Some(Outcome::Exit(0x15 << 1 | 1));
+
+#[test]
+fn every_boot_method_enters_its_kernel_with_what_it_promises() {
+    let wrong = check(MULTIBOOT);
+    let kernels = [
+        ("bz64", BzImage { code32: &wrong, code64: Some(&check(BOOT_PARAMS)), ..Default::default() }.build()),
+        ("bz32", BzImage { code32: &check(BOOT_PARAMS), code64: None, ..Default::default() }.build()),
+        ("pvh64", elf(64, 62, &check(START_INFO), true)),
+        ("pvh32", elf(32, 3, &check(START_INFO), true)),
+        ("multiboot", multiboot_flat(&check(MULTIBOOT))),
+    ];
+    for (name, kernel) in kernels {
+        let outcome = outcome(name, &kernel);
+        assert!(outcome.is_none() || outcome == GOOD, "{name}: {outcome:?}");
+    }
+}
+
+#[test]
+fn a_triple_fault_says_where() {
+    // lidt of an empty table, then ud2 at 0x100028: #UD, #GP, shutdown.
+    let code = b"\x0f\x01\x1d\x30\x00\x10\x00\x90\x0f\x0b\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00";
+    let Some(outcome) = outcome("triple", &multiboot_flat(code)) else { return };
+    let Outcome::Crashed { vcpu: 0, message, .. } = &outcome else { panic!("{outcome:?}") };
+    assert_eq!(message, "triple fault");
+}
+
+/// A loop that counts in memory, moved to a new machine again and again, arrives with the exact count.
+#[test]
+fn a_guest_moved_in_mid_loop_counts_right() {
+    let Some(engine) = engine() else { return };
+    // mov ecx, 400000000; again: add dword [0x200000], 1; dec ecx; jnz again; cmp dword [0x200000], 400000000
+    let count = b"\xb9\x00\x84\xd7\x17\x83\x05\x00\x00\x20\x00\x01\x49\x75\xf6\x81\x3d\x00\x00\x20\x00\x00\x84\xd7\x17";
+    let file = KernelFile::new("count", &multiboot_flat(&check(count)));
+    let config = config(engine, &file);
+    let mut running = Vmm::start(config.clone(), Box::new(io::sink())).unwrap();
+    let mut moves = 0;
+    while running.pause().is_ok() {
+        let state = running.save().unwrap();
+        let copy = |to: &_| {
+            copy_memory(&running.memory().unwrap(), to);
+            Ok(())
+        };
+        let next = Vmm::restore(config.clone(), &state, copy, Box::new(io::sink())).unwrap();
+        next.resume().unwrap();
+        running = next;
+        moves += 1;
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(running.wait(), Outcome::Exit(0x15 << 1 | 1));
+    assert!(moves > 1, "{moves}");
+}
+
+fn copy_memory(from: &purlin_engine::memory::GuestRam, to: &purlin_engine::memory::GuestRam) {
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+    for region in from.iter() {
+        let mut bytes = vec![0; region.len() as usize];
+        let start = GuestAddress(region.start_addr().0);
+        from.read_slice(&mut bytes, start).unwrap();
+        to.write_slice(&bytes, start).unwrap();
+    }
+}

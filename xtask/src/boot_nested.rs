@@ -1,0 +1,106 @@
+//! The boot tests on true KVM, on machines that have none: this program inside emulated AMD-V.
+//!
+//! Everything is at the same path inside, so that the guests are found in the cache and the programs where they were
+//! built.
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
+
+use crate::{
+    boot::BootArgs,
+    guests::Kernel,
+    machine,
+    nested::{self, Job},
+    shell::target,
+};
+
+/// What QEMU reads when it boots a kernel: its data, and SeaBIOS.
+const QEMU_DATA: [&str; 3] =
+    ["/usr/share/seabios/bios-256k.bin", "/usr/share/qemu/kvmvapic.bin", "/usr/share/qemu/linuxboot_dma.bin"];
+
+/// Runs the boot tests inside.
+pub fn run(args: &BootArgs) -> Result<()> {
+    let same = |path: PathBuf| (path.clone(), path);
+    let mut files = vec![same(machine::program()), (qemu()?, "/usr/bin/qemu-system-x86_64".into())];
+    files.extend(QEMU_DATA.map(|path| same(path.into())));
+    for kernel in args.kernels() {
+        let guest = kernel.guest()?;
+        let sums = guest.kernel.with_file_name("SHA256SUMS");
+        files.extend([guest.kernel, guest.initrd, sums].map(same));
+    }
+    let job = |arguments| -> Result<Job> {
+        Ok(Job {
+            program: env::current_exe()?,
+            args: arguments,
+            // QEMU finds its data from where it is itself.
+            env: vec![
+                ("CARGO_TARGET_DIR".into(), target().to_string_lossy().into()),
+                ("PATH".into(), "/usr/bin:/bin".into()),
+            ],
+            files: files.clone(),
+            cpu: nested::CPUS[0].into(),
+            cpus: 2,
+            memory: 2048,
+            timeout: Duration::from_secs(400),
+        })
+    };
+    for arguments in jobs(args) {
+        run_inside(&job(arguments)?)?;
+    }
+    Ok(())
+}
+
+/// How often a job is tried. A guest inside emulated AMD-V stands still once in some fifteen boots, and sometimes the
+/// outer machine with it; whoever's fault that is, another try tells whether the guest boots.
+const ATTEMPTS: u32 = 3;
+
+fn run_inside(job: &Job) -> Result<()> {
+    for attempt in 1.. {
+        let status = nested::run_inside(job);
+        let stood_still = match &status {
+            Ok(0) => return Ok(()),
+            Ok(status) => *status == i32::from(crate::NOT_ENDED),
+            Err(_) => true,
+        };
+        if !stood_still || attempt == ATTEMPTS {
+            let status = status?;
+            bail!("the boots on KVM failed with status {status}");
+        }
+        println!("attempt {attempt} of {ATTEMPTS} stood still, and is made again");
+    }
+    Ok(())
+}
+
+/// The arguments of this program for each machine to boot inside, an outer machine for each; and for the times.
+fn jobs(args: &BootArgs) -> Vec<Vec<String>> {
+    let mut jobs = Vec::new();
+    for kernel in args.kernels() {
+        for cpus in args.cpus() {
+            jobs.push(arguments(args, *kernel, *cpus));
+        }
+    }
+    let last = jobs.len();
+    for (number, job) in (1..).zip(&mut jobs) {
+        job.extend((args.no_timing || number < last).then(|| "--no-timing".into()));
+    }
+    jobs
+}
+
+fn arguments(args: &BootArgs, kernel: Kernel, cpus: u32) -> Vec<String> {
+    let kernel = kernel.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
+    let (cpus, repeat) = (cpus.to_string(), args.repeat.to_string());
+    let arguments = ["boot", "--inside", "--engine", args.engine.name(), "--kernel", &kernel, "--cpus", &cpus];
+    arguments.into_iter().chain(["--repeat", &repeat]).map(String::from).collect()
+}
+
+fn qemu() -> Result<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let found = env::split_paths(&path).map(|dir| dir.join("qemu-system-x86_64")).find(|file| Path::is_file(file));
+    found.context("qemu-system-x86_64 is not installed (cargo xtask setup)")
+}

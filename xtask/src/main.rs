@@ -1,0 +1,104 @@
+//! Chores of the project, one file for each: `cargo xtask test` does all that a change must pass.
+#![forbid(unsafe_code)]
+
+mod boot;
+mod boot_nested;
+mod fuzz;
+mod guests;
+mod image;
+mod lint;
+mod machine;
+mod midboot;
+mod nested;
+mod outer;
+mod piped;
+mod requirements;
+mod shell;
+mod unit;
+
+use std::{process::ExitCode, time::Instant};
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::machine::{Engine, NotEnded};
+
+/// The exit status where a machine did not come to its end.
+const NOT_ENDED: u8 = 3;
+
+/// Chores of the project.
+#[derive(Parser)]
+struct Xtask {
+    #[command(subcommand)]
+    chore: Chore,
+}
+
+#[derive(Subcommand)]
+enum Chore {
+    /// Install what the tests need, then run them all: lint, unit, piped, boot, image, midboot, nested
+    Test,
+    /// Install what the tests need (Debian packages, with sudo if need be)
+    Setup,
+    /// Run a program, or the KVM engine's tests, on KVM inside an emulated AMD-V
+    Nested(nested::NestedArgs),
+    /// Check formatting, and clippy's warnings as errors
+    Lint,
+    /// Run the unit and integration tests of all crates
+    Unit,
+    /// Pipe commands into the shell of `purlin run shell`
+    Piped,
+    /// Boot Debian's kernels and check what they say, against QEMU too
+    Boot(boot::BootArgs),
+    /// Boot the image that `purlin image build debian` makes: set-up, ssh, a clean end
+    Image(image::ImageArgs),
+    /// Fuzz what reads a guest's or the network's bytes
+    Fuzz(fuzz::FuzzArgs),
+    /// Move Debian's boot to new machines at random moments, under the translator
+    Midboot(midboot::MidbootArgs),
+}
+
+fn main() -> ExitCode {
+    let done = match Xtask::parse().chore {
+        Chore::Test => test(),
+        Chore::Setup => requirements::install(),
+        Chore::Lint => lint::check(),
+        Chore::Unit => unit::test(),
+        Chore::Piped => piped::run(),
+        Chore::Nested(args) => nested::run(&args),
+        Chore::Boot(args) => boot::run(&args),
+        Chore::Image(args) => image::run(&args),
+        Chore::Fuzz(args) => fuzz::run_all(&args),
+        Chore::Midboot(args) => midboot::run(&args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            if error.is::<NotEnded>() { ExitCode::from(NOT_ENDED) } else { ExitCode::FAILURE }
+        }
+    }
+}
+
+/// The parts in the order in which they fail soonest.
+fn test() -> Result<()> {
+    let start = Instant::now();
+    part("setup", requirements::install)?;
+    part("lint", lint::check)?;
+    part("unit", unit::test)?;
+    part("piped", piped::run)?;
+    part("boot", || boot::run(&boot::BootArgs::on(Engine::Translator)))?;
+    part("image", || image::run(&image::ImageArgs::default()))?;
+    part("midboot", || midboot::run(&midboot::MidbootArgs::default()))?;
+    part("nested", || nested::run(&nested::NestedArgs::of_engine()))?;
+    part("boot --engine kvm", || boot::run(&boot::BootArgs::on(Engine::Kvm)))?;
+    println!("== all passed in {:.0?}", start.elapsed());
+    Ok(())
+}
+
+fn part(name: &str, run: impl FnOnce() -> Result<()>) -> Result<()> {
+    println!("== {name}");
+    let start = Instant::now();
+    run()?;
+    println!("== {name}: passed in {:.0?}", start.elapsed());
+    Ok(())
+}

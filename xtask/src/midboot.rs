@@ -1,0 +1,34 @@
+//! Debian's boot, saved and continued in new machines at random moments: `crates/vmm/tests/midboot`.
+
+use anyhow::Result;
+use clap::Args;
+
+use crate::{
+    guests,
+    shell::{self, cargo},
+};
+
+/// When to move it.
+#[derive(Args, Default)]
+pub struct MidbootArgs {
+    /// How many moments there are to be; 100 if not given
+    #[arg(long)]
+    moments: Option<u32>,
+    /// Repeat the moments of a run that has printed this
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
+/// Runs the test, optimised as users have it.
+pub fn run(args: &MidbootArgs) -> Result<()> {
+    let guest = guests::shell()?;
+    let mut test = cargo(&["test", "--release", "--locked", "--package", "purlin-vmm", "--test", "midboot"]);
+    test.args(["--", "--ignored", "--nocapture"]);
+    test.env("PURLIN_TEST_KERNEL", guest.kernel).env("PURLIN_TEST_INITRD", guest.initrd);
+    for (variable, value) in [("PURLIN_TEST_MOMENTS", args.moments.map(u64::from)), ("PURLIN_TEST_SEED", args.seed)] {
+        if let Some(value) = value {
+            test.env(variable, value.to_string());
+        }
+    }
+    shell::run(&mut test)
+}

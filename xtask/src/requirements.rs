@@ -1,0 +1,58 @@
+//! What the tests need of the host, installed from Debian's packages.
+
+use std::process::Command;
+
+use anyhow::{Result, bail, ensure};
+
+use crate::shell::{is_installed, run};
+
+/// A program and the Debian package that has it.
+const PROGRAMS: [(&str, &str); 7] = [
+    ("qemu-system-x86_64", "qemu-system-x86"), // to compare with, and the test bed for KVM
+    ("iasl", "acpica-tools"),                  // the oracle for ACPI tables
+    ("cpio", "cpio"),                          // the oracle for initramfs archives
+    ("dpkg-deb", "dpkg"),
+    ("ssh", "openssh-client"),  // into Debian's image
+    ("qemu-img", "qemu-utils"), // the oracle for disk images
+    ("mmdebstrap", "mmdebstrap"),
+];
+
+/// Installs what is missing.
+pub fn install() -> Result<()> {
+    let missing: Vec<&str> =
+        PROGRAMS.iter().filter(|(program, _)| !is_installed(program)).map(|(_, package)| *package).collect();
+    if !missing.is_empty() {
+        println!("The tests need these Debian packages: {}", missing.join(" "));
+        ensure!(is_installed("apt-get"), "this is no Debian host: install them in the host's own way");
+        run(as_root("apt-get")?.args(["-q", "update"]))?;
+        let install = ["-q", "-y", "--no-install-recommends", "install"];
+        run(as_root("apt-get")?.env("DEBIAN_FRONTEND", "noninteractive").args(install).args(&missing))?;
+    }
+    install_components()
+}
+
+/// rustfmt and clippy, which a minimal Rust toolchain lacks.
+fn install_components() -> Result<()> {
+    for (program, component) in [("cargo-fmt", "rustfmt"), ("cargo-clippy", "clippy")] {
+        let works = Command::new(program).arg("--version").output().is_ok_and(|output| output.status.success());
+        if !works {
+            ensure!(is_installed("rustup"), "{component} is missing: install it with this Rust toolchain");
+            run(Command::new("rustup").args(["component", "add", component]))?;
+        }
+    }
+    Ok(())
+}
+
+fn as_root(program: &str) -> Result<Command> {
+    let id = Command::new("id").arg("-u").output()?.stdout;
+    if id.trim_ascii() == b"0" {
+        return Ok(Command::new(program));
+    }
+    if !is_installed("sudo") {
+        bail!("installing packages takes root: run 'cargo xtask setup' as root once, or install sudo");
+    }
+    let mut command = Command::new("sudo");
+    // sudo drops the environment; dpkg must not ask questions.
+    command.args(["DEBIAN_FRONTEND=noninteractive", program]);
+    Ok(command)
+}

@@ -1,0 +1,21 @@
+//! The unit and integration tests of all crates.
+
+use std::fs::File;
+
+use anyhow::Result;
+
+use crate::shell::{cargo, is_installed, run};
+
+/// Runs them, by nextest where it is installed.
+pub fn test() -> Result<()> {
+    let mut tests = match is_installed("cargo-nextest") {
+        true => cargo(&["nextest", "run", "--workspace", "--locked", "--no-fail-fast"]),
+        false => cargo(&["test", "--workspace", "--locked", "--no-fail-fast", "--lib", "--bins", "--tests"]),
+    };
+    if let Err(error) = File::options().read(true).write(true).open("/dev/kvm") {
+        println!("/dev/kvm: {error}: the tests that need it are left out");
+        tests.env("PURLIN_TEST_NO_KVM", "1");
+    }
+    run(&mut tests)?;
+    run(&mut cargo(&["test", "--workspace", "--locked", "--doc"]))
+}
