@@ -221,10 +221,18 @@ fn a_level_triggered_message_ends_on_the_bus() {
     let mut guest = waiting_guest(&machine, 0x41);
     run_and(&mut guest, || machine.vm.deliver_msi(0xfee0_0000, 0xc041));
     assert_eq!(
-        without_done(machine.bus.take()),
+        eoi_before_3(machine.bus.take()),
         [SAID(1), SAID(2), Access::EndOfInterrupt(0x41), SAID(3)],
         "SDM vol. 3A 11.8.5"
     );
+}
+
+/// What was seen, with 3 said last: a KVM that interprets real mode may tell of the EOI only when it leaves the guest for
+/// something else, which is then what the guest says next.
+fn eoi_before_3(seen: Vec<Access>) -> Vec<Access> {
+    let mut seen = without_done(seen);
+    seen.sort_by_key(|access| *access == SAID(3));
+    seen
 }
 
 #[test]
@@ -242,10 +250,7 @@ fn a_level_triggered_interrupt_that_was_in_service_when_saved_ends_on_the_bus() 
     state.lapic.regs[0xa0] = 0x40;
     guest.vcpu.restore(&state).expect("restored");
     guest.run();
-    // A KVM that interprets real mode may tell of the EOI only when it leaves the guest for something else.
-    let mut seen = without_done(machine.bus.take());
-    seen.sort_by_key(|access| *access == SAID(3));
-    assert_eq!(seen, [Access::EndOfInterrupt(0x41), SAID(3)]);
+    assert_eq!(eoi_before_3(machine.bus.take()), [Access::EndOfInterrupt(0x41), SAID(3)]);
 }
 
 #[test]
