@@ -77,26 +77,19 @@ fn run_inside(job: &Job) -> Result<()> {
     Ok(())
 }
 
-/// The arguments of this program for each machine to boot inside, an outer machine for each; and for the times.
+/// The arguments of this program for each machine to boot inside, an outer machine for each; or for the times.
 fn jobs(args: &BootArgs) -> Vec<Vec<String>> {
-    let mut jobs = Vec::new();
-    for kernel in args.kernels() {
-        for cpus in args.cpus() {
-            jobs.push(arguments(args, *kernel, *cpus));
-        }
+    let inside = ["boot", "--inside", "--engine", args.engine.name()];
+    let job = |more: &[&str]| inside.iter().chain(more).map(|word| word.to_string()).collect();
+    if let Some(rounds) = args.timing {
+        return vec![job(&["--timing", &rounds.to_string()])];
     }
-    let last = jobs.len();
-    for (number, job) in (1..).zip(&mut jobs) {
-        job.extend((args.no_timing || number < last).then(|| "--no-timing".into()));
-    }
-    jobs
-}
-
-fn arguments(args: &BootArgs, kernel: Kernel, cpus: u32) -> Vec<String> {
-    let kernel = kernel.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
-    let (cpus, repeat) = (cpus.to_string(), args.repeat.to_string());
-    let arguments = ["boot", "--inside", "--engine", args.engine.name(), "--kernel", &kernel, "--cpus", &cpus];
-    arguments.into_iter().chain(["--repeat", &repeat]).map(String::from).collect()
+    let repeat = args.repeat.to_string();
+    let of = |kernel: Kernel, cpus: u32| {
+        let kernel = kernel.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
+        job(&["--kernel", &kernel, "--cpus", &cpus.to_string(), "--repeat", &repeat])
+    };
+    args.kernels().iter().flat_map(|kernel| args.cpus().iter().map(|cpus| of(*kernel, *cpus))).collect()
 }
 
 fn qemu() -> Result<PathBuf> {

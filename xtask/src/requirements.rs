@@ -17,18 +17,33 @@ const PROGRAMS: [(&str, &str); 7] = [
     ("mmdebstrap", "mmdebstrap"),
 ];
 
-/// Installs what is missing.
+/// Installs what is missing, and what that has pushed out: packages of one source that come from two releases (a
+/// backport of qemu-utils beside the release's qemu-system-x86) exclude each other.
 pub fn install() -> Result<()> {
-    let missing: Vec<&str> =
-        PROGRAMS.iter().filter(|(program, _)| !is_installed(program)).map(|(_, package)| *package).collect();
-    if !missing.is_empty() {
-        println!("The tests need these Debian packages: {}", missing.join(" "));
+    let mut packages = missing();
+    if !packages.is_empty() {
+        println!("The tests need these Debian packages: {}", packages.join(" "));
         ensure!(is_installed("apt-get"), "this is no Debian host: install them in the host's own way");
         run(as_root("apt-get")?.args(["-q", "update"]))?;
-        let install = ["-q", "-y", "--no-install-recommends", "install"];
-        run(as_root("apt-get")?.env("DEBIAN_FRONTEND", "noninteractive").args(install).args(&missing))?;
+        install_packages(&packages)?;
+        packages = missing();
     }
+    if !packages.is_empty() {
+        install_packages(&packages)?;
+        packages = missing();
+    }
+    ensure!(packages.is_empty(), "these packages are missing still, see what apt-get says: {}", packages.join(" "));
     install_components()
+}
+
+/// The packages of the programs that are not there.
+fn missing() -> Vec<&'static str> {
+    PROGRAMS.iter().filter(|(program, _)| !is_installed(program)).map(|(_, package)| *package).collect()
+}
+
+fn install_packages(packages: &[&str]) -> Result<()> {
+    let install = ["-q", "-y", "--no-install-recommends", "install"];
+    run(as_root("apt-get")?.env("DEBIAN_FRONTEND", "noninteractive").args(install).args(packages))
 }
 
 /// rustfmt and clippy, which a minimal Rust toolchain lacks.

@@ -233,7 +233,7 @@ impl Builder {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{forms::Group, *};
 
     #[test]
     fn a_seed_is_a_case() {
@@ -247,8 +247,9 @@ mod tests {
     fn both_modes_have_all_groups() {
         let generator = Generator::default();
         for bits in [32, 64] {
-            for group in GROUPS {
-                assert!(generator.forms(bits).iter().any(|f| f.group == group), "{group:?} in code of {bits} bits");
+            let here = |group: &&Group| **group != Group::Avx512 || is_x86_feature_detected!("avx512f");
+            for group in GROUPS.iter().filter(here) {
+                assert!(generator.forms(bits).iter().any(|f| f.group == *group), "{group:?} in code of {bits} bits");
             }
         }
     }
