@@ -42,7 +42,13 @@ impl Kernel {
             Self::I686Pae => ("i386", "linux-image-686-pae"),
         };
         let name = format!("test-{}", self.name());
-        let recipe = Recipe { name: &name, architecture, kernels: &[package], init: include_str!("guest-init.sh") };
+        let recipe = Recipe {
+            name: &name,
+            architecture,
+            kernels: &[package],
+            modules: &[],
+            init: include_str!("guest-init.sh"),
+        };
         Ok(obtain(&cache(), &recipe, &Printed(self.name()))?)
     }
 }

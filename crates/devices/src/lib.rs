@@ -8,6 +8,7 @@ pub mod acpi_pm;
 mod byte_bus;
 pub mod debug_exit;
 pub mod debugcon;
+mod event;
 mod frequency;
 pub mod i8042;
 pub mod ioapic;

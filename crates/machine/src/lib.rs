@@ -21,5 +21,5 @@ pub mod testing;
 
 pub use chipset::Request;
 pub use error::MachineError;
-pub use input::SerialInput;
+pub use input::{GuestInput, InputPort};
 pub use machine::Machine;

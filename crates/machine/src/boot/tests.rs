@@ -30,6 +30,7 @@ pub(crate) fn config(memory: u64, cpus: u32) -> MachineConfig {
         devices: Default::default(),
         disks: Vec::new(),
         networks: Vec::new(),
+        console: None,
         boot,
     }
 }
