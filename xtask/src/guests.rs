@@ -58,6 +58,12 @@ pub fn shell() -> Result<Guest> {
     Ok(obtain(&cache(), &Recipe::SHELL, &Printed(Recipe::SHELL.name))?)
 }
 
+/// The shell on a kernel that has the driver of VMGenID built in: the cloud kernel of Debian 12 has none.
+pub fn with_generation_id() -> Result<Guest> {
+    let recipe = Recipe { name: "test-shell-amd64", kernels: &["linux-image-amd64"], ..Recipe::SHELL };
+    Ok(obtain(&cache(), &recipe, &Printed(recipe.name))?)
+}
+
 /// Where guests are kept.
 pub fn cache() -> Cache {
     Cache::at(target().join("xtask/guests"))

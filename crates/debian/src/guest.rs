@@ -32,12 +32,14 @@ impl Recipe<'static> {
         // Debian's kernel for virtual machines, Ubuntu's, and what both have for any machine.
         kernels: &["linux-image-cloud-amd64", "linux-image-virtual", "linux-image-amd64", "linux-image-generic"],
         modules: &[
-            "virtio",
             "virtio_ring",
+            "virtio",
             "virtio_pci_modern_dev",
             "virtio_pci_legacy_dev",
             "virtio_pci",
             "virtio_console",
+            "pvpanic",
+            "pvpanic-mmio",
         ],
         init: include_str!("init.sh"),
     };

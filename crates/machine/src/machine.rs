@@ -23,6 +23,7 @@ use crate::{
     config::{ConsoleSize, MachineConfig},
     deadlines::DeadlineThread,
     error::MachineError,
+    events::Listener,
     input::{GuestInput, InputGate, InputPort},
     layout, processor,
 };
@@ -211,6 +212,17 @@ impl Machine {
     /// Presses the power button, as somebody who wants the guest to shut down. The machine runs.
     pub fn press_power_button(&self) {
         self.chipset.devices.with(&self.chipset.power, |power| power.press_power_button());
+    }
+
+    /// Says who is to hear what the guest says has happened to it: on the thread of a vCPU, so it must not wait.
+    pub fn listen(&self, listener: Listener) {
+        self.chipset.events.listen(listener);
+    }
+
+    /// The machine is another one from here on, as one that goes on from another one's state beside it: it has a new
+    /// generation ID, of which the guest is told as soon as it runs.
+    pub fn renew_generation(&self) -> Result<(), MachineError> {
+        self.chipset.renew_generation()
     }
 
     /// Gives input to a port, which takes as much as it has room for. `None` if there is no such port.

@@ -4,6 +4,7 @@ mod args;
 mod boot;
 mod disk;
 mod net;
+mod panic;
 mod quantity;
 
 use std::{
@@ -24,6 +25,7 @@ use self::{
     args::{Port, Target},
     boot::Boot,
     net::{Connected, Net},
+    panic::Panicked,
 };
 use crate::{
     console::{self, LogFile, Output},
@@ -83,10 +85,11 @@ pub fn run(args: RunArgs, signals: Signals) -> Result<Ended> {
         // It may have changed since the console was made.
         resize_console(&with_console);
     }
+    let panicked = panic::watch(&running, args.on_panic, &stop);
     connect(&args, &running, &stop, interactive, prompt);
     let outcome = running.wait();
     drop(raw);
-    Ok(ended(outcome, &stop))
+    Ok(ended(outcome, &stop, &panicked))
 }
 
 /// The machine whose console is on the terminal, once there is one.
@@ -241,14 +244,18 @@ fn connect(args: &RunArgs, running: &Arc<Running>, stop: &Arc<Stop>, interactive
     }
 }
 
-fn ended(outcome: Outcome, stop: &Stop) -> Ended {
+fn ended(outcome: Outcome, stop: &Stop, panicked: &Panicked) -> Ended {
     match outcome {
+        // A kernel that resets after its panic (panic=1 on its command line), with --no-reboot.
+        Outcome::Reset if panicked.has_happened() => Ended::Crashed(PANICKED.into()),
         Outcome::PowerOff | Outcome::Reset => Ended::Well,
         Outcome::Exit(status) => Ended::WithStatus(status),
         Outcome::Quit => stopped(stop),
         crashed @ Outcome::Crashed { .. } => Ended::Crashed(crashed.to_string()),
     }
 }
+
+const PANICKED: &str = "the guest's kernel panicked; its console shows why";
 
 /// How a run ends that was asked to.
 fn stopped(stop: &Stop) -> Ended {
@@ -257,6 +264,7 @@ fn stopped(stop: &Stop) -> Ended {
         Some(Reason::OutputLost(error)) => {
             Ended::Failed(anyhow!("standard output is lost ({error}): the guest was stopped"))
         }
+        Some(Reason::GuestPanicked) => Ended::Crashed(PANICKED.into()),
         Some(Reason::Quit) | None => Ended::Well,
     }
 }

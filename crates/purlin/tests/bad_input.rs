@@ -28,6 +28,7 @@ fn wrong_usage() {
         ("run shell --serial tcp:1", &["'tcp:1'", "stdio, file:PATH, none"]),
         ("run shell --console tcp:1", &["'tcp:1'", "stdio, file:PATH, none"]),
         ("run shell --console stdio --serial stdio", &["--serial", "--console", "file:PATH or none"]),
+        ("run shell --on-panic stop", &["'stop'", "continue, exit"]),
         ("run shell --kernel x", &["--kernel"]),
         ("run --initrd x", &["--kernel"]),
         ("run shell --disk a,format=vmdk", &["'format=vmdk'", "raw or qcow2"]),

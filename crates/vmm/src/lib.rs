@@ -14,7 +14,7 @@ mod vcpu;
 pub use config::{Outcome, RunConfig};
 pub use lifecycle::{LifecycleError, StartError};
 pub use purlin_machine::{
-    GuestInput,
+    GuestEvent, GuestInput,
     config::{ConsolePort, ConsoleSize, NetConfig, Network, OptionalDevice},
 };
 pub use purlin_network as network;

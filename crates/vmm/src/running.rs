@@ -12,7 +12,7 @@ use std::{
 use purlin_arch::x86_64::state::VcpuState;
 use purlin_engine::{Vcpu, memory::GuestRam};
 use purlin_machine::{
-    GuestInput, InputPort, Machine, MachineError,
+    GuestEvent, GuestInput, InputPort, Machine, MachineError,
     config::{BootConfig, ConsoleSize, MachineConfig, MachineType, SavedConfig},
 };
 use purlin_state::{Saved, SavedState};
@@ -177,6 +177,20 @@ impl Running {
     /// Presses the power button of a running machine: a guest that listens shuts down and powers off.
     pub fn press_power_button(&self) -> Result<(), LifecycleError> {
         self.ask(Control::PressPowerButton)?
+    }
+
+    /// The machine is a copy from here on, not the one whose state it goes on from: its generation ID (VMGenID) is a new
+    /// one, and the guest, told of it as soon as it runs, makes new randomness. A machine that was moved stays the same.
+    pub fn renew_generation(&self) -> Result<(), LifecycleError> {
+        Ok(self.ask(Control::RenewGeneration)??)
+    }
+
+    /// Says who is to hear what the guest says has happened to it; of what came before there was anybody, at once.
+    /// `listener` is called on the thread of a vCPU, and must not wait for anything.
+    pub fn on_guest_event(&self, listener: impl Fn(GuestEvent) + Send + 'static) {
+        if let Some(machine) = self.machine.upgrade() {
+            machine.listen(Box::new(listener));
+        }
     }
 
     /// Ends the run; [`Running::wait`] then gives [`Outcome::Quit`].

@@ -98,6 +98,20 @@ pub struct RunArgs {
     /// End the run when the guest resets itself, instead of starting it again
     #[arg(long)]
     pub no_reboot: bool,
+
+    /// What to do when the guest says (by pvpanic) that its kernel has panicked, beside telling so: continue leaves what
+    /// comes next to the guest, exit ends the run with status 4
+    #[arg(long, value_name = "WHAT", default_value = "continue", value_parser = on_panic_parser())]
+    pub on_panic: OnPanic,
+}
+
+/// What follows a panic of the guest's kernel.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum OnPanic {
+    /// The guest decides.
+    Continue,
+    /// The run ends.
+    Exit,
 }
 
 impl RunArgs {
@@ -171,6 +185,11 @@ fn parse_target(text: &str) -> Result<Target, String> {
         (_, Some(path)) if !path.is_empty() => Ok(Target::File(path.into())),
         _ => Err("it is one of stdio, file:PATH, none".into()),
     }
+}
+
+fn on_panic_parser() -> impl TypedValueParser<Value = OnPanic> {
+    PossibleValuesParser::new(["continue", "exit"])
+        .map(|name| if name == "exit" { OnPanic::Exit } else { OnPanic::Continue })
 }
 
 fn engine_parser() -> impl TypedValueParser<Value = EngineChoice> {

@@ -7,9 +7,11 @@
 //! |---|---|
 //! | `port.rs` | what the host sees of it |
 //! | `server.rs` | the thread between the port and the queues |
+//! | `settling.rs` | when the driver can hear |
 
 mod port;
 mod server;
+mod settling;
 #[cfg(test)]
 mod tests;
 
@@ -20,7 +22,7 @@ use purlin_state::{Saved, Section, StateError};
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 
 pub use self::port::{Port, Size};
-use self::server::Server;
+use self::{server::Server, settling::Settling};
 use super::{Activation, Running, VirtioDevice, Wake, Workers, feature, read_structure};
 
 /// Queues of port 0 (5.3.2).
@@ -95,6 +97,7 @@ impl VirtioDevice for Console {
             transmit: queue(TRANSMIT),
             notifier: driver.notifier,
             wants_size: driver.features & feature(VIRTIO_CONSOLE_F_SIZE) != 0,
+            settling: Settling::new()?,
         };
         let mut workers = Workers::default();
         workers.start(&self.name, &[RECEIVE, TRANSMIT], Box::new(move |wake: &Wake| server.run(wake)))?;
@@ -128,6 +131,9 @@ struct SavedConsole {
     /// The size that the driver was told of last, if it was.
     #[prost(message, optional, tag = "3")]
     told: Option<SavedSize>,
+    /// The driver has had the time to finish setting itself up.
+    #[prost(bool, tag = "4")]
+    is_settled: bool,
 }
 
 impl Saved for SavedConsole {

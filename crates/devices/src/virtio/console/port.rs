@@ -43,12 +43,14 @@ struct State {
     told: Option<Size>,
     /// Bytes of the next chain to transmit that the output has taken already.
     printed: u64,
+    /// The driver has had the time to finish setting itself up since its last reset.
+    is_settled: bool,
 }
 
 impl Port {
     /// A port that prints on `sink`, on a thread of its own; the terminal there has this size.
     pub fn new(sink: Box<dyn Write + Send>, size: Size) -> io::Result<Arc<Self>> {
-        let state = State { input: VecDeque::new(), size, told: None, printed: 0 };
+        let state = State { input: VecDeque::new(), size, told: None, printed: 0, is_settled: false };
         let (output, event) = (Output::new(sink)?, Arc::new(Event::new()?));
         Ok(Arc::new(Self { output, event, state: Mutex::new(state) }))
     }
@@ -99,6 +101,16 @@ impl Port {
         is_news
     }
 
+    /// Whether the driver can hear.
+    pub(super) fn is_settled(&self) -> bool {
+        self.lock().is_settled
+    }
+
+    /// It can from here on.
+    pub(super) fn set_settled(&self) {
+        self.lock().is_settled = true;
+    }
+
     /// Whether there is input.
     pub(super) fn has_input(&self) -> bool {
         !self.lock().input.is_empty()
@@ -139,25 +151,28 @@ impl Port {
     /// The driver is gone, and what it had under way.
     pub(super) fn forget_driver(&self) {
         let mut state = self.lock();
-        (state.told, state.printed) = (None, 0);
+        (state.told, state.printed, state.is_settled) = (None, 0, false);
     }
 
     pub(super) fn save(&self) -> SavedConsole {
         let state = self.lock();
         let told = state.told.map(|size| SavedSize { columns: size.columns.into(), rows: size.rows.into() });
-        SavedConsole { input: state.input.iter().copied().collect(), printed: state.printed, told }
+        let input = state.input.iter().copied().collect();
+        SavedConsole { input, printed: state.printed, told, is_settled: state.is_settled }
     }
 
     pub(super) fn restore(&self, saved: SavedConsole) -> Result<(), &'static str> {
-        let size = |saved: SavedSize| {
-            let number = |number| u16::try_from(number).map_err(|_| "a terminal's size is too large");
-            Ok(Size { columns: number(saved.columns)?, rows: number(saved.rows)? })
-        };
-        let told = saved.told.map(size).transpose()?;
+        let told = saved.told.map(size_of).transpose()?;
         let mut state = self.lock();
         (state.input, state.printed, state.told) = (saved.input.into(), saved.printed, told);
+        state.is_settled = saved.is_settled;
         Ok(())
     }
+}
+
+fn size_of(saved: SavedSize) -> Result<Size, &'static str> {
+    let number = |number| u16::try_from(number).map_err(|_| "a terminal's size is too large");
+    Ok(Size { columns: number(saved.columns)?, rows: number(saved.rows)? })
 }
 
 impl AsFd for Port {
