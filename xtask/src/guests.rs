@@ -42,7 +42,13 @@ impl Kernel {
             Self::I686Pae => ("i386", "linux-image-686-pae"),
         };
         let name = format!("test-{}", self.name());
-        let recipe = Recipe { name: &name, architecture, kernels: &[package], init: include_str!("guest-init.sh") };
+        let recipe = Recipe {
+            name: &name,
+            architecture,
+            kernels: &[package],
+            modules: &[],
+            init: include_str!("guest-init.sh"),
+        };
         Ok(obtain(&cache(), &recipe, &Printed(self.name()))?)
     }
 }
@@ -50,6 +56,12 @@ impl Kernel {
 /// The guest of `purlin run shell`, fetched at the first use.
 pub fn shell() -> Result<Guest> {
     Ok(obtain(&cache(), &Recipe::SHELL, &Printed(Recipe::SHELL.name))?)
+}
+
+/// The shell on a kernel that has the driver of VMGenID built in: the cloud kernel of Debian 12 has none.
+pub fn with_generation_id() -> Result<Guest> {
+    let recipe = Recipe { name: "test-shell-amd64", kernels: &["linux-image-amd64"], ..Recipe::SHELL };
+    Ok(obtain(&cache(), &recipe, &Printed(recipe.name))?)
 }
 
 /// Where guests are kept.

@@ -1,4 +1,5 @@
-//! Debian's boot, saved and continued in new machines at random moments: `crates/vmm/tests/midboot`.
+//! Debian's boot, saved and continued in new machines at random moments: `crates/vmm/tests/midboot`; and copied:
+//! `crates/vmm/tests/clone.rs`.
 
 use anyhow::Result;
 use clap::Args;
@@ -30,5 +31,11 @@ pub fn run(args: &MidbootArgs) -> Result<()> {
             test.env(variable, value.to_string());
         }
     }
+    shell::run(&mut test)?;
+
+    let guest = guests::with_generation_id()?;
+    let mut test = cargo(&["test", "--release", "--locked", "--package", "purlin-vmm", "--test", "clone"]);
+    test.args(["--", "--ignored", "--nocapture"]);
+    test.env("PURLIN_TEST_KERNEL", guest.kernel).env("PURLIN_TEST_INITRD", guest.initrd);
     shell::run(&mut test)
 }

@@ -4,7 +4,7 @@ use std::{
     fs::{self, File},
     io,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{ChildStdout, Command, Stdio},
 };
 
 use crate::Error;
@@ -12,6 +12,21 @@ use crate::Error;
 /// Writes the first regular file of `deb` whose path within the package (`boot/vmlinuz-6.1.0-1`) is `wanted` to `to`.
 /// `name` says what it is, for the error.
 pub fn extract(deb: &Path, name: &'static str, wanted: impl Fn(&Path) -> bool, to: &Path) -> Result<(), Error> {
+    match with_files(deb, |archive| copy_first(archive, wanted, to))? {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(Error::Contents { package: file_name(deb), wanted: name }),
+        Err(error) => Err(Error::file("write", to)(error)),
+    }
+}
+
+/// Writes every regular file of `deb` whose path within the package is `wanted` into the directory `to`, under its own
+/// name. There may be none.
+pub fn extract_all(deb: &Path, wanted: impl Fn(&Path) -> bool, to: &Path) -> Result<(), Error> {
+    with_files(deb, |archive| copy_all(archive, wanted, to))?.map_err(Error::file("write into", to))
+}
+
+/// Hands the package's files over, as a tar archive.
+fn with_files<T>(deb: &Path, act: impl FnOnce(ChildStdout) -> T) -> Result<T, Error> {
     let mut unpacker = Command::new("dpkg-deb")
         .arg("--fsys-tarfile")
         .arg(deb)
@@ -21,28 +36,48 @@ pub fn extract(deb: &Path, name: &'static str, wanted: impl Fn(&Path) -> bool, t
         .spawn()
         .map_err(|_| Error::NotDebian("dpkg-deb"))?;
     let stdout = unpacker.stdout.take().expect("stdout was asked to be a pipe");
-    let found = copy_first(stdout, wanted, to);
-    // It is not read to its end, so that it may die of the closed pipe: its status tells nothing.
+    let result = act(stdout);
+    // It may not have been read to its end, and die of the closed pipe: its status tells nothing.
     let _ = unpacker.wait();
-    match found {
-        Ok(true) => Ok(()),
-        Ok(false) => Err(Error::Contents { package: file_name(deb), wanted: name }),
-        Err(error) => Err(Error::file("write", to)(error)),
-    }
+    Ok(result)
 }
 
 fn copy_first(archive: impl io::Read, wanted: impl Fn(&Path) -> bool, to: &Path) -> io::Result<bool> {
     for entry in tar::Archive::new(archive).entries()? {
         let mut entry = entry?;
-        let path: PathBuf = entry.path()?.components().skip_while(|c| c.as_os_str() == ".").collect();
-        if entry.header().entry_type().is_file() && wanted(&path) {
-            let size = entry.size();
-            let copied = io::copy(&mut entry, &mut File::create(to)?)?;
-            // At the end of a truncated archive the crate ends the entry without an error.
-            return if copied == size { Ok(true) } else { Err(io::ErrorKind::UnexpectedEof.into()) };
+        if is_file(&entry, &path_of(&entry)?, &wanted) {
+            copy(&mut entry, to)?;
+            return Ok(true);
         }
     }
     Ok(false)
+}
+
+fn copy_all(archive: impl io::Read, wanted: impl Fn(&Path) -> bool, to: &Path) -> io::Result<()> {
+    for entry in tar::Archive::new(archive).entries()? {
+        let mut entry = entry?;
+        let path = path_of(&entry)?;
+        if is_file(&entry, &path, &wanted) {
+            copy(&mut entry, &to.join(path.file_name().unwrap_or_default()))?;
+        }
+    }
+    Ok(())
+}
+
+/// Where it is within the package.
+fn path_of(entry: &tar::Entry<'_, impl io::Read>) -> io::Result<PathBuf> {
+    Ok(entry.path()?.components().skip_while(|c| c.as_os_str() == ".").collect())
+}
+
+fn is_file(entry: &tar::Entry<'_, impl io::Read>, path: &Path, wanted: impl Fn(&Path) -> bool) -> bool {
+    entry.header().entry_type().is_file() && wanted(path)
+}
+
+fn copy(entry: &mut tar::Entry<'_, impl io::Read>, to: &Path) -> io::Result<()> {
+    let size = entry.size();
+    let copied = io::copy(entry, &mut File::create(to)?)?;
+    // At the end of a truncated archive the crate ends the entry without an error.
+    if copied == size { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
 }
 
 /// Unpacks all of `deb` into the directory `to`, which is made if need be.
@@ -86,6 +121,18 @@ mod tests {
         assert!(copy_first(&archive()[..], |p| p.starts_with("boot") && p.ends_with("vmlinuz-1"), &to).unwrap());
         assert_eq!(fs::read(&to).unwrap(), b"kernel");
         assert!(!copy_first(&archive()[..], |p| p.ends_with("initrd"), &to).unwrap());
+    }
+
+    #[test]
+    fn takes_all_files_that_are_wanted() {
+        let dir = tempfile::tempdir().unwrap();
+        copy_all(&archive()[..], |path| path.starts_with("boot"), dir.path()).unwrap();
+        for (name, content) in [("System.map-1", &b"map"[..]), ("vmlinuz-1", b"kernel")] {
+            assert_eq!(fs::read(dir.path().join(name)).unwrap(), content);
+        }
+        let none = tempfile::tempdir().unwrap();
+        copy_all(&archive()[..], |path| path.starts_with("lib"), none.path()).unwrap();
+        assert_eq!(fs::read_dir(none.path()).unwrap().count(), 0);
     }
 
     #[test]

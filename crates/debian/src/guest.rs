@@ -18,6 +18,8 @@ pub struct Recipe<'a> {
     pub architecture: &'a str,
     /// Packages that depend on the newest kernel, the first that there is counts: distributions name them differently.
     pub kernels: &'a [&'a str],
+    /// Modules of the kernel that the script finds in /lib/modules, as far as they are not built in.
+    pub modules: &'a [&'a str],
     /// The script that runs as process 1, by busybox's shell.
     pub init: &'a str,
 }
@@ -29,6 +31,16 @@ impl Recipe<'static> {
         architecture: "amd64",
         // Debian's kernel for virtual machines, Ubuntu's, and what both have for any machine.
         kernels: &["linux-image-cloud-amd64", "linux-image-virtual", "linux-image-amd64", "linux-image-generic"],
+        modules: &[
+            "virtio_ring",
+            "virtio",
+            "virtio_pci_modern_dev",
+            "virtio_pci_legacy_dev",
+            "virtio_pci",
+            "virtio_console",
+            "pvpanic",
+            "pvpanic-mmio",
+        ],
         init: include_str!("init.sh"),
     };
 }
@@ -50,22 +62,27 @@ pub fn obtain(cache: &Cache, recipe: &Recipe, progress: &dyn Progress) -> Result
         let packages = Packages::download(work, recipe.architecture, recipe.kernels, progress)?;
         progress.step("unpacking");
         packages.extract_kernel(&new.join(KERNEL))?;
-        let (busybox, initrd) = (work.join("busybox"), new.join(INITRD));
+        let (busybox, modules, initrd) = (work.join("busybox"), work.join("modules"), new.join(INITRD));
         packages.extract_busybox(&busybox)?;
-        write_initrd(&initrd, &busybox, recipe.init).map_err(Error::file("write", &initrd))
+        fs::create_dir(&modules).map_err(Error::file("create", &modules))?;
+        if !recipe.modules.is_empty() {
+            packages.extract_modules(recipe.modules, &modules)?;
+        }
+        write_initrd(&initrd, &busybox, &modules, recipe.init).map_err(Error::file("write", &initrd))
     })?;
     Ok(Guest { kernel: entry.join(KERNEL), initrd: entry.join(INITRD) })
 }
 
-/// A new version of the init script makes a new entry.
+/// A new version of the init script, or of the lists, makes a new entry.
 fn entry_name(recipe: &Recipe) -> String {
-    let version = Sha256::new().chain_update(recipe.kernels.join(" ")).chain_update(recipe.init).finalize();
+    let version = Sha256::new().chain_update(recipe.kernels.join(" ")).chain_update(recipe.modules.join(" "));
+    let version = version.chain_update(recipe.init).finalize();
     format!("{}-{}-{}", recipe.name, recipe.architecture, &hex(&version)[..8])
 }
 
-fn write_initrd(path: &Path, busybox: &Path, init: &str) -> io::Result<()> {
+fn write_initrd(path: &Path, busybox: &Path, modules: &Path, init: &str) -> io::Result<()> {
     let mut archive = Initramfs::new(io::BufWriter::new(File::create(path)?));
-    for directory in ["bin", "dev", "etc", "proc", "root", "run", "sys", "tmp"] {
+    for directory in ["bin", "dev", "etc", "lib", "lib/modules", "proc", "root", "run", "sys", "tmp"] {
         archive.directory(directory)?;
     }
     for link in ["sbin", "usr"] {
@@ -75,6 +92,12 @@ fn write_initrd(path: &Path, busybox: &Path, init: &str) -> io::Result<()> {
     archive.character_device("dev/console", 5, 1)?;
     archive.file("bin/busybox", 0o755, &fs::read(busybox)?)?;
     archive.symlink("bin/sh", "busybox")?;
+    let mut modules = fs::read_dir(modules)?.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>()?;
+    modules.sort();
+    for module in modules {
+        let name = module.file_name().unwrap_or_default().to_string_lossy();
+        archive.file(&format!("lib/modules/{name}"), 0o644, &fs::read(&module)?)?;
+    }
     archive.file("init", 0o755, init.as_bytes())?;
     use io::Write as _;
     archive.finish()?.flush()

@@ -22,6 +22,19 @@ PS1='\u@\h:\w\$ '
 alias ll='ls -l'
 PROFILE
 
+# What the machine's devices need, in this order, where the kernel does not have it built in.
+load() {
+    for module; do
+        insmod /lib/modules/"$module".ko* 2>/dev/null
+    done
+}
+load pvpanic pvpanic-mmio
+if grep -q 0x1af4 /sys/bus/pci/devices/*/vendor 2>/dev/null; then
+    load virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci virtio_console
+    # A console that only came with its module. (Where there is none a failed exec would be this shell's end.)
+    { : >/dev/console; } 2>/dev/null && exec </dev/console >/dev/console 2>&1
+fi
+
 # busybox's halt, poweroff and reboot send these to process 1.
 trap 'poweroff -f' USR1 USR2
 trap 'reboot -f' TERM

@@ -34,6 +34,16 @@ impl Packages {
         deb::extract(&self.kernel, "a kernel", is_kernel, to)
     }
 
+    /// Writes the kernel's modules of these names into the directory `to`, as far as it has them as modules: as
+    /// `NAME.ko`, with a further suffix where they are compressed.
+    pub fn extract_modules(&self, names: &[&str], to: &Path) -> Result<(), Error> {
+        let is_wanted = |path: &Path| {
+            let file = file_name(path);
+            names.iter().any(|name| file.strip_prefix(name).is_some_and(|rest| rest.starts_with(".ko")))
+        };
+        deb::extract_all(&self.kernel, is_wanted, to)
+    }
+
     /// Writes the program busybox to `to`.
     pub fn extract_busybox(&self, to: &Path) -> Result<(), Error> {
         let is_busybox = |path: &Path| file_name(path) == "busybox" && !path.starts_with("usr/share");

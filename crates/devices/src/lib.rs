@@ -8,6 +8,7 @@ pub mod acpi_pm;
 mod byte_bus;
 pub mod debug_exit;
 pub mod debugcon;
+mod event;
 mod frequency;
 pub mod i8042;
 pub mod ioapic;
@@ -17,6 +18,7 @@ pub mod pic;
 pub mod pit;
 pub mod port92;
 pub mod post;
+pub mod pvpanic;
 pub mod reset_control;
 pub mod rtc;
 pub mod serial;
@@ -24,6 +26,7 @@ mod stateless;
 #[cfg(test)]
 mod testing;
 pub mod virtio;
+pub mod vmgenid;
 
 use std::sync::Arc;
 
@@ -114,6 +117,17 @@ pub enum Effect {
     Reset,
     /// The guest ends the run with this process exit status (debug-exit).
     Exit(u8),
+    /// The guest says that something has happened to it, and goes on.
+    Event(GuestEvent),
+}
+
+/// What a guest says has happened to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GuestEvent {
+    /// Its kernel has panicked. What comes next is up to the kernel: it may wait for ever, or reset the machine.
+    Panicked,
+    /// Its kernel has panicked, and starts its crash kernel.
+    CrashKernel,
 }
 
 /// An interrupt line: a level that a device drives. Cloned handles drive the same input.

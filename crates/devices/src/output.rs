@@ -9,6 +9,8 @@ use std::{
     time::Duration,
 };
 
+use crate::event::Event;
+
 /// Bytes that may wait to be written.
 const CAPACITY: usize = 64 << 10;
 
@@ -39,6 +41,8 @@ struct State {
     closing: bool,
     /// Nobody takes them: they are dropped.
     discarding: bool,
+    /// Who waits for room.
+    waiting: Option<Arc<Event>>,
 }
 
 impl Output {
@@ -60,16 +64,15 @@ impl Output {
 
     /// Queues as many of `bytes` as there is room for, and says how many. Does not block.
     pub fn push(&self, bytes: &[u8]) -> usize {
+        self.0.queue.push(&mut self.0.queue.lock(), bytes)
+    }
+
+    /// The same; where there was not room for all of them, `room` is signalled once there is. One waits at a time.
+    pub(crate) fn push_or_wait(&self, bytes: &[u8], room: &Arc<Event>) -> usize {
         let mut state = self.0.queue.lock();
-        if state.discarding {
-            return bytes.len();
-        }
-        let count = bytes.len().min(CAPACITY - state.bytes.len());
-        let was_empty = state.bytes.is_empty();
-        state.bytes.extend(&bytes[..count]);
-        // The writer sleeps only on an empty queue: most characters need no system call.
-        if was_empty {
-            self.0.queue.changed.notify_all();
+        let count = self.0.queue.push(&mut state, bytes);
+        if count < bytes.len() {
+            state.waiting = Some(room.clone());
         }
         count
     }
@@ -97,16 +100,36 @@ impl State {
     fn is_busy(&self) -> bool {
         !self.discarding && (self.in_hand > 0 || !self.bytes.is_empty())
     }
+
+    fn make_room_known(&mut self) {
+        if let Some(event) = self.waiting.take() {
+            event.signal();
+        }
+    }
 }
 
 impl Queue {
     fn new(discarding: bool) -> Self {
-        let state = State { bytes: VecDeque::new(), in_hand: 0, written: 0, closing: false, discarding };
+        let state = State { bytes: VecDeque::new(), in_hand: 0, written: 0, closing: false, discarding, waiting: None };
         Self { state: Mutex::new(state), changed: Condvar::new() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn push(&self, state: &mut State, bytes: &[u8]) -> usize {
+        if state.discarding {
+            return bytes.len();
+        }
+        let count = bytes.len().min(CAPACITY - state.bytes.len());
+        let was_empty = state.bytes.is_empty();
+        state.bytes.extend(&bytes[..count]);
+        // The writer sleeps only on an empty queue: most characters need no system call.
+        if was_empty {
+            self.changed.notify_all();
+        }
+        count
     }
 
     /// The writer's thread.
@@ -120,6 +143,7 @@ impl Queue {
                 tracing::warn!("the guest's output is lost from here on: {error}");
                 state.discarding = true;
                 state.bytes.clear();
+                state.make_room_known();
             }
             self.changed.notify_all();
         }
@@ -131,6 +155,7 @@ impl Queue {
         let mut state = self.changed.wait_while(self.lock(), idle).unwrap_or_else(PoisonError::into_inner);
         let bytes: Vec<u8> = state.bytes.drain(..).collect();
         state.in_hand = bytes.len();
+        state.make_room_known();
         (!bytes.is_empty()).then_some(bytes)
     }
 }

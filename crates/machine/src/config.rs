@@ -8,7 +8,10 @@ use std::{
 
 use prost::Message;
 use purlin_arch::x86_64::cpuid::CpuModel;
-pub use purlin_devices::virtio::net::{NetConfig, Network};
+pub use purlin_devices::virtio::{
+    console::{Port as ConsolePort, Size as ConsoleSize},
+    net::{NetConfig, Network},
+};
 use purlin_state::{Saved, StateError};
 use purlin_storage::Disk;
 
@@ -66,6 +69,8 @@ pub struct MachineConfig {
     pub disks: Vec<Arc<Disk>>,
     /// Networks on virtio-net, by number: at most [`layout::MAX_NETWORKS`].
     pub networks: Vec<Network>,
+    /// What the console on virtio-console is connected to, if there is one.
+    pub console: Option<Arc<ConsolePort>>,
     /// What to boot.
     pub boot: BootConfig,
 }
@@ -108,6 +113,7 @@ impl MachineConfig {
             devices: self.devices.iter().map(|&d| d as i32).collect(),
             disks: self.disks.len() as u32,
             networks: self.networks.len() as u32,
+            console: self.console.is_some(),
         }
     }
 }
@@ -157,6 +163,9 @@ pub struct SavedConfig {
     /// Number of networks, likewise.
     #[prost(uint32, tag = "7")]
     pub networks: u32,
+    /// Whether there is a console on virtio-console.
+    #[prost(bool, tag = "10")]
+    pub console: bool,
 }
 
 impl Saved for SavedConfig {
@@ -166,13 +175,14 @@ impl Saved for SavedConfig {
 
 impl SavedConfig {
     /// The configuration of the machine that continues this one. Its processors are those that were saved; `disks` are
-    /// as many as it had, with the content that they had, and `networks` as many too; the files to boot (and the model, whose CPUID is saved with
+    /// as many as it had, with the content that they had, and `networks` as many too; there is a `console` if it had one; the files to boot (and the model, whose CPUID is saved with
     /// each processor) serve its next reset.
     pub fn config(
         &self,
         cpu_model: CpuModel,
         disks: Vec<Arc<Disk>>,
         networks: Vec<Network>,
+        console: Option<Arc<ConsolePort>>,
         boot: BootConfig,
     ) -> Result<MachineConfig, MachineError> {
         let machine_type = MachineType::from_name(&self.machine_type)
@@ -186,6 +196,9 @@ impl SavedConfig {
         if networks.len() != self.networks as usize {
             return Err(MachineError::NetworkCount { saved: self.networks, given: networks.len() });
         }
+        if console.is_some() != self.console {
+            return Err(MachineError::Console { saved: self.console });
+        }
         let config = MachineConfig {
             machine_type,
             memory: self.memory,
@@ -195,6 +208,7 @@ impl SavedConfig {
             devices,
             disks,
             networks,
+            console,
             boot,
         };
         Ok(config)

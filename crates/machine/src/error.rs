@@ -57,6 +57,12 @@ pub enum MachineError {
         /// What it is given.
         given: usize,
     },
+    /// A saved machine is to go on with a console that it did not have, or without the one that it had.
+    #[error("the saved machine had {} console on virtio-console: give it {}", if *saved { "a" } else { "no" }, if *saved { "one" } else { "none" })]
+    Console {
+        /// Whether it had one.
+        saved: bool,
+    },
     /// A saved machine is to go on with other disks.
     #[error("the saved machine had {saved} disks and is given {given}: give it the same ones in the same order")]
     DiskCount {

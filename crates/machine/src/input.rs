@@ -13,25 +13,35 @@ use crate::{bus::lock, machine::Machine};
 /// How long input waits before it looks for room again: about as long as a line of text takes on the wire.
 const RETRY: Duration = Duration::from_millis(5);
 
-/// Where input for the guest's serial port goes. Clones lead to the same port. It does not keep the machine alive.
-#[derive(Clone)]
-pub struct SerialInput {
-    gate: Arc<InputGate>,
-    machine: Weak<Machine>,
+/// A port of a machine's that takes input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InputPort {
+    /// COM1.
+    Serial,
+    /// virtio-console.
+    Console,
 }
 
-impl SerialInput {
-    pub(crate) fn new(gate: Arc<InputGate>, machine: Weak<Machine>) -> Self {
-        Self { gate, machine }
+/// Where input for one of the guest's ports goes. Clones lead to the same port. It does not keep the machine alive.
+#[derive(Clone)]
+pub struct GuestInput {
+    gate: Arc<InputGate>,
+    machine: Weak<Machine>,
+    port: InputPort,
+}
+
+impl GuestInput {
+    pub(crate) fn new(gate: Arc<InputGate>, machine: Weak<Machine>, port: InputPort) -> Self {
+        Self { gate, machine, port }
     }
 
     /// Hands `bytes` to the guest, and waits while its port has no room or the machine stands still: nothing is lost.
-    /// `false` once the run is over (or if the machine has no serial port): the rest is of no use to anybody.
+    /// `false` once the run is over (or if the machine has no such port): the rest is of no use to anybody.
     pub fn push(&self, mut bytes: &[u8]) -> bool {
         while !bytes.is_empty() {
             let Some(entered) = self.gate.enter() else { return false };
             // The machine is held only inside the gate: at the end of a run nobody is left who does.
-            let taken = self.machine.upgrade().and_then(|machine| machine.push_serial_input(bytes));
+            let taken = self.machine.upgrade().and_then(|machine| machine.push_input(self.port, bytes));
             let Some(taken) = taken else { return false };
             bytes = &bytes[taken..];
             if taken == 0 {

@@ -3,7 +3,7 @@
 //! ```text
 //! 0000_0000  RAM, 640 KiB       the hand-over areas below, the kernel's from then on
 //! 000a_0000  hole               (a PC's video memory)
-//! 000e_0000  RAM, reserved      ACPI tables
+//! 000e_0000  RAM, reserved      ACPI tables, the generation ID
 //! 0010_0000  RAM                kernel, initrd; up to 3 GiB
 //! c000_0000  hole               PCI functions, e000_0000 ECAM (reserved), fec0_0000 I/O APIC, fee0_0000 local APICs
 //! 1_0000_0000  RAM              the rest
@@ -31,7 +31,9 @@ pub const EBDA: u64 = 0x9_fc00;
 /// Start of the area in which kernels look for the RSDP (ACPI 6.5 5.2.5.1), and of all ACPI tables.
 pub const ACPI: u64 = 0xe_0000;
 /// End of the ACPI tables' area.
-pub const ACPI_END: u64 = 0x10_0000;
+pub const ACPI_END: u64 = GENERATION_ID;
+/// The generation ID, with a page for itself: no operating system is to use what is beside it.
+pub const GENERATION_ID: u64 = HIGH_RAM - PAGE;
 /// Start of extended memory.
 pub const HIGH_RAM: u64 = 0x10_0000;
 /// Where memory below 4 GiB ends at the latest; what does not fit goes on at [`RAM_ABOVE_4G`].
@@ -105,7 +107,7 @@ pub fn memory_map(memory: u64) -> Vec<Range> {
     let mut map = vec![
         range(0, EBDA, RangeKind::Ram),
         range(EBDA, LOW_RAM_END, RangeKind::Reserved),
-        range(ACPI, ACPI_END, RangeKind::Reserved),
+        range(ACPI, HIGH_RAM, RangeKind::Reserved),
         range(HIGH_RAM, below, RangeKind::Ram),
         range(ECAM, ECAM + ECAM_LENGTH, RangeKind::Reserved),
     ];

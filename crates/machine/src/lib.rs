@@ -12,6 +12,7 @@ pub mod clock;
 pub mod config;
 mod deadlines;
 mod error;
+mod events;
 mod input;
 pub mod layout;
 mod machine;
@@ -21,5 +22,7 @@ pub mod testing;
 
 pub use chipset::Request;
 pub use error::MachineError;
-pub use input::SerialInput;
+pub use events::Listener;
+pub use input::{GuestInput, InputPort};
 pub use machine::Machine;
+pub use purlin_devices::GuestEvent;

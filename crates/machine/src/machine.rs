@@ -20,10 +20,11 @@ use crate::{
     acpi, boot,
     chipset::{Chipset, Request},
     clock::Clock,
-    config::MachineConfig,
+    config::{ConsoleSize, MachineConfig},
     deadlines::DeadlineThread,
     error::MachineError,
-    input::{InputGate, SerialInput},
+    events::Listener,
+    input::{GuestInput, InputGate, InputPort},
     layout, processor,
 };
 
@@ -198,9 +199,14 @@ impl Machine {
         self.chipset.request()
     }
 
-    /// Where input for the serial port goes.
-    pub fn serial_input(self: &Arc<Self>) -> SerialInput {
-        SerialInput::new(self.input.clone(), Arc::downgrade(self))
+    /// Where input for one of its ports goes.
+    pub fn input(self: &Arc<Self>, port: InputPort) -> GuestInput {
+        GuestInput::new(self.input.clone(), Arc::downgrade(self), port)
+    }
+
+    /// The terminal at the console (virtio-console) has another size; the guest learns of it while it runs.
+    pub fn resize_console(&self, size: ConsoleSize) {
+        self.config.console.iter().for_each(|console| console.resize(size));
     }
 
     /// Presses the power button, as somebody who wants the guest to shut down. The machine runs.
@@ -208,10 +214,26 @@ impl Machine {
         self.chipset.devices.with(&self.chipset.power, |power| power.press_power_button());
     }
 
-    /// Gives input to the serial port, which takes as much as it has room for. `None` if there is no serial port.
-    pub(crate) fn push_serial_input(&self, bytes: &[u8]) -> Option<usize> {
-        let serial = self.chipset.serial.as_ref()?;
-        Some(self.chipset.devices.with(serial, |serial| serial.push_input(bytes)))
+    /// Says who is to hear what the guest says has happened to it: on the thread of a vCPU, so it must not wait.
+    pub fn listen(&self, listener: Listener) {
+        self.chipset.events.listen(listener);
+    }
+
+    /// The machine is another one from here on, as one that goes on from another one's state beside it: it has a new
+    /// generation ID, of which the guest is told as soon as it runs.
+    pub fn renew_generation(&self) -> Result<(), MachineError> {
+        self.chipset.renew_generation()
+    }
+
+    /// Gives input to a port, which takes as much as it has room for. `None` if there is no such port.
+    pub(crate) fn push_input(&self, port: InputPort, bytes: &[u8]) -> Option<usize> {
+        match port {
+            InputPort::Serial => {
+                let serial = self.chipset.serial.as_ref()?;
+                Some(self.chipset.devices.with(serial, |serial| serial.push_input(bytes)))
+            }
+            InputPort::Console => Some(self.config.console.as_ref()?.push_input(bytes)),
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! The guest's serial port on standard input and output.
+//! The guest's serial port, or console, on standard input and output.
 
 use std::{
     io::{self, Write},
@@ -6,7 +6,7 @@ use std::{
     thread,
 };
 
-use purlin_vmm::SerialInput;
+use purlin_vmm::GuestInput;
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fd::BorrowedFd,
@@ -60,7 +60,7 @@ fn is_ready(fd: BorrowedFd<'_>, what: PollFlags) -> bool {
     poll(&mut [PollFd::new(&fd, what)], Some(&MOMENT)).is_ok_and(|ready| ready > 0)
 }
 
-/// A file for the serial output. The guest goes on where it cannot be written, for example when the disk is full.
+/// A file for what a port puts out. The guest goes on where it cannot be written, for example when the disk is full.
 pub struct LogFile<W> {
     file: W,
     name: String,
@@ -94,12 +94,12 @@ impl<W: Write> Write for LogFile<W> {
 
 /// Passes a pipe or file on standard input to the guest, as fast as that takes it; where `prompt` is given, once it shows
 /// one. Its end means nothing to the guest.
-pub fn pass_pipe(serial: SerialInput, prompt: Option<Arc<Prompt>>) {
+pub fn pass_pipe(guest: GuestInput, prompt: Option<Arc<Prompt>>) {
     thread::spawn(move || {
         prompt.iter().for_each(|prompt| prompt.wait());
         let mut buffer = [0; 4096];
         while let Some(bytes) = read_stdin(&mut buffer) {
-            if !serial.push(bytes) {
+            if !guest.push(bytes) {
                 break;
             }
         }
@@ -111,9 +111,9 @@ const TYPED_AHEAD: usize = 256;
 
 /// Passes what is typed to the guest, and obeys Ctrl-A. Reading goes on where the guest takes nothing, so that Ctrl-A
 /// always works.
-pub fn pass_terminal(serial: SerialInput, stop: Arc<Stop>) {
+pub fn pass_terminal(guest: GuestInput, stop: Arc<Stop>) {
     let (sender, receiver) = mpsc::sync_channel::<Vec<u8>>(TYPED_AHEAD);
-    thread::spawn(move || receiver.into_iter().take_while(|bytes| serial.push(bytes)).for_each(drop));
+    thread::spawn(move || receiver.into_iter().take_while(|bytes| guest.push(bytes)).for_each(drop));
     thread::spawn(move || {
         let (mut buffer, mut escape) = ([0; 4096], Escape::default());
         while let Some(bytes) = read_stdin(&mut buffer) {

@@ -29,7 +29,7 @@ use crate::{
 pub fn image(args: &ImageArgs, signals: Signals) -> Result<Ended> {
     let stop = Arc::new(Stop::default());
     let asked = stop.clone();
-    signals.watch(move |signal| asked.request(Reason::Signal(signal)), || {});
+    signals.watch(move |signal| asked.request(Reason::Signal(signal)), || {}, || {});
     let store = Store::of_user()?;
     let done = match &args.what {
         Do::Build(args) => build(&store, args, &stop),

@@ -4,26 +4,28 @@ mod args;
 mod boot;
 mod disk;
 mod net;
+mod panic;
 mod quantity;
 
 use std::{
     fs::File,
     io::Write,
-    sync::{Arc, OnceLock},
+    sync::{Arc, OnceLock, Weak},
 };
 
 use anyhow::{Result, anyhow};
 use purlin_machine::{MachineError, processor::default_model};
 use purlin_vmm::{
-    OptionalDevice, Outcome, RunConfig, Running, StartError, Vmm,
+    ConsolePort, ConsoleSize, OptionalDevice, Outcome, RunConfig, Running, StartError, Vmm,
     engines::{self, EngineChoice},
 };
 
 pub use self::args::RunArgs;
 use self::{
-    args::Serial,
+    args::{Port, Target},
     boot::Boot,
     net::{Connected, Net},
+    panic::Panicked,
 };
 use crate::{
     console::{self, LogFile, Output},
@@ -49,12 +51,14 @@ pub fn run(args: RunArgs, signals: Signals) -> Result<Ended> {
     let chosen = engines::choose(args.engine)?;
     let stop = Arc::new(Stop::default());
     let raw_modes = Arc::new(OnceLock::<Modes>::new());
-    watch(signals, &stop, &raw_modes);
+    let with_console = Arc::new(OnceLock::new());
+    watch(signals, &stop, &raw_modes, &with_console);
 
-    let interactive = args.serial == Serial::Stdio && terminal::is_interactive();
+    let interactive = args.port_on_stdio().is_some() && terminal::is_interactive();
     // A server flushes its line until somebody is logged in.
     let prompt = (is_image(&args) && !interactive).then(|| Arc::new(Prompt::default()));
-    let output = open_output(&args.serial, &stop, prompt.as_ref())?;
+    let output = open_output(&args.serial(), "--serial", &stop, prompt.as_ref())?;
+    let console = open_console(&args.console, interactive, &stop, prompt.as_ref())?;
     let boot = match Boot::prepare(&args, interactive, &stop) {
         Err(_) if stop.reason().is_some() => return Ok(stopped(&stop)),
         Err(error) if is_unknown_image(&error) => return Ok(Ended::WrongUsage(error.to_string())),
@@ -67,7 +71,7 @@ pub fn run(args: RunArgs, signals: Signals) -> Result<Ended> {
     if let Some(raw) = &raw {
         let _ = raw_modes.set(raw.modes());
     }
-    let running = match Vmm::start(config(&args, &boot, &network, chosen.engine), output) {
+    let running = match Vmm::start(config(&args, &boot, &network, console, chosen.engine), output) {
         Ok(running) => Arc::new(running),
         Err(error) if is_wrong_usage(&error) => return Ok(Ended::WrongUsage(error.to_string())),
         Err(error) => return Err(error.into()),
@@ -76,29 +80,70 @@ pub fn run(args: RunArgs, signals: Signals) -> Result<Ended> {
         terminal::say(&chosen.why);
     }
     say_ssh(&boot, &network);
+    if interactive && args.console == Target::Stdio {
+        let _ = with_console.set(Arc::downgrade(&running));
+        // It may have changed since the console was made.
+        resize_console(&with_console);
+    }
+    let panicked = panic::watch(&running, args.on_panic, &stop);
     connect(&args, &running, &stop, interactive, prompt);
     let outcome = running.wait();
     drop(raw);
-    Ok(ended(outcome, &stop))
+    Ok(ended(outcome, &stop, &panicked))
 }
 
-fn watch(signals: Signals, stop: &Arc<Stop>, raw_modes: &Arc<OnceLock<Modes>>) {
-    let (stop, raw_modes) = (stop.clone(), raw_modes.clone());
+/// The machine whose console is on the terminal, once there is one.
+type WithConsole = OnceLock<Weak<Running>>;
+
+fn watch(signals: Signals, stop: &Arc<Stop>, raw_modes: &Arc<OnceLock<Modes>>, with_console: &Arc<WithConsole>) {
+    let (stop, raw_modes, with_console) = (stop.clone(), raw_modes.clone(), with_console.clone());
     let on_end = move |signal| stop.request(Reason::Signal(signal));
     let on_continue = move || raw_modes.get().into_iter().for_each(Modes::again);
-    signals.watch(on_end, on_continue);
+    signals.watch(on_end, on_continue, move || resize_console(&with_console));
 }
 
-/// Where the guest's serial output goes (and debugcon's, which works without a serial port too).
-fn open_output(serial: &Serial, stop: &Arc<Stop>, prompt: Option<&Arc<Prompt>>) -> Result<Box<dyn Write + Send>> {
-    let Serial::File(path) = serial else {
+/// Tells the guest the size that the terminal has.
+fn resize_console(with_console: &WithConsole) {
+    if let Some(running) = with_console.get().and_then(Weak::upgrade) {
+        running.resize_console(terminal_size());
+    }
+}
+
+fn terminal_size() -> ConsoleSize {
+    terminal::size().map_or_else(ConsoleSize::default, |(columns, rows)| ConsoleSize { columns, rows })
+}
+
+/// What the guest's console is connected to, if it has one.
+fn open_console(
+    target: &Target,
+    interactive: bool,
+    stop: &Arc<Stop>,
+    prompt: Option<&Arc<Prompt>>,
+) -> Result<Option<Arc<ConsolePort>>> {
+    if *target == Target::None {
+        return Ok(None);
+    }
+    let output = open_output(target, "--console", stop, prompt)?;
+    let size = if interactive && *target == Target::Stdio { terminal_size() } else { ConsoleSize::default() };
+    let port = ConsolePort::new(output, size).map_err(|e| anyhow!("cannot start a thread for --console: {e}"))?;
+    Ok(Some(port))
+}
+
+/// Where a port's output goes (and with the serial port's debugcon's, which works without a serial port too).
+fn open_output(
+    target: &Target,
+    option: &str,
+    stop: &Arc<Stop>,
+    prompt: Option<&Arc<Prompt>>,
+) -> Result<Box<dyn Write + Send>> {
+    let Target::File(path) = target else {
         let output = Output(stop.clone());
         return Ok(match prompt {
             Some(prompt) => Box::new(Watched(output, prompt.clone())),
             None => Box::new(output),
         });
     };
-    let file = File::create(path).map_err(|e| anyhow!("cannot create {} for --serial: {e}", path.display()))?;
+    let file = File::create(path).map_err(|e| anyhow!("cannot create {} for {option}: {e}", path.display()))?;
     Ok(Box::new(LogFile::new(file, path.display().to_string())))
 }
 
@@ -115,6 +160,9 @@ fn at_odds(args: &RunArgs, net: &Net) -> Option<&'static str> {
             "--hostname, --user-data and --disk-size are for images: name one, such as debian, or leave them out",
         );
     }
+    if args.serial == Some(Target::Stdio) && args.console == Target::Stdio {
+        return Some("--serial and --console cannot both have stdio: give one of them file:PATH or none");
+    }
     if !args.publish.is_empty() && !matches!(net, Net::User { .. }) {
         return Some("--publish leads through the user network: add --net user, or leave --publish out");
     }
@@ -128,7 +176,13 @@ fn say_ssh(boot: &Boot, network: &Connected) {
     terminal::say(&format!("the guest's ssh: ssh{identity} -p {} root@{}", ssh.port(), ssh.ip()));
 }
 
-fn config(args: &RunArgs, boot: &Boot, network: &Connected, engine: Arc<dyn purlin_engine::Engine>) -> RunConfig {
+fn config(
+    args: &RunArgs,
+    boot: &Boot,
+    network: &Connected,
+    console: Option<Arc<ConsolePort>>,
+    engine: Arc<dyn purlin_engine::Engine>,
+) -> RunConfig {
     const MEMORY: u64 = 512 << 20;
     let default_memory = if boot.machine.is_some() { 2 * MEMORY } else { MEMORY };
     RunConfig {
@@ -139,10 +193,11 @@ fn config(args: &RunArgs, boot: &Boot, network: &Connected, engine: Arc<dyn purl
         cpus: args.cpus,
         engine,
         cpu_model: args.cpu.unwrap_or_else(default_model),
-        serial: args.serial != Serial::None,
+        serial: args.serial() != Target::None,
         devices: devices(args, boot),
         disks: boot.disks.iter().chain(&args.disk).cloned().collect(),
         networks: network.networks.clone(),
+        console,
         no_reboot: args.no_reboot,
     }
 }
@@ -177,21 +232,30 @@ fn is_wrong_usage(error: &StartError) -> bool {
 fn connect(args: &RunArgs, running: &Arc<Running>, stop: &Arc<Stop>, interactive: bool, prompt: Option<Arc<Prompt>>) {
     let machine = running.clone();
     stop.on_request(move || machine.stop());
-    match (&args.serial, interactive) {
-        (Serial::Stdio, true) => console::pass_terminal(running.serial_input(), stop.clone()),
-        (Serial::Stdio, false) => console::pass_pipe(running.serial_input(), prompt),
-        (Serial::File(_) | Serial::None, _) => {}
+    let input = match args.port_on_stdio() {
+        Some(Port::Serial) => running.serial_input(),
+        Some(Port::Console) => running.console_input(),
+        None => return,
+    };
+    if interactive {
+        console::pass_terminal(input, stop.clone());
+    } else {
+        console::pass_pipe(input, prompt);
     }
 }
 
-fn ended(outcome: Outcome, stop: &Stop) -> Ended {
+fn ended(outcome: Outcome, stop: &Stop, panicked: &Panicked) -> Ended {
     match outcome {
+        // A kernel that resets after its panic (panic=1 on its command line), with --no-reboot.
+        Outcome::Reset if panicked.has_happened() => Ended::Crashed(PANICKED.into()),
         Outcome::PowerOff | Outcome::Reset => Ended::Well,
         Outcome::Exit(status) => Ended::WithStatus(status),
         Outcome::Quit => stopped(stop),
         crashed @ Outcome::Crashed { .. } => Ended::Crashed(crashed.to_string()),
     }
 }
+
+const PANICKED: &str = "the guest's kernel panicked; its console shows why";
 
 /// How a run ends that was asked to.
 fn stopped(stop: &Stop) -> Ended {
@@ -200,6 +264,7 @@ fn stopped(stop: &Stop) -> Ended {
         Some(Reason::OutputLost(error)) => {
             Ended::Failed(anyhow!("standard output is lost ({error}): the guest was stopped"))
         }
+        Some(Reason::GuestPanicked) => Ended::Crashed(PANICKED.into()),
         Some(Reason::Quit) | None => Ended::Well,
     }
 }

@@ -12,24 +12,34 @@ pub struct Signals(SigSet);
 impl Signals {
     /// Blocks them. One that is ignored, as SIGHUP under nohup(1), stays ignored.
     pub fn block() -> Self {
-        let set: SigSet = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM, Signal::SIGCONT].into_iter().collect();
+        let set: SigSet =
+            [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM, Signal::SIGCONT, Signal::SIGWINCH].into_iter().collect();
         // Cannot fail with a valid set (pthread_sigmask(3)); if it did, the signals would only act as usual.
         let _ = set.thread_block();
         Self(set)
     }
 
-    /// Starts a thread that calls `on_end` at the first signal that asks for the end, and `on_continue` when the process
-    /// goes on after having been stopped. The second signal that asks for the end is obeyed on the spot.
-    pub fn watch(self, on_end: impl Fn(Signal) + Send + 'static, on_continue: impl Fn() + Send + 'static) {
+    /// Starts a thread that calls `on_end` at the first signal that asks for the end, `on_continue` when the process goes
+    /// on after having been stopped, and `on_resize` when the terminal has another size. The second signal that asks for
+    /// the end is obeyed on the spot.
+    pub fn watch(
+        self,
+        on_end: impl Fn(Signal) + Send + 'static,
+        on_continue: impl Fn() + Send + 'static,
+        on_resize: impl Fn() + Send + 'static,
+    ) {
         thread::spawn(move || {
             let mut asked = false;
             while let Ok(signal) = self.0.wait() {
                 match signal {
                     Signal::SIGCONT => on_continue(),
+                    Signal::SIGWINCH => on_resize(),
                     signal if asked => process::exit(128 + signal as i32),
-                    signal => on_end(signal),
+                    signal => {
+                        asked = true;
+                        on_end(signal);
+                    }
                 }
-                asked |= signal != Signal::SIGCONT;
             }
         });
     }

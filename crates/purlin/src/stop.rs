@@ -16,6 +16,8 @@ pub enum Reason {
     Signal(Signal),
     /// What the guest writes reaches nobody any more.
     OutputLost(io::Error),
+    /// The guest's kernel has panicked, and the run is to end with that.
+    GuestPanicked,
 }
 
 type Action = Box<dyn Fn() + Send>;

@@ -23,14 +23,17 @@ pub fn is_interactive() -> bool {
     isatty(stdin())
 }
 
+/// Columns and lines of the user's terminal, where they are known.
+pub fn size() -> Option<(u16, u16)> {
+    let size = tcgetwinsize(stdin()).ok()?;
+    (size.ws_row > 0 && size.ws_col > 0).then_some((size.ws_col, size.ws_row))
+}
+
 /// What a guest on a serial line cannot find out about the terminal: its size and type, as environment variables.
 pub fn environment() -> String {
     let mut variables = Vec::new();
-    if let Ok(size) = tcgetwinsize(stdin())
-        && size.ws_row > 0
-        && size.ws_col > 0
-    {
-        variables.push(format!("LINES={} COLUMNS={}", size.ws_row, size.ws_col));
+    if let Some((columns, lines)) = size() {
+        variables.push(format!("LINES={lines} COLUMNS={columns}"));
     }
     let is_word =
         |text: &String| !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-+._".contains(&b));

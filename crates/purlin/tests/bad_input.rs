@@ -26,6 +26,9 @@ fn wrong_usage() {
         ("run shell --cpus two", &["'two'", "--cpus"]),
         ("run shell --cpus -1", &["-1"]),
         ("run shell --serial tcp:1", &["'tcp:1'", "stdio, file:PATH, none"]),
+        ("run shell --console tcp:1", &["'tcp:1'", "stdio, file:PATH, none"]),
+        ("run shell --console stdio --serial stdio", &["--serial", "--console", "file:PATH or none"]),
+        ("run shell --on-panic stop", &["'stop'", "continue, exit"]),
         ("run shell --kernel x", &["--kernel"]),
         ("run --initrd x", &["--kernel"]),
         ("run shell --disk a,format=vmdk", &["'format=vmdk'", "raw or qcow2"]),
@@ -116,4 +119,6 @@ fn a_serial_file_that_cannot_be() {
     let (_dir, kernel) = file(&support::kernel());
     let output = boot(kernel.to_str().unwrap(), &["--serial", "file:/no/such/directory/log"]);
     assert_one_line(&output, 1, &["/no/such/directory/log", "--serial"]);
+    let output = boot(kernel.to_str().unwrap(), &["--console", "file:/no/such/directory/log"]);
+    assert_one_line(&output, 1, &["/no/such/directory/log", "--console"]);
 }

@@ -4,7 +4,7 @@ use std::{fmt, path::PathBuf, sync::Arc};
 
 use purlin_arch::x86_64::cpuid::CpuModel;
 use purlin_engine::Engine;
-use purlin_machine::config::{Network, OptionalDevice};
+use purlin_machine::config::{ConsolePort, Network, OptionalDevice};
 use purlin_storage::DiskSpec;
 
 /// Everything that a run needs to know.
@@ -32,6 +32,9 @@ pub struct RunConfig {
     pub disks: Vec<DiskSpec>,
     /// Networks, in order: eth0 and so on.
     pub networks: Vec<Network>,
+    /// What the console on virtio-console is connected to, if the machine has one. What the guest has written there is
+    /// written out when the last handle on it is gone.
+    pub console: Option<Arc<ConsolePort>>,
     /// End the run where the guest resets itself, instead of starting it again.
     pub no_reboot: bool,
 }

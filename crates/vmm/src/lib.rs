@@ -14,8 +14,8 @@ mod vcpu;
 pub use config::{Outcome, RunConfig};
 pub use lifecycle::{LifecycleError, StartError};
 pub use purlin_machine::{
-    SerialInput,
-    config::{NetConfig, Network, OptionalDevice},
+    GuestEvent, GuestInput,
+    config::{ConsolePort, ConsoleSize, NetConfig, Network, OptionalDevice},
 };
 pub use purlin_network as network;
 pub use purlin_storage as storage;

@@ -55,6 +55,7 @@ pub(crate) enum Control {
     Resume(Sender<()>),
     Save(Sender<Result<SavedState, LifecycleError>>),
     PressPowerButton(Sender<Result<(), LifecycleError>>),
+    RenewGeneration(Sender<Result<(), MachineError>>),
     Stop,
 }
 
@@ -70,6 +71,9 @@ pub enum LifecycleError {
     /// A guest that stands still cannot answer.
     #[error("the machine is paused: resume it first")]
     Paused,
+    /// The machine cannot do it.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
 }
 
 /// The states of all vCPUs, by number.
@@ -141,6 +145,9 @@ impl Supervisor {
                     self.machine.press_power_button();
                     let _ = answer.send(Ok(()));
                 }
+                Message::Control(Control::RenewGeneration(answer)) => {
+                    let _ = answer.send(self.machine.renew_generation());
+                }
                 Message::Control(Control::Stop) => {
                     self.stop();
                     return ControlFlow::Break(Outcome::Quit);
@@ -165,6 +172,9 @@ impl Supervisor {
                 }
                 Message::Control(Control::PressPowerButton(answer)) => {
                     let _ = answer.send(Err(LifecycleError::Paused));
+                }
+                Message::Control(Control::RenewGeneration(answer)) => {
+                    let _ = answer.send(self.machine.renew_generation());
                 }
                 Message::Control(Control::Stop) => return ControlFlow::Break(Outcome::Quit),
                 Message::Vcpu(index, report) => self.note(index, report),

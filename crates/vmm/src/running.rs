@@ -12,8 +12,8 @@ use std::{
 use purlin_arch::x86_64::state::VcpuState;
 use purlin_engine::{Vcpu, memory::GuestRam};
 use purlin_machine::{
-    Machine, MachineError, SerialInput,
-    config::{BootConfig, MachineConfig, MachineType, SavedConfig},
+    GuestEvent, GuestInput, InputPort, Machine, MachineError,
+    config::{BootConfig, ConsoleSize, MachineConfig, MachineType, SavedConfig},
 };
 use purlin_state::{Saved, SavedState};
 use purlin_storage::{Disk, OpenError};
@@ -41,6 +41,7 @@ impl Vmm {
             devices: config.devices.iter().copied().collect(),
             disks: open_disks(&config)?,
             networks: config.networks.clone(),
+            console: config.console.clone(),
             boot,
         };
         let (machine, vcpus) = Machine::new(machine_config, &*config.engine, serial_out)?;
@@ -58,8 +59,8 @@ impl Vmm {
     ) -> Result<Running, StartError> {
         let boot = BootConfig::open(&config.kernel, &config.initrds, &config.cmdline)?;
         let hardware: SavedConfig = saved.decode(SavedConfig::NAME).map_err(MachineError::from)?;
-        let (disks, networks) = (open_disks(&config)?, config.networks.clone());
-        let machine_config = hardware.config(config.cpu_model, disks, networks, boot)?;
+        let (disks, networks, console) = (open_disks(&config)?, config.networks.clone(), config.console.clone());
+        let machine_config = hardware.config(config.cpu_model, disks, networks, console, boot)?;
         let (machine, vcpus, states) = Machine::restore(machine_config, saved, &*config.engine, serial_out)?;
         load_memory(machine.ram())?;
         Running::start(machine, vcpus, states, &config, true)
@@ -74,7 +75,8 @@ fn open_disks(config: &RunConfig) -> Result<Vec<Arc<Disk>>, OpenError> {
 /// A run under way (or over). Dropping it ends it.
 pub struct Running {
     machine: Weak<Machine>,
-    input: SerialInput,
+    serial: GuestInput,
+    console: GuestInput,
     control: Sender<Message>,
     end: Arc<End>,
     supervisor: Option<JoinHandle<()>>,
@@ -119,7 +121,8 @@ impl Running {
             VcpuThread::start(index, vcpu, machine.clone(), control.clone()).map_err(StartError::Thread)
         });
         let threads = threads.collect::<Result<Vec<_>, _>>()?;
-        let (weak, input) = (Arc::downgrade(&machine), machine.serial_input());
+        let weak = Arc::downgrade(&machine);
+        let [serial, console] = [InputPort::Serial, InputPort::Console].map(|port| machine.input(port));
         let supervisor = Supervisor::new(machine, threads, config.no_reboot, inbox);
         let end = Arc::new(End::default());
         let thread = thread::Builder::new().name("supervisor".into()).spawn({
@@ -131,12 +134,24 @@ impl Running {
             }
         });
         let supervisor = Some(thread.map_err(StartError::Thread)?);
-        Ok(Self { machine: weak, input, control, end, supervisor })
+        Ok(Self { machine: weak, serial, console, control, end, supervisor })
     }
 
     /// Where input for the guest's serial port goes.
-    pub fn serial_input(&self) -> SerialInput {
-        self.input.clone()
+    pub fn serial_input(&self) -> GuestInput {
+        self.serial.clone()
+    }
+
+    /// Where input for the guest's console (virtio-console) goes.
+    pub fn console_input(&self) -> GuestInput {
+        self.console.clone()
+    }
+
+    /// The terminal at the guest's console (virtio-console) has another size; the guest learns of it while it runs.
+    pub fn resize_console(&self, size: ConsoleSize) {
+        if let Some(machine) = self.machine.upgrade() {
+            machine.resize_console(size);
+        }
     }
 
     /// The machine's memory; to be read or written only while it is paused.
@@ -162,6 +177,20 @@ impl Running {
     /// Presses the power button of a running machine: a guest that listens shuts down and powers off.
     pub fn press_power_button(&self) -> Result<(), LifecycleError> {
         self.ask(Control::PressPowerButton)?
+    }
+
+    /// The machine is a copy from here on, not the one whose state it goes on from: its generation ID (VMGenID) is a new
+    /// one, and the guest, told of it as soon as it runs, makes new randomness. A machine that was moved stays the same.
+    pub fn renew_generation(&self) -> Result<(), LifecycleError> {
+        Ok(self.ask(Control::RenewGeneration)??)
+    }
+
+    /// Says who is to hear what the guest says has happened to it; of what came before there was anybody, at once.
+    /// `listener` is called on the thread of a vCPU, and must not wait for anything.
+    pub fn on_guest_event(&self, listener: impl Fn(GuestEvent) + Send + 'static) {
+        if let Some(machine) = self.machine.upgrade() {
+            machine.listen(Box::new(listener));
+        }
     }
 
     /// Ends the run; [`Running::wait`] then gives [`Outcome::Quit`].

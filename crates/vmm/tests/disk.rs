@@ -166,6 +166,7 @@ fn config(files: &Path, engine: &Arc<ScriptedEngine>) -> RunConfig {
         devices: vec![OptionalDevice::DebugExit],
         disks: vec![DiskSpec::new(files.join("disk.img"))],
         networks: Vec::new(),
+        console: None,
         no_reboot: true,
     }
 }

@@ -14,7 +14,7 @@ use std::{
 use purlin_arch::x86_64::cpuid::CpuModel;
 use purlin_engine::{After, EngineError, Exit};
 use purlin_machine::testing::{Run, ScriptedEngine, kernels};
-use purlin_vmm::{LifecycleError, OptionalDevice, Outcome, RunConfig, Running, Vmm};
+use purlin_vmm::{GuestEvent, LifecycleError, OptionalDevice, Outcome, RunConfig, Running, Vmm};
 use vm_memory::{Bytes, GuestAddress};
 
 /// A kernel file that is gone with the value.
@@ -53,6 +53,7 @@ fn config(cpus: u32, script: impl Fn(&mut Run<'_>) -> Step + Send + Sync + 'stat
         devices: vec![OptionalDevice::DebugExit, OptionalDevice::DebugExit],
         disks: Vec::new(),
         networks: Vec::new(),
+        console: None,
         no_reboot: false,
     };
     (config, kernel)
@@ -286,6 +287,52 @@ fn a_saved_machine_goes_on_in_a_new_one() {
     second.resume().unwrap();
     assert!(matches!(second.wait(), Outcome::Exit(_)));
     drop(first);
+}
+
+/// Where the generation ID is (`purlin_machine::layout`).
+const GENERATION_ID: GuestAddress = GuestAddress(0xf_f000);
+
+#[test]
+fn a_copy_has_another_generation_id_and_a_moved_machine_the_same() {
+    let (config, _kernel) = config(1, |run| run.halt());
+    let id = |running: &Running| running.memory().unwrap().read_obj::<[u8; 16]>(GENERATION_ID).unwrap();
+    let first = start(&config);
+    first.pause().unwrap();
+    let (state, first_id) = (first.save().unwrap(), id(&first));
+    let again = || {
+        let copy = |to: &purlin_engine::memory::GuestRam| Ok(to.write_obj(first_id, GENERATION_ID)?);
+        Vmm::restore(config.clone(), &state, copy, Box::new(io::sink())).unwrap()
+    };
+    let moved = again();
+    assert_eq!((id(&moved), moved.save().unwrap()), (first_id, state.clone()));
+    let copies = [again(), again()];
+    copies.iter().for_each(|copy| copy.renew_generation().unwrap());
+    let [second_id, third_id] = [id(&copies[0]), id(&copies[1])];
+    assert!(first_id != second_id && second_id != third_id && first_id != third_id);
+    // A state of the copy is the copy's.
+    let state = copies[0].save().unwrap();
+    let load = |to: &purlin_engine::memory::GuestRam| Ok(to.write_obj(second_id, GENERATION_ID)?);
+    let later = Vmm::restore(config.clone(), &state, load, Box::new(io::sink())).unwrap();
+    assert_eq!((id(&later), later.save().unwrap()), (second_id, state));
+}
+
+#[test]
+fn a_guest_that_says_that_it_has_panicked_is_heard_and_goes_on() {
+    let is_heard = Arc::new(AtomicU32::new(0));
+    let listens = is_heard.clone();
+    let (config, _kernel) = config(1, move |run| {
+        while listens.load(Ordering::SeqCst) == 0 {
+            thread::yield_now();
+        }
+        assert_eq!(run.bus.port_out(0x505, 1, 1), After::Continue);
+        out(run, 0xf4, 5)
+    });
+    let running = start(&config);
+    let (sender, events) = std::sync::mpsc::channel();
+    running.on_guest_event(move |event| sender.send(event).unwrap());
+    is_heard.store(1, Ordering::SeqCst);
+    assert!(matches!(running.wait(), Outcome::Exit(_)));
+    assert_eq!(events.try_iter().collect::<Vec<_>>(), [GuestEvent::Panicked]);
 }
 
 #[test]

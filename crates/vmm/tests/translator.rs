@@ -46,6 +46,7 @@ fn config(engine: Arc<dyn Engine>, kernel: &KernelFile) -> RunConfig {
         devices: vec![OptionalDevice::DebugExit],
         disks: Vec::new(),
         networks: Vec::new(),
+        console: None,
         no_reboot: true,
     }
 }

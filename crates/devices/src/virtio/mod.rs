@@ -23,6 +23,7 @@
 
 pub mod block;
 mod chain;
+pub mod console;
 pub mod net;
 mod notifier;
 pub mod pci;

@@ -2,13 +2,17 @@
 
 use acpi_tables::{
     Aml,
-    aml::{Device, EISAName, IO, Interrupt, Name, Package, ResourceTemplate, Scope},
+    aml::{
+        Arg, Device, EISAName, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO, If,
+        Interrupt, Method, Name, Notify, OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Return, Scope,
+        Store,
+    },
 };
 
-use purlin_devices::acpi_pm::AcpiPm;
+use purlin_devices::{acpi_pm::AcpiPm, pvpanic::Pvpanic};
 
-use super::{bytes, pci, sdt};
-use crate::{chipset::ports, config::MachineConfig};
+use super::{GENERATION_IRQ, bytes, pci, sdt};
+use crate::{chipset::ports, config::MachineConfig, layout::GENERATION_ID};
 
 /// The table.
 pub fn table(config: &MachineConfig) -> Vec<u8> {
@@ -37,7 +41,72 @@ fn system_bus(config: &MachineConfig) -> Vec<u8> {
     }
     let board = [(ports::ACPI_PM, AcpiPm::PORTS as u8), (ports::RESET, 1)];
     devices.extend(platform_device("MBRD", "PNP0C02", &board, None));
+    devices.extend(panic_port());
+    devices.extend(generation_id());
+    devices.extend(event_device());
     Scope::raw("\\_SB_".into(), devices)
+}
+
+/// The port by which a guest says that its kernel has panicked, with the methods of its specification (QEMU,
+/// docs/specs/pvpanic): RDPT gives what is understood, WRPT says what has happened.
+fn panic_port() -> Vec<u8> {
+    let (port, length) = (ports::PVPANIC, Pvpanic::PORTS as u8);
+    let said = || Path::new("PEPT");
+    let registers = vec![FieldEntry::Named(*b"PEPT", 8)];
+    bytes(&Device::new(
+        "PEVT".into(),
+        vec![
+            &Name::new("_HID".into(), &"QEMU0001"),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&IO::new(port, port, 1, length)])),
+            &OpRegion::new("PEOR".into(), OpRegionSpace::SystemIO, &port, &length),
+            &Field::new(
+                "PEOR".into(),
+                FieldAccessType::Byte,
+                FieldLockRule::NoLock,
+                FieldUpdateRule::Preserve,
+                registers,
+            ),
+            &Method::new("RDPT".into(), 0, false, vec![&Return::new(&said())]),
+            &Method::new("WRPT".into(), 1, false, vec![&Store::new(&said(), &Arg(0))]),
+        ],
+    ))
+}
+
+/// Where the generation ID is (Microsoft, "Virtual Machine Generation ID"), with the name by which systems find it, and
+/// the one that is valid as an ID of ACPI's.
+fn generation_id() -> Vec<u8> {
+    let (low, high) = (GENERATION_ID as u32, (GENERATION_ID >> 32) as u32);
+    bytes(&Device::new(
+        "VGEN".into(),
+        vec![
+            &Name::new("_HID".into(), &"PRLN0001"),
+            &Name::new("_CID".into(), &Package::new(vec![&"VM_Gen_Counter", &"VMGENCTR"])),
+            &Name::new("_DDN".into(), &"VM_Gen_Counter"),
+            &Name::new("ADDR".into(), &Package::new(vec![&low, &high])),
+        ],
+    ))
+}
+
+/// What notifies the guest's drivers of events that come by an interrupt (ACPI 6.5 5.6.9): of a new generation ID.
+fn event_device() -> Vec<u8> {
+    let interrupt = Interrupt::new(true, true, false, false, GENERATION_IRQ.into());
+    bytes(&Device::new(
+        "GED_".into(),
+        vec![
+            &Name::new("_HID".into(), &"ACPI0013"),
+            &Name::new("_UID".into(), &0u8),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&interrupt])),
+            &Method::new(
+                "_EVT".into(),
+                1,
+                true,
+                vec![&If::new(
+                    &Equal::new(&Arg(0), &GENERATION_IRQ),
+                    vec![&Notify::new(&Path::new("\\_SB_.VGEN"), &0x80u8)],
+                )],
+            ),
+        ],
+    ))
 }
 
 /// A processor; `_UID` ties it to its entry in the MADT.

@@ -26,6 +26,8 @@ const OEM_REVISION: u32 = 1;
 
 /// The interrupt by which ACPI events arrive, level-triggered and active high.
 pub const SCI: u8 = 9;
+/// The interrupt of a new generation ID, edge-triggered.
+pub const GENERATION_IRQ: u8 = 5;
 
 /// Writes the tables of a machine. The RSDP is at [`ACPI`].
 pub fn write(config: &MachineConfig, ram: &GuestRam) -> Result<(), MachineError> {

@@ -30,6 +30,7 @@ pub(crate) fn config(memory: u64, cpus: u32) -> MachineConfig {
         devices: Default::default(),
         disks: Vec::new(),
         networks: Vec::new(),
+        console: None,
         boot,
     }
 }
@@ -298,15 +299,17 @@ fn a_saved_configuration_is_the_same_again_or_refused() {
     let mut config = config(512 << 20, 3);
     config.devices.insert(OptionalDevice::Debugcon);
     let saved = config.saved();
-    let again = saved.config(CpuModel::V3, Vec::new(), Vec::new(), config.boot.clone()).unwrap();
+    let again = saved.config(CpuModel::V3, Vec::new(), Vec::new(), None, config.boot.clone()).unwrap();
     assert_eq!(again.saved(), saved);
     let refuse = |saved: SavedConfig| {
-        saved.config(CpuModel::V3, Vec::new(), Vec::new(), boot_config(b"", &[], "")).unwrap_err().to_string()
+        saved.config(CpuModel::V3, Vec::new(), Vec::new(), None, boot_config(b"", &[], "")).unwrap_err().to_string()
     };
     let foreign = SavedConfig { machine_type: "pc-9".into(), ..saved.clone() };
     assert!(refuse(foreign).contains("'pc-9', which this version does not know"));
     let disks = SavedConfig { disks: 2, ..saved.clone() };
     assert!(refuse(disks).contains("had 2 disks and is given 0"));
+    let console = SavedConfig { console: true, ..saved.clone() };
+    assert!(refuse(console).contains("had a console on virtio-console: give it one"));
     let devices = SavedConfig { devices: vec![0, 77], ..saved };
     assert!(refuse(devices).contains("there is no device 77"));
 }

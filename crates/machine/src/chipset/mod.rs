@@ -24,16 +24,21 @@ use purlin_devices::{
     pit::Pit,
     port92::Port92,
     post::PostPort,
+    pvpanic::Pvpanic,
     reset_control::ResetControl,
     rtc::{MemorySize, Rtc},
     serial::Serial,
+    vmgenid::{self, VmGenId},
 };
 use purlin_engine::{After, Bus, Vm, memory::GuestRam};
-use rustix::time::{ClockId, clock_gettime};
+use rustix::{
+    rand::{GetRandomFlags, getrandom},
+    time::{ClockId, clock_gettime},
+};
 
 use self::interrupts::Interrupts;
 use crate::{
-    acpi::SCI,
+    acpi::{GENERATION_IRQ, SCI},
     bus::{
         Addresses::{self, Dword, Mmio, Ports},
         DeviceBus, Handle, lock,
@@ -41,7 +46,8 @@ use crate::{
     clock::Clock,
     config::{MachineConfig, OptionalDevice},
     error::MachineError,
-    layout::{self, ECAM, ECAM_LENGTH, IOAPIC, PCI_WINDOW, PCI_WINDOW_LENGTH},
+    events::Events,
+    layout::{self, ECAM, ECAM_LENGTH, GENERATION_ID, IOAPIC, PCI_WINDOW, PCI_WINDOW_LENGTH},
 };
 
 /// What a guest asks of the machine as a whole.
@@ -63,6 +69,9 @@ pub struct Chipset {
     pub serial: Option<Handle<Serial>>,
     /// ACPI's fixed hardware, with the power button.
     pub power: Handle<AcpiPm>,
+    /// What the guest says has happened to it.
+    pub events: Events,
+    generation: Handle<VmGenId>,
     rtc: Handle<Rtc>,
     pci: Arc<PciRoot>,
     interrupts: Interrupts,
@@ -98,6 +107,9 @@ impl Chipset {
         bus.add(place(I8042::new(irq(1))), &[ports(0x60, I8042::PORTS), ports(0x64, I8042::PORTS)]);
         bus.add(place(Port92::default()), &[ports(0x92, Port92::PORTS)]);
         bus.add(place(PostPort), &[ports(0x80, PostPort::PORTS)]);
+        bus.add(place(Pvpanic), &[ports(ports::PVPANIC, Pvpanic::PORTS)]);
+        let generation = VmGenId::new(ram.clone(), GENERATION_ID, irq(GENERATION_IRQ), new_generation_id()?);
+        let generation = bus.add(place(generation), &[]);
         let serial = config.serial.then(|| {
             let serial = Serial::new("serial0", irq(4), output.clone());
             bus.add(place(serial), &[ports(ports::COM1, Serial::PORTS)])
@@ -112,7 +124,8 @@ impl Chipset {
                 }
             }
         }
-        Ok(Self { devices: Arc::new(bus), serial, power, rtc, pci, interrupts, request: Mutex::new(None) })
+        let (devices, events, request) = (Arc::new(bus), Events::default(), Mutex::new(None));
+        Ok(Self { devices, serial, power, events, generation, rtc, pci, interrupts, request })
     }
 
     /// Resets every device, and leaves them as firmware hands them over.
@@ -131,6 +144,13 @@ impl Chipset {
         self.devices.with(&self.rtc, |rtc| rtc.set_wall_clock(at_zero));
     }
 
+    /// Gives the machine a new generation ID, and tells the guest as soon as it runs.
+    pub fn renew_generation(&self) -> Result<(), MachineError> {
+        let id = new_generation_id()?;
+        self.devices.with(&self.generation, |generation| generation.renew(id));
+        Ok(())
+    }
+
     /// What the guest has asked for since the last reset; the first request counts.
     pub fn request(&self) -> Option<Request> {
         *lock(&self.request)
@@ -139,6 +159,10 @@ impl Chipset {
     fn after(&self, effect: Effect) -> After {
         let request = match effect {
             Effect::None => return After::Continue,
+            Effect::Event(event) => {
+                self.events.tell(event);
+                return After::Continue;
+            }
             Effect::PowerOff => Request::PowerOff,
             Effect::Reset => Request::Reset,
             Effect::Exit(status) => Request::Exit(status),
@@ -146,6 +170,15 @@ impl Chipset {
         lock(&self.request).get_or_insert(request);
         After::Leave
     }
+}
+
+/// Random bytes of the host's.
+fn new_generation_id() -> Result<[u8; vmgenid::LENGTH], MachineError> {
+    let mut id = [0; vmgenid::LENGTH];
+    // So few come all at once (getrandom(2)).
+    getrandom(&mut id, GetRandomFlags::empty())
+        .map_err(|errno| MachineError::Host { what: "get random bytes", source: errno.into() })?;
+    Ok(id)
 }
 
 /// The host's wall clock: Unix time in ns.

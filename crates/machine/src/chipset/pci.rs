@@ -8,7 +8,7 @@ use std::sync::Arc;
 use purlin_devices::{
     MsiLine,
     pci::{Devfn, PciRoot, Window},
-    virtio::{VirtioDevice, block::Block, net::Net, pci::VirtioPci, rng::Rng},
+    virtio::{VirtioDevice, block::Block, console::Console, net::Net, pci::VirtioPci, rng::Rng},
 };
 use purlin_engine::{Vm, memory::GuestRam};
 
@@ -20,6 +20,7 @@ use crate::{
 /// Device numbers. 0 is the host bridge; 2 to 7 are for devices of which there is one each.
 mod slot {
     pub const RNG: u8 = 1;
+    pub const CONSOLE: u8 = 2;
     /// The first of [`MAX_DISKS`](crate::layout::MAX_DISKS).
     pub const DISKS: u8 = 8;
     /// The first of [`MAX_NETWORKS`](crate::layout::MAX_NETWORKS).
@@ -37,6 +38,9 @@ pub fn root(config: &MachineConfig, ram: &Arc<GuestRam>, vm: &Arc<dyn Vm>) -> Pc
     };
     if config.devices.contains(&OptionalDevice::Rng) {
         add(slot::RNG, Box::new(Rng::new("rng0")));
+    }
+    if let Some(port) = &config.console {
+        add(slot::CONSOLE, Box::new(Console::new("console0", port.clone())));
     }
     for (number, disk) in (0..).zip(&config.disks) {
         add(slot::DISKS + number, Box::new(Block::new(&format!("disk{number}"), disk.clone(), config.cpus)));

@@ -14,6 +14,8 @@ pub const PM1_EVENT: u16 = ACPI_PM + AcpiPm::EVENT;
 pub const PM1_CONTROL: u16 = ACPI_PM + AcpiPm::CONTROL;
 /// Power management timer.
 pub const PM_TIMER: u16 = ACPI_PM + AcpiPm::TIMER;
+/// Where the guest says that its kernel has panicked.
+pub const PVPANIC: u16 = 0x505;
 /// The reset control, also the ACPI reset register.
 pub const RESET: u16 = 0xcf9;
 /// What resets the machine there.

@@ -2,7 +2,9 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use purlin_devices::GuestEvent;
 use purlin_engine::{Engine, VmConfig, memory};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::{
@@ -18,6 +20,7 @@ struct Pc {
     chipset: Chipset,
     vm: Arc<ScriptedVm>,
     clock: Arc<Clock>,
+    memory: Arc<GuestRam>,
     output: Sink,
 }
 
@@ -45,7 +48,7 @@ impl Pc {
         let (clock, output) = (Arc::new(Clock::default()), Sink::default());
         let chipset = Chipset::new(&config, &memory, &vm, clock.clone(), Box::new(output.clone())).unwrap();
         chipset.reset();
-        Self { chipset, vm: engine.vm(), clock, output }
+        Self { chipset, vm: engine.vm(), clock, memory, output }
     }
 
     fn out(&self, port: u16, value: u8) -> After {
@@ -177,6 +180,36 @@ fn each_way_to_end_a_run_or_reset_it_is_a_request() {
         pc.chipset.reset();
         assert_eq!(pc.chipset.request(), None);
     }
+}
+
+#[test]
+fn a_guest_that_has_panicked_says_so_and_goes_on() {
+    let pc = Pc::new();
+    assert_eq!(pc.inb(ports::PVPANIC), 7);
+    let heard = Arc::new(Mutex::new(Vec::new()));
+    let ears = heard.clone();
+    pc.chipset.events.listen(Box::new(move |event| lock(&ears).push(event)));
+    assert_eq!(pc.out(ports::PVPANIC, 1), After::Continue);
+    assert_eq!((pc.chipset.request(), &*lock(&heard)), (None, &vec![GuestEvent::Panicked]));
+}
+
+#[test]
+fn a_new_generation_id_interrupts_once_the_machine_runs() {
+    let pc = Pc::new();
+    pc.route(GENERATION_IRQ, 0x51);
+    let id = || pc.memory.read_obj::<[u8; 16]>(GuestAddress(GENERATION_ID)).unwrap();
+    let first = id();
+    assert_ne!(first, [0; 16]);
+    pc.chipset.renew_generation().unwrap();
+    let second = id();
+    assert_ne!(first, second);
+    // The deadlines' thread stands still while the machine does.
+    assert_eq!(pc.vm.take_messages(), []);
+    pc.pass(0);
+    assert_eq!(pc.vm.take_messages().len(), 1);
+    pc.chipset.reset();
+    pc.pass(1);
+    assert_eq!((id(), pc.vm.take_messages()), (second, vec![]), "the same machine");
 }
 
 #[test]

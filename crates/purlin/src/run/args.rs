@@ -16,7 +16,7 @@ use super::{
 };
 use crate::exit;
 
-/// Run a virtual machine in the foreground, with its serial port on the terminal
+/// Run a virtual machine in the foreground, with its serial port (or console) on the terminal
 #[derive(Args)]
 #[command(after_help = after_help())]
 pub struct RunArgs {
@@ -33,7 +33,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE", requires = "kernel")]
     pub initrd: Vec<PathBuf>,
 
-    /// The kernel's command line ('console=ttyS0' if not given); added to that of an image
+    /// The kernel's command line (if not given 'console=ttyS0', with --console stdio 'console=hvc0'); added to that of an image
     #[arg(long, value_name = "TEXT")]
     pub cmdline: Option<String>,
 
@@ -53,9 +53,14 @@ pub struct RunArgs {
     #[arg(long, value_name = "MODEL", value_parser = model_parser())]
     pub cpu: Option<CpuModel>,
 
-    /// Where the guest's serial port goes: stdio, file:PATH or none
-    #[arg(long, value_name = "WHERE", default_value = "stdio", value_parser = parse_serial)]
-    pub serial: Serial,
+    /// Where the guest's serial port goes: stdio, file:PATH or none [default: stdio, with --console stdio none]
+    #[arg(long, value_name = "WHERE", value_parser = parse_target)]
+    pub serial: Option<Target>,
+
+    /// Where a console on virtio-console (/dev/hvc0 in the guest) goes: stdio, file:PATH or none. It is faster than the
+    /// serial port, and knows the terminal's size; with stdio it is the guest's own console
+    #[arg(long, value_name = "WHERE", default_value = "none", value_parser = parse_target)]
+    pub console: Target,
 
     /// A further device: rng (virtio-rng), debug-exit (port 0xf4 ends the run) or debugcon (port 0xe9 writes to the
     /// serial output)
@@ -93,6 +98,55 @@ pub struct RunArgs {
     /// End the run when the guest resets itself, instead of starting it again
     #[arg(long)]
     pub no_reboot: bool,
+
+    /// What to do when the guest says (by pvpanic) that its kernel has panicked, beside telling so: continue leaves what
+    /// comes next to the guest, exit ends the run with status 4
+    #[arg(long, value_name = "WHAT", default_value = "continue", value_parser = on_panic_parser())]
+    pub on_panic: OnPanic,
+}
+
+/// What follows a panic of the guest's kernel.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum OnPanic {
+    /// The guest decides.
+    Continue,
+    /// The run ends.
+    Exit,
+}
+
+impl RunArgs {
+    /// Where the serial port goes.
+    pub fn serial(&self) -> Target {
+        let terminal = if self.console == Target::Stdio { Target::None } else { Target::Stdio };
+        self.serial.clone().unwrap_or(terminal)
+    }
+
+    /// The port that has standard input and output.
+    pub fn port_on_stdio(&self) -> Option<Port> {
+        if self.console == Target::Stdio {
+            return Some(Port::Console);
+        }
+        (self.serial() == Target::Stdio).then_some(Port::Serial)
+    }
+}
+
+/// A port of the guest's for characters.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Port {
+    /// COM1.
+    Serial,
+    /// virtio-console.
+    Console,
+}
+
+impl Port {
+    /// What Linux calls it.
+    pub fn linux_name(self) -> &'static str {
+        match self {
+            Self::Serial => "ttyS0",
+            Self::Console => "hvc0",
+        }
+    }
 }
 
 fn after_help() -> String {
@@ -106,30 +160,36 @@ Examples:
   echo 'uname -a; poweroff' | purlin run shell
   purlin run --kernel bzImage --initrd initrd.img --cmdline 'console=ttyS0 quiet'
   purlin run --kernel bzImage --disk root.qcow2 --disk data.img,serial=data --cmdline 'console=ttyS0 root=/dev/vda1'
-  purlin run --kernel kernel.elf --device debug-exit --serial file:log --no-reboot";
+  purlin run --kernel kernel.elf --device debug-exit --serial file:log --no-reboot
+  purlin run shell --console stdio --serial file:log";
 
 const KEYS: &str = "\
 On a terminal:
   Ctrl-A x  ends the run       Ctrl-A h  shows this help       Ctrl-A Ctrl-A  sends Ctrl-A";
 
-/// Where the serial port goes.
+/// Where a port goes.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Serial {
+pub enum Target {
     /// Standard input and output.
     Stdio,
     /// Output to a file, no input.
     File(PathBuf),
-    /// There is no serial port.
+    /// There is no such port.
     None,
 }
 
-fn parse_serial(text: &str) -> Result<Serial, String> {
+fn parse_target(text: &str) -> Result<Target, String> {
     match (text, text.strip_prefix("file:")) {
-        ("stdio", _) => Ok(Serial::Stdio),
-        ("none", _) => Ok(Serial::None),
-        (_, Some(path)) if !path.is_empty() => Ok(Serial::File(path.into())),
+        ("stdio", _) => Ok(Target::Stdio),
+        ("none", _) => Ok(Target::None),
+        (_, Some(path)) if !path.is_empty() => Ok(Target::File(path.into())),
         _ => Err("it is one of stdio, file:PATH, none".into()),
     }
+}
+
+fn on_panic_parser() -> impl TypedValueParser<Value = OnPanic> {
+    PossibleValuesParser::new(["continue", "exit"])
+        .map(|name| if name == "exit" { OnPanic::Exit } else { OnPanic::Continue })
 }
 
 fn engine_parser() -> impl TypedValueParser<Value = EngineChoice> {
@@ -158,9 +218,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn serial_ports() {
-        assert_eq!(parse_serial("file:a:b"), Ok(Serial::File("a:b".into())));
-        assert!(parse_serial("file:").is_err());
-        assert!(parse_serial("tcp").is_err());
+    fn targets() {
+        assert_eq!(parse_target("file:a:b"), Ok(Target::File("a:b".into())));
+        assert!(parse_target("file:").is_err());
+        assert!(parse_target("tcp").is_err());
     }
 }

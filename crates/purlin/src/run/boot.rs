@@ -13,7 +13,7 @@ use purlin_images::{
 };
 use purlin_vmm::storage::{DiskSpec, Format};
 
-use super::args::RunArgs;
+use super::args::{Port, RunArgs};
 use crate::{progress::Shown, stop::Stop, terminal};
 
 /// The guest that is Debian's kernel with a shell, all in memory.
@@ -44,14 +44,15 @@ impl Boot {
     }
 
     fn of_kernel(args: &RunArgs, kernel: PathBuf) -> Self {
-        let cmdline = args.cmdline.clone().unwrap_or_else(|| "console=ttyS0".into());
+        let cmdline = args.cmdline.clone().unwrap_or_else(|| console(args));
         Self { kernel, initrds: args.initrd.clone(), cmdline, disks: Vec::new(), machine: None }
     }
 
     fn shell(args: &RunArgs, interactive: bool, stop: &Arc<Stop>) -> Result<Self> {
         let guest = obtain(&Cache::of_user()?, &Recipe::SHELL, &Shown::new(stop.clone()))?;
         let environment = interactive.then(terminal::environment);
-        let words = [Some("console=ttyS0 quiet"), environment.as_deref(), args.cmdline.as_deref()];
+        let console = console(args);
+        let words = [Some(console.as_str()), Some("quiet"), environment.as_deref(), args.cmdline.as_deref()];
         Ok(Self {
             kernel: guest.kernel,
             initrds: vec![guest.initrd],
@@ -63,7 +64,9 @@ impl Boot {
 
     fn image(image: &str, args: &RunArgs, interactive: bool, stop: &Arc<Stop>) -> Result<Self> {
         let environment = interactive.then(terminal::environment);
-        let arguments = join(&[environment.as_deref(), args.cmdline.as_deref()]);
+        // Its own command line names the serial port.
+        let console = (args.port_on_stdio() == Some(Port::Console)).then(|| console(args));
+        let arguments = join(&[console.as_deref(), environment.as_deref(), args.cmdline.as_deref()]);
         let request = Request {
             image,
             host_name: args.hostname.as_deref(),
@@ -82,6 +85,11 @@ impl Boot {
             machine: Some(machine),
         })
     }
+}
+
+/// What names the guest's own console: the port on standard input and output, the serial port if there is none.
+fn console(args: &RunArgs) -> String {
+    format!("console={}", args.port_on_stdio().unwrap_or(Port::Serial).linux_name())
 }
 
 /// The last word on the kernel's command line counts, so the user's come last. What the kernel does not know it hands

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use purlin_vmm::SerialInput;
+use purlin_vmm::GuestInput;
 
 /// What the guest has written, in whichever machine. Clones are the same console.
 #[derive(Clone, Default)]
@@ -54,14 +54,14 @@ impl Write for Console {
 
 /// Types at the guest's shell as soon as it is there, also while the guest is being moved.
 pub struct Typist {
-    keyboard: Arc<Mutex<SerialInput>>,
+    keyboard: Arc<Mutex<GuestInput>>,
     over: Arc<AtomicBool>,
     thread: JoinHandle<()>,
 }
 
 impl Typist {
     /// Types `text` once `prompt` is to be seen.
-    pub fn start(console: Console, prompt: &'static str, text: &'static str, input: SerialInput) -> Self {
+    pub fn start(console: Console, prompt: &'static str, text: &'static str, input: GuestInput) -> Self {
         let keyboard = Arc::new(Mutex::new(input));
         let over = Arc::new(AtomicBool::new(false));
         let thread = thread::spawn({
@@ -77,7 +77,7 @@ impl Typist {
     }
 
     /// From here on the keyboard is at another machine.
-    pub fn plug_into(&self, input: SerialInput) {
+    pub fn plug_into(&self, input: GuestInput) {
         *self.keyboard.lock().unwrap() = input;
     }
 
@@ -89,7 +89,7 @@ impl Typist {
 }
 
 /// A machine that is gone has not taken the byte: its successor gets it.
-fn press(keyboard: &Mutex<SerialInput>, over: &AtomicBool, byte: u8) {
+fn press(keyboard: &Mutex<GuestInput>, over: &AtomicBool, byte: u8) {
     while !over.load(Ordering::SeqCst) {
         let input = keyboard.lock().unwrap().clone();
         if input.push(&[byte]) {

@@ -55,6 +55,7 @@ impl Guest {
             devices: Vec::new(),
             disks: Vec::new(),
             networks: Vec::new(),
+            console: None,
             no_reboot: true,
         };
         let console = Console::default();

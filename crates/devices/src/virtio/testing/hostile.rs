@@ -141,10 +141,15 @@ fn poke(driver: &Driver, address: u64, data: &[u8]) {
 
 /// Offers a chain of these buffers again and again, as fast as the device gives it back, and holds the device meanwhile:
 /// that comes to an end, and nothing is used after it.
-pub fn is_held_in_a_flood(mut driver: Driver, buffers: &[Buffer]) {
-    driver.offer(0, buffers);
+pub fn is_held_in_a_flood(driver: Driver, buffers: &[Buffer]) {
+    is_held_in_a_flood_of(driver, 0, buffers);
+}
+
+/// The same with another queue.
+pub fn is_held_in_a_flood_of(mut driver: Driver, queue: usize, buffers: &[Buffer]) {
+    driver.offer(queue, buffers);
     let (memory, over) = (driver.memory.clone(), AtomicBool::new(false));
-    let [_, available, used] = driver.queues[0].rings.map(|ring| GuestAddress(ring + 2));
+    let [_, available, used] = driver.queues[queue].rings.map(|ring| GuestAddress(ring + 2));
     let index = |at: GuestAddress| memory.load::<u16>(at, Ordering::SeqCst).expect("the ring is in memory");
     thread::scope(|scope| {
         // Every entry of the ring is the head 0.
@@ -155,7 +160,7 @@ pub fn is_held_in_a_flood(mut driver: Driver, buffers: &[Buffer]) {
             }
         });
         for _ in 0..10 {
-            driver.notify(0);
+            driver.notify(queue);
             thread::sleep(Duration::from_millis(2));
             driver.function.hold();
             let held_at = index(used);

@@ -17,7 +17,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::{VirtioDevice, feature, pci::VirtioPci};
 use crate::{MsiLine, pci::PciFunction};
 
-pub use self::hostile::{abuse, is_held_in_a_flood};
+pub use self::hostile::{abuse, is_held_in_a_flood, is_held_in_a_flood_of};
 
 /// The feature bit that every driver accepts.
 pub const VERSION_1: u64 = 1 << 32;

@@ -1,8 +1,9 @@
-# On the serial console nothing else says what the terminal is: the kernel's command line may (TERM=xterm).
-if [ "$(tty)" = /dev/ttyS0 ]; then
+# On a console nothing else says what the terminal is: the kernel's command line may (TERM=xterm).
+case $(tty) in /dev/ttyS0 | /dev/hvc0)
     read -r cmdline < /proc/cmdline
     for word in $cmdline; do
         case $word in TERM=*) export "$word" ;; esac
     done
     unset word cmdline
-fi
+    ;;
+esac
