@@ -9,6 +9,7 @@ use std::{
 use prost::Message;
 use purlin_arch::x86_64::cpuid::CpuModel;
 pub use purlin_devices::virtio::{
+    block::OnIoError,
     console::{Port as ConsolePort, Size as ConsoleSize},
     net::{NetConfig, Network},
 };
@@ -71,6 +72,8 @@ pub struct MachineConfig {
     pub networks: Vec<Network>,
     /// What the console on virtio-console is connected to, if there is one.
     pub console: Option<Arc<ConsolePort>>,
+    /// What comes of a disk's request that the host cannot carry out.
+    pub on_io_error: OnIoError,
     /// What to boot.
     pub boot: BootConfig,
 }
@@ -209,6 +212,7 @@ impl SavedConfig {
             disks,
             networks,
             console,
+            on_io_error: OnIoError::default(),
             boot,
         };
         Ok(config)

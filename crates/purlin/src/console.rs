@@ -20,7 +20,7 @@ use crate::{
     terminal,
 };
 
-const ESCAPE_HELP: &str = "Ctrl-A x ends the run, Ctrl-A h shows this, Ctrl-A Ctrl-A sends Ctrl-A to the guest";
+const ESCAPE_HELP: &str = "Ctrl-A x ends the run, Ctrl-A c lets a guest go on that a failed disk has paused, Ctrl-A h shows this, Ctrl-A Ctrl-A sends Ctrl-A to the guest";
 
 /// Standard output. The guest is stopped where it is lost: nobody could see what the guest does.
 pub struct Output(pub Arc<Stop>);
@@ -111,7 +111,7 @@ const TYPED_AHEAD: usize = 256;
 
 /// Passes what is typed to the guest, and obeys Ctrl-A. Reading goes on where the guest takes nothing, so that Ctrl-A
 /// always works.
-pub fn pass_terminal(guest: GuestInput, stop: Arc<Stop>) {
+pub fn pass_terminal(guest: GuestInput, stop: Arc<Stop>, go_on: impl Fn() + Send + 'static) {
     let (sender, receiver) = mpsc::sync_channel::<Vec<u8>>(TYPED_AHEAD);
     thread::spawn(move || receiver.into_iter().take_while(|bytes| guest.push(bytes)).for_each(drop));
     thread::spawn(move || {
@@ -121,6 +121,7 @@ pub fn pass_terminal(guest: GuestInput, stop: Arc<Stop>) {
             for command in commands {
                 match command {
                     Command::Quit => stop.request(Reason::Quit),
+                    Command::GoOn => go_on(),
                     Command::Help => terminal::say(ESCAPE_HELP),
                 }
             }
@@ -156,6 +157,7 @@ struct Escape {
 #[derive(Debug, PartialEq, Eq)]
 enum Command {
     Quit,
+    GoOn,
     Help,
 }
 
@@ -168,6 +170,7 @@ impl Escape {
                 (false, CTRL_A) => self.pending = true,
                 (false, byte) => typed.push(byte),
                 (true, b'x' | b'X') => commands.push(Command::Quit),
+                (true, b'c' | b'C') => commands.push(Command::GoOn),
                 (true, b'h' | b'H' | b'?') => commands.push(Command::Help),
                 (true, CTRL_A) => typed.push(CTRL_A),
                 // Not a command: both keys were meant for the guest.
@@ -190,7 +193,7 @@ mod tests {
     fn commands_are_taken_out() {
         let mut escape = Escape::default();
         assert_eq!(all(&mut escape, b"a\x01xb"), (b"ab".to_vec(), vec![Command::Quit]));
-        assert_eq!(all(&mut escape, b"\x01h"), (vec![], vec![Command::Help]));
+        assert_eq!(all(&mut escape, b"\x01h\x01c"), (vec![], vec![Command::Help, Command::GoOn]));
         assert_eq!(all(&mut escape, b"\x01\x01x"), (b"\x01x".to_vec(), vec![]));
         assert_eq!(all(&mut escape, b"\x01e"), (b"\x01e".to_vec(), vec![]));
     }

@@ -2,6 +2,7 @@
 
 mod args;
 mod boot;
+mod current;
 mod disk;
 mod net;
 mod panic;
@@ -10,20 +11,21 @@ mod quantity;
 use std::{
     fs::File,
     io::Write,
-    sync::{Arc, OnceLock, Weak},
+    sync::{Arc, OnceLock},
 };
 
 use anyhow::{Result, anyhow};
 use purlin_machine::{MachineError, processor::default_model};
 use purlin_vmm::{
-    ConsolePort, ConsoleSize, OptionalDevice, Outcome, RunConfig, Running, StartError, Vmm,
+    ConsolePort, ConsoleSize, OnIoError, OptionalDevice, Outcome, RunConfig, Running, StartError, Vmm,
     engines::{self, EngineChoice},
 };
 
 pub use self::args::RunArgs;
 use self::{
-    args::{Port, Target},
+    args::{IoErrorChoice, Port, Target},
     boot::Boot,
+    current::Current,
     net::{Connected, Net},
     panic::Panicked,
 };
@@ -51,8 +53,8 @@ pub fn run(args: RunArgs, signals: Signals) -> Result<Ended> {
     let chosen = engines::choose(args.engine)?;
     let stop = Arc::new(Stop::default());
     let raw_modes = Arc::new(OnceLock::<Modes>::new());
-    let with_console = Arc::new(OnceLock::new());
-    watch(signals, &stop, &raw_modes, &with_console);
+    let current = Arc::new(Current::default());
+    watch(signals, &stop, &raw_modes, &current, args.console == Target::Stdio);
 
     let interactive = args.port_on_stdio().is_some() && terminal::is_interactive();
     // A server flushes its line until somebody is logged in.
@@ -71,7 +73,14 @@ pub fn run(args: RunArgs, signals: Signals) -> Result<Ended> {
     if let Some(raw) = &raw {
         let _ = raw_modes.set(raw.modes());
     }
-    let running = match Vmm::start(config(&args, &boot, &network, console, chosen.engine), output) {
+    let config = RunConfig {
+        on_io_error: match args.on_io_error {
+            IoErrorChoice::Report => OnIoError::Report,
+            IoErrorChoice::Pause => current.pause_on_io_error(),
+        },
+        ..config(&args, &boot, &network, console, chosen.engine)
+    };
+    let running = match Vmm::start(config, output) {
         Ok(running) => Arc::new(running),
         Err(error) if is_wrong_usage(&error) => return Ok(Ended::WrongUsage(error.to_string())),
         Err(error) => return Err(error.into()),
@@ -80,33 +89,38 @@ pub fn run(args: RunArgs, signals: Signals) -> Result<Ended> {
         terminal::say(&chosen.why);
     }
     say_ssh(&boot, &network);
+    current.set(&running);
     if interactive && args.console == Target::Stdio {
-        let _ = with_console.set(Arc::downgrade(&running));
         // It may have changed since the console was made.
-        resize_console(&with_console);
+        running.resize_console(terminal_size());
     }
     let panicked = panic::watch(&running, args.on_panic, &stop);
-    connect(&args, &running, &stop, interactive, prompt);
+    connect(&args, &current, &running, &stop, interactive, prompt);
     let outcome = running.wait();
     drop(raw);
     Ok(ended(outcome, &stop, &panicked))
 }
 
-/// The machine whose console is on the terminal, once there is one.
-type WithConsole = OnceLock<Weak<Running>>;
-
-fn watch(signals: Signals, stop: &Arc<Stop>, raw_modes: &Arc<OnceLock<Modes>>, with_console: &Arc<WithConsole>) {
-    let (stop, raw_modes, with_console) = (stop.clone(), raw_modes.clone(), with_console.clone());
+fn watch(
+    signals: Signals,
+    stop: &Arc<Stop>,
+    raw_modes: &Arc<OnceLock<Modes>>,
+    current: &Arc<Current>,
+    console_on_terminal: bool,
+) {
+    let (stop, raw_modes) = (stop.clone(), raw_modes.clone());
+    let (to_resume, to_resize) = (current.clone(), current.clone());
     let on_end = move |signal| stop.request(Reason::Signal(signal));
-    let on_continue = move || raw_modes.get().into_iter().for_each(Modes::again);
-    signals.watch(on_end, on_continue, move || resize_console(&with_console));
-}
-
-/// Tells the guest the size that the terminal has.
-fn resize_console(with_console: &WithConsole) {
-    if let Some(running) = with_console.get().and_then(Weak::upgrade) {
-        running.resize_console(terminal_size());
-    }
+    let on_continue = move || {
+        raw_modes.get().into_iter().for_each(Modes::again);
+        to_resume.go_on();
+    };
+    let on_resize = move || {
+        if console_on_terminal && let Some(running) = to_resize.get() {
+            running.resize_console(terminal_size());
+        }
+    };
+    signals.watch(on_end, on_continue, on_resize);
 }
 
 fn terminal_size() -> ConsoleSize {
@@ -198,6 +212,7 @@ fn config(
         disks: boot.disks.iter().chain(&args.disk).cloned().collect(),
         networks: network.networks.clone(),
         console,
+        on_io_error: OnIoError::default(),
         no_reboot: args.no_reboot,
     }
 }
@@ -229,7 +244,14 @@ fn is_wrong_usage(error: &StartError) -> bool {
 }
 
 /// Connects the running machine with what can stop it and with standard input.
-fn connect(args: &RunArgs, running: &Arc<Running>, stop: &Arc<Stop>, interactive: bool, prompt: Option<Arc<Prompt>>) {
+fn connect(
+    args: &RunArgs,
+    current: &Arc<Current>,
+    running: &Arc<Running>,
+    stop: &Arc<Stop>,
+    interactive: bool,
+    prompt: Option<Arc<Prompt>>,
+) {
     let machine = running.clone();
     stop.on_request(move || machine.stop());
     let input = match args.port_on_stdio() {
@@ -238,7 +260,8 @@ fn connect(args: &RunArgs, running: &Arc<Running>, stop: &Arc<Stop>, interactive
         None => return,
     };
     if interactive {
-        console::pass_terminal(input, stop.clone());
+        let current = current.clone();
+        console::pass_terminal(input, stop.clone(), move || current.go_on());
     } else {
         console::pass_pipe(input, prompt);
     }

@@ -147,6 +147,12 @@ impl IoError {
     pub fn is_out_of_space(self) -> bool {
         matches!(self.errno, Errno::NOSPC | Errno::DQUOT)
     }
+
+    /// Whether it is for want of something on the host's side, rather than for what was asked: outside of the disk, or
+    /// against its mode.
+    pub fn is_the_hosts(self) -> bool {
+        !matches!(self.errno, Errno::INVAL | Errno::ROFS)
+    }
 }
 
 impl From<Errno> for IoError {

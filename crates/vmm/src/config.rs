@@ -1,11 +1,15 @@
 //! What to run, and how a run ended.
 
-use std::{fmt, path::PathBuf, sync::Arc};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use purlin_arch::x86_64::cpuid::CpuModel;
 use purlin_engine::Engine;
 use purlin_machine::config::{ConsolePort, Network, OptionalDevice};
-use purlin_storage::DiskSpec;
+use purlin_storage::{DiskSpec, IoError};
 
 /// Everything that a run needs to know.
 #[derive(Clone)]
@@ -35,8 +39,21 @@ pub struct RunConfig {
     /// What the console on virtio-console is connected to, if the machine has one. What the guest has written there is
     /// written out when the last handle on it is gone.
     pub console: Option<Arc<ConsolePort>>,
+    /// What comes of a disk's request that the host cannot carry out: it is out of space, or its disk fails.
+    pub on_io_error: OnIoError,
     /// End the run where the guest resets itself, instead of starting it again.
     pub no_reboot: bool,
+}
+
+/// What comes of a disk's request that the host cannot carry out.
+#[derive(Clone, Default)]
+pub enum OnIoError {
+    /// The guest gets the error.
+    #[default]
+    Report,
+    /// The machine is paused; when it is resumed, the request is made again. The function is told the image and the error,
+    /// on a disk's thread, which must not wait: maybe several times until the machine stands.
+    Pause(Arc<dyn Fn(&Path, IoError) + Send + Sync>),
 }
 
 /// How a run ended.

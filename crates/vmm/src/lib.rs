@@ -11,7 +11,7 @@ mod lifecycle;
 mod running;
 mod vcpu;
 
-pub use config::{Outcome, RunConfig};
+pub use config::{OnIoError, Outcome, RunConfig};
 pub use lifecycle::{LifecycleError, StartError};
 pub use purlin_machine::{
     GuestEvent, GuestInput,

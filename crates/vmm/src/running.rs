@@ -13,13 +13,13 @@ use purlin_arch::x86_64::state::VcpuState;
 use purlin_engine::{Vcpu, memory::GuestRam};
 use purlin_machine::{
     GuestEvent, GuestInput, InputPort, Machine, MachineError,
-    config::{BootConfig, ConsoleSize, MachineConfig, MachineType, SavedConfig},
+    config::{self as machine, BootConfig, ConsoleSize, MachineConfig, MachineType, SavedConfig},
 };
 use purlin_state::{Saved, SavedState};
 use purlin_storage::{Disk, OpenError};
 
 use crate::{
-    config::{Outcome, RunConfig},
+    config::{OnIoError, Outcome, RunConfig},
     lifecycle::{Control, LifecycleError, Message, StartError, Supervisor},
     vcpu::VcpuThread,
 };
@@ -32,6 +32,7 @@ impl Vmm {
     /// `serial_out`.
     pub fn start(config: RunConfig, serial_out: Box<dyn Write + Send>) -> Result<Running, StartError> {
         let boot = BootConfig::open(&config.kernel, &config.initrds, &config.cmdline)?;
+        let inbox = mpsc::channel();
         let machine_config = MachineConfig {
             machine_type: MachineType::Pc1,
             memory: config.memory,
@@ -42,11 +43,12 @@ impl Vmm {
             disks: open_disks(&config)?,
             networks: config.networks.clone(),
             console: config.console.clone(),
+            on_io_error: on_io_error(&config, &inbox.0),
             boot,
         };
         let (machine, vcpus) = Machine::new(machine_config, &*config.engine, serial_out)?;
         let states = machine.reset()?;
-        Running::start(machine, vcpus, states, &config, false)
+        Running::start(machine, vcpus, states, &config, inbox, false)
     }
 
     /// Makes the machine that was saved, paused where it was; [`Running::resume`] lets it go on. `load_memory` fills
@@ -60,11 +62,26 @@ impl Vmm {
         let boot = BootConfig::open(&config.kernel, &config.initrds, &config.cmdline)?;
         let hardware: SavedConfig = saved.decode(SavedConfig::NAME).map_err(MachineError::from)?;
         let (disks, networks, console) = (open_disks(&config)?, config.networks.clone(), config.console.clone());
-        let machine_config = hardware.config(config.cpu_model, disks, networks, console, boot)?;
+        let inbox = mpsc::channel();
+        let machine_config = MachineConfig {
+            on_io_error: on_io_error(&config, &inbox.0),
+            ..hardware.config(config.cpu_model, disks, networks, console, boot)?
+        };
         let (machine, vcpus, states) = Machine::restore(machine_config, saved, &*config.engine, serial_out)?;
         load_memory(machine.ram())?;
-        Running::start(machine, vcpus, states, &config, true)
+        Running::start(machine, vcpus, states, &config, inbox, true)
     }
+}
+
+/// What the disks are to do: where the machine is to be paused, they ask its supervisor, which waits for them to be held.
+fn on_io_error(config: &RunConfig, supervisor: &Sender<Message>) -> machine::OnIoError {
+    let OnIoError::Pause(tell) = &config.on_io_error else { return machine::OnIoError::Report };
+    let (tell, supervisor) = (tell.clone(), supervisor.clone());
+    machine::OnIoError::Wait(Arc::new(move |path, error| {
+        // Nobody waits for the answer; if nobody listens the run is over.
+        let _ = supervisor.send(Message::Control(Control::Pause(mpsc::channel().0)));
+        tell(path, error);
+    }))
 }
 
 /// Opens the disks; as the kernel's file, before anything else is made.
@@ -113,10 +130,10 @@ impl Running {
         vcpus: Vec<Box<dyn Vcpu>>,
         states: Vec<VcpuState>,
         config: &RunConfig,
+        (control, inbox): (Sender<Message>, Receiver<Message>),
         paused: bool,
     ) -> Result<Self, StartError> {
         let machine = Arc::new(machine);
-        let (control, inbox) = mpsc::channel();
         let threads = (0..).zip(vcpus).map(|(index, vcpu)| {
             VcpuThread::start(index, vcpu, machine.clone(), control.clone()).map_err(StartError::Thread)
         });

@@ -1,10 +1,11 @@
 //! Pauses, saves and restores in the midst of block requests, made by a scripted guest through PCI and a virtqueue.
 
 use std::{
-    fs, io,
+    env, fs, io,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
-    sync::{Arc, atomic::Ordering},
+    process::Command,
+    sync::{Arc, atomic::Ordering, mpsc},
     thread,
     time::Duration,
 };
@@ -13,7 +14,7 @@ use purlin_arch::x86_64::cpuid::CpuModel;
 use purlin_engine::{After, EngineError, Exit, memory::GuestRam};
 use purlin_machine::testing::{Run, ScriptedEngine, kernels};
 use purlin_state::SavedState;
-use purlin_vmm::{OptionalDevice, Outcome, RunConfig, Running, Vmm, storage::DiskSpec};
+use purlin_vmm::{OnIoError, OptionalDevice, Outcome, RunConfig, Running, Vmm, storage::DiskSpec};
 use vm_memory::{Bytes, GuestAddress};
 
 /// Requests of the guest: each writes its own sector.
@@ -141,10 +142,14 @@ impl Files {
     fn new(name: &str) -> Self {
         let directory = std::env::temp_dir().join(format!("purlin-vmm-{name}-{}", std::process::id()));
         fs::create_dir_all(&directory).unwrap();
-        fs::write(directory.join("kernel"), kernels::multiboot_flat(b"\xf4")).unwrap();
-        fs::File::create(directory.join("disk.img")).unwrap().set_len(REQUESTS * 512).unwrap();
+        make_files(&directory);
         Self(directory)
     }
+}
+
+fn make_files(directory: &Path) {
+    fs::write(directory.join("kernel"), kernels::multiboot_flat(b"\xf4")).unwrap();
+    fs::File::create(directory.join("disk.img")).unwrap().set_len(REQUESTS * 512).unwrap();
 }
 
 impl Drop for Files {
@@ -167,6 +172,7 @@ fn config(files: &Path, engine: &Arc<ScriptedEngine>) -> RunConfig {
         disks: vec![DiskSpec::new(files.join("disk.img"))],
         networks: Vec::new(),
         console: None,
+        on_io_error: Default::default(),
         no_reboot: true,
     }
 }
@@ -216,12 +222,74 @@ fn requests_survive_pauses_and_moves_each_done_once() {
     assert!(matches!(running.wait(), Outcome::Exit(_)), "{:?}", running.wait());
     drop(running);
     println!("{pauses} pauses, {under_way} of them with requests in the queue");
-    let disk = fs::File::open(files.0.join("disk.img")).unwrap();
+    all_is_written(&files.0);
+}
+
+fn all_is_written(files: &Path) {
+    let disk = fs::File::open(files.join("disk.img")).unwrap();
     for number in 0..REQUESTS {
         let mut sector = [0; 512];
         disk.read_exact_at(&mut sector, number * 512).unwrap();
         assert!(sector[..] == number.to_le_bytes().repeat(64), "sector {number}");
     }
+}
+
+/// Set where [`waits_for_room`] is to run: a file system of 1,200 KiB.
+const SMALL_DIRECTORY: &str = "PURLIN_TEST_SMALL_DIRECTORY";
+
+/// The test itself runs where such a file system can be mounted without being root.
+#[test]
+fn a_full_host_pauses_the_machine_and_no_request_is_lost() {
+    let files = Files::new("full");
+    let mount = "mount -t tmpfs -o size=1200k none \"$0\" && exec \"$@\"";
+    let mut command = Command::new("unshare");
+    command.args(["--user", "--map-root-user", "--mount", "sh", "-c", mount]).arg(&files.0);
+    command.arg(env::current_exe().unwrap()).args(["--exact", "waits_for_room", "--ignored", "--nocapture"]);
+    let output = command.env(SMALL_DIRECTORY, &files.0).output().expect("unshare (package util-linux) is needed");
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said);
+    assert!(output.status.success() && said.contains("1 passed"), "{said}");
+}
+
+#[test]
+#[ignore = "a_full_host_pauses_the_machine_and_no_request_is_lost runs it on a small file system"]
+fn waits_for_room() {
+    const BALLAST: u64 = 5;
+    let directory = PathBuf::from(env::var_os(SMALL_DIRECTORY).expect("it is run by another test"));
+    make_files(&directory);
+    let ballast = |number: u64| directory.join(format!("ballast-{number}"));
+    (0..BALLAST).for_each(|number| fs::write(ballast(number), vec![1; 200 << 10]).unwrap());
+
+    let engine = Arc::new(ScriptedEngine::new(guest));
+    let (sender, failures) = mpsc::channel();
+    let tell = move |path: &Path, error: purlin_vmm::storage::IoError| {
+        // Whoever has ended no longer wants to hear.
+        let _ = sender.send((path.to_owned(), error));
+    };
+    let on_io_error = OnIoError::Pause(Arc::new(tell));
+    let config = RunConfig { on_io_error, ..config(&directory, &engine) };
+    let mut running = Vmm::start(config.clone(), Box::new(io::sink())).unwrap();
+    for number in 0..BALLAST {
+        let (path, error) = failures.recv_timeout(Duration::from_secs(60)).expect("the file system is full");
+        assert!(path.ends_with("disk.img") && error.is_out_of_space(), "{error}");
+        // By now it stands or will at once: this is the second to ask.
+        running.pause().unwrap();
+        if number % 2 == 0 {
+            // Without room it stops again.
+            failures.try_iter().for_each(drop);
+            running.resume().unwrap();
+            failures.recv_timeout(Duration::from_secs(60)).expect("the file system is full still");
+            running.pause().unwrap();
+        } else {
+            running = moved(&config, running);
+        }
+        failures.try_iter().for_each(drop);
+        fs::remove_file(ballast(number)).unwrap();
+        running.resume().unwrap();
+    }
+    assert!(matches!(running.wait(), Outcome::Exit(_)), "{:?}", running.wait());
+    drop(running);
+    all_is_written(&directory);
 }
 
 #[test]

@@ -52,6 +52,7 @@ fn config(engine: Arc<dyn Engine>, kernel: &KernelFile) -> RunConfig {
         disks: Vec::new(),
         networks: Vec::new(),
         console: None,
+        on_io_error: Default::default(),
         no_reboot: true,
     }
 }

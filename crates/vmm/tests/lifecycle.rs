@@ -54,6 +54,7 @@ fn config(cpus: u32, script: impl Fn(&mut Run<'_>) -> Step + Send + Sync + 'stat
         disks: Vec::new(),
         networks: Vec::new(),
         console: None,
+        on_io_error: Default::default(),
         no_reboot: false,
     };
     (config, kernel)

@@ -6,7 +6,7 @@ use std::{fs::File, path::PathBuf, sync::LazyLock};
 use libfuzzer_sys::fuzz_target;
 use purlin_devices::virtio::{
     VirtioDevice,
-    block::Block,
+    block::{Block, OnIoError},
     testing::{EVENT_IDX, INDIRECT, abuse},
 };
 use purlin_storage::{Disk, DiskSpec};
@@ -24,7 +24,7 @@ static IMAGE: LazyLock<PathBuf> = LazyLock::new(|| {
 
 fn device() -> Box<dyn VirtioDevice> {
     let disk = Disk::open(&DiskSpec::new(&*IMAGE)).expect("the image opens");
-    Box::new(Block::new("disk0", disk, 2))
+    Box::new(Block::new("disk0", disk, 2, OnIoError::Report))
 }
 
 fuzz_target!(|bytes: &[u8]| {

@@ -1,8 +1,8 @@
 //! A descriptor chain, checked once and in full: whoever works on it has slices of guest memory, not the guest's word.
 
 use purlin_memory::{GuestRam, LogSlice};
-use virtio_queue::DescriptorChain;
-use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 /// Slices of guest memory, in order. Whoever writes to them through raw pointers marks them dirty afterwards.
 pub type Slices<'m> = Vec<VolatileSlice<'m, LogSlice>>;
@@ -41,11 +41,12 @@ pub enum Malformed {
 const MOST_DESCRIPTORS: usize = 1024;
 
 impl<'m> Chain<'m> {
-    /// Reads the descriptors of a chain.
-    pub(super) fn parse(memory: &'m GuestRam, mut chain: DescriptorChain<&'m GuestRam>) -> Result<Self, Malformed> {
-        let mut parsed = Self { head: chain.head_index(), readable: Vec::new(), writable: Vec::new() };
+    /// Reads the descriptors of the chain `head` of a queue's `table`, which has `size`.
+    pub(super) fn parse(memory: &'m GuestRam, table: GuestAddress, size: u16, head: u16) -> Result<Self, Malformed> {
+        let mut parsed = Self { head, readable: Vec::new(), writable: Vec::new() };
         let (mut last, mut writes) = (None, false);
-        for descriptor in chain.by_ref().take(MOST_DESCRIPTORS) {
+        let descriptors = Descriptors { memory, table, size: size.into(), next: Some(head), is_indirect: false };
+        for descriptor in descriptors.take(MOST_DESCRIPTORS) {
             if writes && !descriptor.is_write_only() {
                 return Err(Malformed::Order);
             }
@@ -92,6 +93,45 @@ impl<'m> Chain<'m> {
         let rest = self.writable_length().checked_sub(length).ok_or(Malformed::Request)?;
         let front = take_front(&mut self.writable, rest).ok_or(Malformed::Request)?;
         Ok(std::mem::replace(&mut self.writable, front))
+    }
+}
+
+/// The descriptors of a chain, up to the first that has no successor or cannot be got.
+struct Descriptors<'m> {
+    memory: &'m GuestRam,
+    table: GuestAddress,
+    /// How many the table has.
+    size: u32,
+    next: Option<u16>,
+    /// The table is an indirect one: there is but one level of those (virtio 1.3, 2.7.5.3.1).
+    is_indirect: bool,
+}
+
+impl Iterator for Descriptors<'_> {
+    type Item = Descriptor;
+
+    fn next(&mut self) -> Option<Descriptor> {
+        let mut descriptor = self.at(self.next?)?;
+        if descriptor.refers_to_indirect_table() {
+            if std::mem::replace(&mut self.is_indirect, true) || !descriptor.len().is_multiple_of(DESCRIPTOR) {
+                return None;
+            }
+            (self.table, self.size) = (descriptor.addr(), descriptor.len() / DESCRIPTOR);
+            descriptor = self.at(0).filter(|first| !first.refers_to_indirect_table())?;
+        }
+        self.next = descriptor.has_next().then(|| descriptor.next());
+        Some(descriptor)
+    }
+}
+
+/// Bytes of a descriptor.
+const DESCRIPTOR: u32 = size_of::<Descriptor>() as u32;
+
+impl Descriptors<'_> {
+    fn at(&self, index: u16) -> Option<Descriptor> {
+        let inside = u32::from(index) < self.size;
+        let address = inside.then(|| self.table.0.checked_add(u64::from(index) * u64::from(DESCRIPTOR)))??;
+        self.memory.read_obj(GuestAddress(address)).ok()
     }
 }
 

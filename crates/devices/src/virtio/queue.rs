@@ -64,14 +64,27 @@ impl Virtqueue {
         if self.notifier.is_out_of_service() {
             return None;
         }
-        let next = match self.lock().iter(&*self.memory) {
-            Ok(mut available) => available.next()?,
+        let head = match self.lock().iter(&*self.memory) {
+            Ok(mut available) => available.next()?.head_index(),
             Err(error) => {
                 self.notifier.needs_reset(&error);
                 return None;
             }
         };
-        let chain = Chain::parse(&self.memory, next);
+        self.chain(head)
+    }
+
+    /// The chain `head`, which has been taken and not given back: to begin it anew.
+    pub fn again(&self, head: u16) -> Option<Chain<'_>> {
+        if self.notifier.is_out_of_service() { None } else { self.chain(head) }
+    }
+
+    fn chain(&self, head: u16) -> Option<Chain<'_>> {
+        let (table, size) = {
+            let queue = self.lock();
+            (GuestAddress(queue.desc_table()), queue.size())
+        };
+        let chain = Chain::parse(&self.memory, table, size, head);
         chain.inspect_err(|malformed| self.notifier.needs_reset(malformed)).ok()
     }
 

@@ -31,6 +31,7 @@ pub(crate) fn config(memory: u64, cpus: u32) -> MachineConfig {
         disks: Vec::new(),
         networks: Vec::new(),
         console: None,
+        on_io_error: Default::default(),
         boot,
     }
 }

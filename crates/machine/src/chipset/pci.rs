@@ -43,7 +43,10 @@ pub fn root(config: &MachineConfig, ram: &Arc<GuestRam>, vm: &Arc<dyn Vm>) -> Pc
         add(slot::CONSOLE, Box::new(Console::new("console0", port.clone())));
     }
     for (number, disk) in (0..).zip(&config.disks) {
-        add(slot::DISKS + number, Box::new(Block::new(&format!("disk{number}"), disk.clone(), config.cpus)));
+        add(
+            slot::DISKS + number,
+            Box::new(Block::new(&format!("disk{number}"), disk.clone(), config.cpus, config.on_io_error.clone())),
+        );
     }
     for (number, network) in (0..).zip(&config.networks) {
         add(slot::NETWORKS + number, Box::new(Net::new(&format!("net{number}"), network.clone())));

@@ -99,10 +99,24 @@ pub struct RunArgs {
     #[arg(long)]
     pub no_reboot: bool,
 
+    /// What to do when the host cannot carry out a request to a disk, because it is out of space or its own disk fails:
+    /// report gives the guest an error, pause stops the guest until you let it go on, and then tries again
+    #[arg(long, value_name = "WHAT", default_value = "report", value_parser = on_io_error_parser())]
+    pub on_io_error: IoErrorChoice,
+
     /// What to do when the guest says (by pvpanic) that its kernel has panicked, beside telling so: continue leaves what
     /// comes next to the guest, exit ends the run with status 4
     #[arg(long, value_name = "WHAT", default_value = "continue", value_parser = on_panic_parser())]
     pub on_panic: OnPanic,
+}
+
+/// What follows a disk's failure.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum IoErrorChoice {
+    /// The guest gets an error.
+    Report,
+    /// The guest is paused.
+    Pause,
 }
 
 /// What follows a panic of the guest's kernel.
@@ -160,12 +174,14 @@ Examples:
   echo 'uname -a; poweroff' | purlin run shell
   purlin run --kernel bzImage --initrd initrd.img --cmdline 'console=ttyS0 quiet'
   purlin run --kernel bzImage --disk root.qcow2 --disk data.img,serial=data --cmdline 'console=ttyS0 root=/dev/vda1'
+  purlin run debian --disk /srv/data.qcow2 --on-io-error pause
   purlin run --kernel kernel.elf --device debug-exit --serial file:log --no-reboot
   purlin run shell --console stdio --serial file:log";
 
 const KEYS: &str = "\
 On a terminal:
-  Ctrl-A x  ends the run       Ctrl-A h  shows this help       Ctrl-A Ctrl-A  sends Ctrl-A";
+  Ctrl-A x  ends the run       Ctrl-A h  shows this help       Ctrl-A Ctrl-A  sends Ctrl-A
+  Ctrl-A c  lets a guest go on that a failed disk has paused (--on-io-error pause)";
 
 /// Where a port goes.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -185,6 +201,11 @@ fn parse_target(text: &str) -> Result<Target, String> {
         (_, Some(path)) if !path.is_empty() => Ok(Target::File(path.into())),
         _ => Err("it is one of stdio, file:PATH, none".into()),
     }
+}
+
+fn on_io_error_parser() -> impl TypedValueParser<Value = IoErrorChoice> {
+    PossibleValuesParser::new(["report", "pause"])
+        .map(|name| if name == "pause" { IoErrorChoice::Pause } else { IoErrorChoice::Report })
 }
 
 fn on_panic_parser() -> impl TypedValueParser<Value = OnPanic> {

@@ -56,6 +56,7 @@ impl Guest {
             disks: Vec::new(),
             networks: Vec::new(),
             console: None,
+            on_io_error: Default::default(),
             no_reboot: true,
         };
         let console = Console::default();

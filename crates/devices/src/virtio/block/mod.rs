@@ -4,20 +4,25 @@
 //! |---|---|
 //! | `config.rs` | what the driver is told of the disk |
 //! | `request.rs` | from a descriptor chain to what is asked of the disk |
+//! | `waiting.rs` | requests that have failed and wait to be made anew |
 //! | `server.rs` | a queue's thread: requests begin, complete, and are drained for a pause |
 
 mod config;
 mod request;
 mod server;
+mod waiting;
 
-use std::{io, sync::Arc};
+use std::{io, path::Path, sync::Arc};
 
 use prost::Message;
 use purlin_state::{Saved, Section, StateError};
-use purlin_storage::Disk;
+use purlin_storage::{Disk, IoError};
 use virtio_bindings::{virtio_blk::VIRTIO_BLK_F_FLUSH, virtio_ids::VIRTIO_ID_BLOCK};
 
-use self::server::Server;
+use self::{
+    server::Server,
+    waiting::{SavedWaiting, Waiting},
+};
 use super::{Activation, Running, VirtioDevice, Wake, Workers, feature, read_structure};
 
 /// The size of each queue.
@@ -25,11 +30,25 @@ const QUEUE_SIZE: u16 = 256;
 /// The most queues. More bring nothing on one disk.
 const MOST_QUEUES: u16 = 4;
 
+/// What comes of a request that the host cannot carry out: it is out of space, or its disk fails. (What the guest should
+/// not have asked for is always answered with an error.)
+#[derive(Clone, Default)]
+pub enum OnIoError {
+    /// The guest hears of it.
+    #[default]
+    Report,
+    /// It waits until the device has been held and opened again, and is then made anew. Whoever is called, with the image
+    /// and the error, sees to that; called on a queue's thread, which must not wait for it.
+    Wait(Arc<dyn Fn(&Path, IoError) + Send + Sync>),
+}
+
 /// A disk as the guest sees it.
 pub struct Block {
     name: String,
     disk: Arc<Disk>,
-    queues: u16,
+    on_io_error: OnIoError,
+    /// For each queue.
+    waiting: Vec<Arc<Waiting>>,
 }
 
 /// What of the disk must be the same after a restore.
@@ -40,6 +59,9 @@ struct SavedBlock {
     size: u64,
     #[prost(bool, tag = "2")]
     read_only: bool,
+    /// For each queue the requests that wait to be made anew.
+    #[prost(message, repeated, tag = "3")]
+    waiting: Vec<SavedWaiting>,
 }
 
 impl Saved for SavedBlock {
@@ -49,13 +71,9 @@ impl Saved for SavedBlock {
 
 impl Block {
     /// A device with this instance's name, for a machine with so many processors.
-    pub fn new(name: &str, disk: Arc<Disk>, cpus: u32) -> Self {
-        let queues = cpus.clamp(1, MOST_QUEUES.into()) as u16;
-        Self { name: name.to_owned(), disk, queues }
-    }
-
-    fn saved(&self) -> SavedBlock {
-        SavedBlock { size: self.disk.size(), read_only: self.disk.read_only() }
+    pub fn new(name: &str, disk: Arc<Disk>, cpus: u32, on_io_error: OnIoError) -> Self {
+        let waiting = (0..cpus.clamp(1, MOST_QUEUES.into())).map(|_| Arc::default()).collect();
+        Self { name: name.to_owned(), disk, on_io_error, waiting }
     }
 }
 
@@ -78,11 +96,11 @@ impl VirtioDevice for Block {
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
-        vec![QUEUE_SIZE; self.queues.into()]
+        vec![QUEUE_SIZE; self.waiting.len()]
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_structure(&config::structure(&self.disk, self.queues), offset, data);
+        read_structure(&config::structure(&self.disk, self.waiting.len() as u16), offset, data);
     }
 
     fn activate(&mut self, driver: Activation) -> io::Result<Box<dyn Running>> {
@@ -91,9 +109,10 @@ impl VirtioDevice for Block {
         let mut workers = Workers::default();
         for queue in driver.queues {
             let (index, disk, notifier) = (queue.index(), self.disk.clone(), driver.notifier.clone());
+            let (on_io_error, waiting) = (self.on_io_error.clone(), self.waiting[usize::from(index)].clone());
             let job = move |wake: &Wake| {
                 let served = purlin_storage::Queue::scope(&disk, |io| {
-                    Server::new(&queue, io, &disk, write_through).run(wake);
+                    Server::new(&queue, io, &disk, write_through, &on_io_error, &waiting).run(wake);
                 });
                 if let Err(error) = served {
                     notifier.needs_reset(&error);
@@ -104,15 +123,28 @@ impl VirtioDevice for Block {
         Ok(Box::new(workers))
     }
 
+    fn reset(&mut self) {
+        self.waiting.iter().for_each(|waiting| waiting.clear());
+    }
+
     fn save(&self) -> Section {
-        Section::named(&self.name, &self.saved())
+        let waiting = self.waiting.iter().map(|waiting| waiting.save()).collect();
+        let saved = SavedBlock { size: self.disk.size(), read_only: self.disk.read_only(), waiting };
+        Section::named(&self.name, &saved)
     }
 
     fn restore(&mut self, saved: &Section) -> Result<(), StateError> {
         let saved: SavedBlock = saved.decode()?;
-        if saved != self.saved() {
+        if (saved.size, saved.read_only) != (self.disk.size(), self.disk.read_only()) {
             return Err(StateError::corrupt(&self.name, "the disk has another size or mode than the one saved with"));
         }
+        if saved.waiting.len() > self.waiting.len() || !saved.waiting.iter().all(|w| w.fits(QUEUE_SIZE)) {
+            return Err(StateError::corrupt(
+                &self.name,
+                "there are more requests waiting than the queues have room for",
+            ));
+        }
+        self.waiting.iter().zip(saved.waiting).for_each(|(waiting, saved)| waiting.restore(saved));
         Ok(())
     }
 }

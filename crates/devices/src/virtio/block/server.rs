@@ -5,8 +5,12 @@ use purlin_storage::{Completion, Disk, IoError, Queue, Request};
 use rustix::event::{PollFd, PollFlags};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
 
-use super::request::{Parsed, parse};
-use crate::virtio::{Slices, Told, Virtqueue, Wake, fill};
+use super::{
+    OnIoError,
+    request::{Parsed, parse},
+    waiting::Waiting,
+};
+use crate::virtio::{Chain, Malformed, Slices, Told, Virtqueue, Wake, fill};
 
 /// Serves one queue of a disk. `'m` is how long guest memory lives.
 pub struct Server<'s, 'm> {
@@ -15,6 +19,9 @@ pub struct Server<'s, 'm> {
     disk: &'s Disk,
     /// A write is answered once it is stable.
     write_through: bool,
+    on_io_error: &'s OnIoError,
+    /// Requests that have failed, with [`OnIoError::Wait`].
+    waiting: &'s Waiting,
     /// Requests under way, by the tag that they have at the disk: never more than the queue's size.
     under_way: Vec<Option<UnderWay<'m>>>,
     /// Free places in `under_way`.
@@ -34,23 +41,41 @@ struct UnderWay<'m> {
     parts: usize,
     /// A flush is to follow.
     flush: bool,
-    failed: bool,
+    /// The first error.
+    failed: Option<IoError>,
 }
 
 impl<'s, 'm> Server<'s, 'm> {
-    pub fn new(queue: &'m Virtqueue, io: &'s mut Queue<'m>, disk: &'s Disk, write_through: bool) -> Self {
+    pub fn new(
+        queue: &'m Virtqueue,
+        io: &'s mut Queue<'m>,
+        disk: &'s Disk,
+        write_through: bool,
+        on_io_error: &'s OnIoError,
+        waiting: &'s Waiting,
+    ) -> Self {
         let size = usize::from(queue.size());
         let under_way = std::iter::repeat_with(|| None).take(size).collect();
-        Self { queue, io, disk, write_through, under_way, free: (0..size).rev().collect(), news: false, failures: 0 }
+        let free = (0..size).rev().collect();
+        Self { queue, io, disk, write_through, on_io_error, waiting, under_way, free, news: false, failures: 0 }
     }
 
     /// The thread's work, from its start to its end.
     pub fn run(mut self, wake: &Wake) {
+        let mut was_held = false;
         loop {
             let told = wake.wait(&[PollFd::from_borrowed_fd(self.io.event(), PollFlags::IN)]);
             match told {
-                Told::Work => self.work(wake),
-                Told::Hold => self.drain(),
+                Told::Work => {
+                    if std::mem::take(&mut was_held) {
+                        self.begin_waiting();
+                    }
+                    self.work(wake);
+                }
+                Told::Hold => {
+                    self.drain();
+                    was_held = true;
+                }
                 Told::End => return self.drain(),
             }
         }
@@ -92,19 +117,32 @@ impl<'s, 'm> Server<'s, 'm> {
             && let Some(chain) = self.queue.pop()
         {
             any = true;
-            match parse(chain, self.disk) {
-                Ok(parsed) => self.begin(parsed),
-                Err(malformed) => self.queue.notifier().needs_reset(&malformed),
-            }
+            self.begin_chain(chain);
         }
         any
+    }
+
+    /// Makes the requests anew that have failed before the hold. Nothing else is under way, so there is room for them.
+    fn begin_waiting(&mut self) {
+        for head in self.waiting.take() {
+            if let Some(chain) = self.queue.again(head) {
+                self.begin_chain(chain);
+            }
+        }
+    }
+
+    fn begin_chain(&mut self, chain: Chain<'m>) {
+        match parse(chain, self.disk) {
+            Ok(parsed) => self.begin(parsed),
+            Err(malformed) => self.queue.notifier().needs_reset(&malformed),
+        }
     }
 
     fn begin(&mut self, parsed: Parsed<'m>) {
         let Parsed { head, status, written, work } = parsed;
         let flush = self.write_through && work.as_ref().is_ok_and(|w| w.iter().any(modifies));
         let parts = work.as_ref().map_or(0, Vec::len);
-        let request = UnderWay { head, status, written, parts, flush, failed: false };
+        let request = UnderWay { head, status, written, parts, flush, failed: None };
         match work {
             Ok(work) if !work.is_empty() => {
                 let Some(place) = self.free.pop() else { return };
@@ -131,17 +169,33 @@ impl<'s, 'm> Server<'s, 'm> {
         let Some(request) = self.under_way.get_mut(place).and_then(Option::as_mut) else { return };
         request.parts -= 1;
         if let Err(error) = result {
-            request.failed = true;
-            self.report(error);
+            request.failed.get_or_insert(error);
         }
         let Some(request) = self.under_way[place].as_mut().filter(|r| r.parts == 0) else { return };
-        if request.flush && !request.failed {
+        if request.flush && request.failed.is_none() {
             (request.flush, request.parts) = (false, 1);
             self.io.submit(tag, Request::<LogSlice>::Flush);
         } else if let Some(request) = self.under_way[place].take() {
             self.free.push(place);
-            let status = if request.failed { VIRTIO_BLK_S_IOERR } else { VIRTIO_BLK_S_OK };
-            self.answer(request, status as u8);
+            match request.failed {
+                None => self.answer(request, VIRTIO_BLK_S_OK as u8),
+                Some(error) => self.fail(request, error),
+            }
+        }
+    }
+
+    fn fail(&mut self, request: UnderWay<'m>, error: IoError) {
+        match self.on_io_error {
+            OnIoError::Wait(tell) if error.is_the_hosts() => {
+                if !self.waiting.push(request.head, self.queue.size()) {
+                    return self.queue.notifier().needs_reset(&Malformed::Request);
+                }
+                tell(self.disk.path(), error);
+            }
+            _ => {
+                self.report(error);
+                self.answer(request, VIRTIO_BLK_S_IOERR as u8);
+            }
         }
     }
 

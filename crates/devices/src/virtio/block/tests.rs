@@ -41,7 +41,7 @@ fn spec(path: &Path) -> DiskSpec {
 }
 
 fn block(spec: &DiskSpec, cpus: u32) -> Box<Block> {
-    Box::new(Block::new("disk0", Disk::open(spec).unwrap(), cpus))
+    Box::new(Block::new("disk0", Disk::open(spec).unwrap(), cpus, OnIoError::Report))
 }
 
 /// A driver that is ready.
