@@ -12,7 +12,7 @@ mod request;
 mod server;
 mod waiting;
 
-use std::{io, path::Path, sync::Arc};
+use std::{fmt, io, path::Path, sync::Arc};
 
 use prost::Message;
 use purlin_state::{Saved, Section, StateError};
@@ -40,6 +40,12 @@ pub enum OnIoError {
     /// It waits until the device has been held and opened again, and is then made anew. Whoever is called, with the image
     /// and the error, sees to that; called on a queue's thread, which must not wait for it.
     Wait(Arc<dyn Fn(&Path, IoError) + Send + Sync>),
+}
+
+impl fmt::Debug for OnIoError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if matches!(self, Self::Report) { "Report" } else { "Wait" })
+    }
 }
 
 /// A disk as the guest sees it.
