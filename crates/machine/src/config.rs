@@ -8,7 +8,11 @@ use std::{
 
 use prost::Message;
 use purlin_arch::x86_64::cpuid::CpuModel;
-pub use purlin_devices::virtio::net::{NetConfig, Network};
+pub use purlin_devices::virtio::{
+    balloon::{BalloonConfig, BalloonHandle, Statistics as BalloonStatistics},
+    net::{NetConfig, Network},
+    vsock::VsockConfig,
+};
 use purlin_state::{Saved, StateError};
 use purlin_storage::Disk;
 
@@ -66,6 +70,10 @@ pub struct MachineConfig {
     pub disks: Vec<Arc<Disk>>,
     /// Networks on virtio-net, by number: at most [`layout::MAX_NETWORKS`].
     pub networks: Vec<Network>,
+    /// Sockets between guest and host, on virtio-vsock.
+    pub vsock: Option<VsockConfig>,
+    /// A memory balloon, on virtio-balloon.
+    pub balloon: Option<BalloonConfig>,
     /// What to boot.
     pub boot: BootConfig,
 }
@@ -91,6 +99,9 @@ impl MachineConfig {
         if self.networks.len() > layout::MAX_NETWORKS {
             return Err(MachineError::TooManyNetworks { asked: self.networks.len() });
         }
+        if let Some(balloon) = self.balloon.filter(|balloon| balloon.size >= self.memory) {
+            return Err(MachineError::BalloonTooLarge { asked: balloon.size, memory: self.memory });
+        }
         let missing = crate::processor::missing(self.cpu_model);
         if !missing.is_empty() {
             return Err(MachineError::CpuModel { model: self.cpu_model, missing: missing.join(", ") });
@@ -108,6 +119,8 @@ impl MachineConfig {
             devices: self.devices.iter().map(|&d| d as i32).collect(),
             disks: self.disks.len() as u32,
             networks: self.networks.len() as u32,
+            vsock: self.vsock.is_some(),
+            balloon: self.balloon.map(Into::into),
         }
     }
 }
@@ -157,6 +170,35 @@ pub struct SavedConfig {
     /// Number of networks, likewise.
     #[prost(uint32, tag = "7")]
     pub networks: u32,
+    /// Whether there is a virtio-vsock.
+    #[prost(bool, tag = "12")]
+    pub vsock: bool,
+    /// What the memory balloon is like, if there is one. (How large it is, its device's section says.)
+    #[prost(message, optional, tag = "13")]
+    pub balloon: Option<SavedBalloonConfig>,
+}
+
+/// What of a memory balloon its driver has been told once and for all.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct SavedBalloonConfig {
+    /// [`BalloonConfig::deflate_on_oom`]
+    #[prost(bool, tag = "1")]
+    deflate_on_oom: bool,
+    /// [`BalloonConfig::free_page_reporting`]
+    #[prost(bool, tag = "2")]
+    free_page_reporting: bool,
+}
+
+impl From<BalloonConfig> for SavedBalloonConfig {
+    fn from(BalloonConfig { deflate_on_oom, free_page_reporting, .. }: BalloonConfig) -> Self {
+        Self { deflate_on_oom, free_page_reporting }
+    }
+}
+
+impl From<SavedBalloonConfig> for BalloonConfig {
+    fn from(SavedBalloonConfig { deflate_on_oom, free_page_reporting }: SavedBalloonConfig) -> Self {
+        Self { size: 0, deflate_on_oom, free_page_reporting }
+    }
 }
 
 impl Saved for SavedConfig {
@@ -166,13 +208,14 @@ impl Saved for SavedConfig {
 
 impl SavedConfig {
     /// The configuration of the machine that continues this one. Its processors are those that were saved; `disks` are
-    /// as many as it had, with the content that they had, and `networks` as many too; the files to boot (and the model, whose CPUID is saved with
+    /// as many as it had, with the content that they had, and `networks` as many too, and a `vsock` if it had one; the files to boot (and the model, whose CPUID is saved with
     /// each processor) serve its next reset.
     pub fn config(
         &self,
         cpu_model: CpuModel,
         disks: Vec<Arc<Disk>>,
         networks: Vec<Network>,
+        vsock: Option<VsockConfig>,
         boot: BootConfig,
     ) -> Result<MachineConfig, MachineError> {
         let machine_type = MachineType::from_name(&self.machine_type)
@@ -186,6 +229,9 @@ impl SavedConfig {
         if networks.len() != self.networks as usize {
             return Err(MachineError::NetworkCount { saved: self.networks, given: networks.len() });
         }
+        if vsock.is_some() != self.vsock {
+            return Err(MachineError::VsockMismatch { saved: self.vsock });
+        }
         let config = MachineConfig {
             machine_type,
             memory: self.memory,
@@ -195,6 +241,8 @@ impl SavedConfig {
             devices,
             disks,
             networks,
+            vsock,
+            balloon: self.balloon.map(Into::into),
             boot,
         };
         Ok(config)

@@ -20,7 +20,7 @@ use crate::{
     acpi, boot,
     chipset::{Chipset, Request},
     clock::Clock,
-    config::MachineConfig,
+    config::{BalloonHandle, MachineConfig},
     deadlines::DeadlineThread,
     error::MachineError,
     input::{InputGate, SerialInput},
@@ -206,6 +206,11 @@ impl Machine {
     /// Presses the power button, as somebody who wants the guest to shut down. The machine runs.
     pub fn press_power_button(&self) {
         self.chipset.devices.with(&self.chipset.power, |power| power.press_power_button());
+    }
+
+    /// What steers the memory balloon, if there is one.
+    pub fn balloon(&self) -> Option<&BalloonHandle> {
+        self.chipset.balloon.as_ref()
     }
 
     /// Gives input to the serial port, which takes as much as it has room for. `None` if there is no serial port.

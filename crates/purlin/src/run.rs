@@ -1,10 +1,12 @@
 //! `purlin run`: a virtual machine in the foreground.
 
 mod args;
+mod balloon;
 mod boot;
 mod disk;
 mod net;
 mod quantity;
+mod vsock;
 
 use std::{
     fs::File,
@@ -17,6 +19,7 @@ use purlin_machine::{MachineError, processor::default_model};
 use purlin_vmm::{
     OptionalDevice, Outcome, RunConfig, Running, StartError, Vmm,
     engines::{self, EngineChoice},
+    vsock::VsockConfig,
 };
 
 pub use self::args::RunArgs;
@@ -63,11 +66,13 @@ pub fn run(args: RunArgs, signals: Signals) -> Result<Ended> {
     let host_name = boot.machine.as_ref().map_or("", |machine| &machine.host_name);
     let network = net.connect(&args.publish, host_name, boot.machine.is_some())?;
 
+    let vsock = args.vsock.as_ref().map(vsock::Vsock::open).transpose()?;
+
     let raw = interactive.then(Raw::enter).transpose().map_err(|e| anyhow!("cannot make the terminal raw: {e}"))?;
     if let Some(raw) = &raw {
         let _ = raw_modes.set(raw.modes());
     }
-    let running = match Vmm::start(config(&args, &boot, &network, chosen.engine), output) {
+    let running = match Vmm::start(config(&args, &boot, &network, vsock, chosen.engine), output) {
         Ok(running) => Arc::new(running),
         Err(error) if is_wrong_usage(&error) => return Ok(Ended::WrongUsage(error.to_string())),
         Err(error) => return Err(error.into()),
@@ -128,7 +133,13 @@ fn say_ssh(boot: &Boot, network: &Connected) {
     terminal::say(&format!("the guest's ssh: ssh{identity} -p {} root@{}", ssh.port(), ssh.ip()));
 }
 
-fn config(args: &RunArgs, boot: &Boot, network: &Connected, engine: Arc<dyn purlin_engine::Engine>) -> RunConfig {
+fn config(
+    args: &RunArgs,
+    boot: &Boot,
+    network: &Connected,
+    vsock: Option<VsockConfig>,
+    engine: Arc<dyn purlin_engine::Engine>,
+) -> RunConfig {
     const MEMORY: u64 = 512 << 20;
     let default_memory = if boot.machine.is_some() { 2 * MEMORY } else { MEMORY };
     RunConfig {
@@ -143,6 +154,8 @@ fn config(args: &RunArgs, boot: &Boot, network: &Connected, engine: Arc<dyn purl
         devices: devices(args, boot),
         disks: boot.disks.iter().chain(&args.disk).cloned().collect(),
         networks: network.networks.clone(),
+        vsock,
+        balloon: args.balloon,
         no_reboot: args.no_reboot,
     }
 }
@@ -160,11 +173,14 @@ fn is_unknown_image(error: &anyhow::Error) -> bool {
 
 /// Whether no machine could be as the command line wants it.
 fn is_wrong_usage(error: &StartError) -> bool {
-    use MachineError::{CpuCount, CpuModel, MemoryTooLarge, MemoryTooSmall, MemoryUnaligned, TooManyDisks};
+    use MachineError::{
+        BalloonTooLarge, CpuCount, CpuModel, MemoryTooLarge, MemoryTooSmall, MemoryUnaligned, TooManyDisks,
+    };
     let StartError::Machine(error) = error else { return false };
     matches!(
         error,
         TooManyDisks { .. }
+            | BalloonTooLarge { .. }
             | MemoryTooSmall { .. }
             | MemoryUnaligned { .. }
             | MemoryTooLarge { .. }

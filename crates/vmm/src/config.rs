@@ -4,7 +4,7 @@ use std::{fmt, path::PathBuf, sync::Arc};
 
 use purlin_arch::x86_64::cpuid::CpuModel;
 use purlin_engine::Engine;
-use purlin_machine::config::{Network, OptionalDevice};
+use purlin_machine::config::{BalloonConfig, Network, OptionalDevice, VsockConfig};
 use purlin_storage::DiskSpec;
 
 /// Everything that a run needs to know.
@@ -32,6 +32,10 @@ pub struct RunConfig {
     pub disks: Vec<DiskSpec>,
     /// Networks, in order: eth0 and so on.
     pub networks: Vec<Network>,
+    /// Sockets between guest and host.
+    pub vsock: Option<VsockConfig>,
+    /// A memory balloon.
+    pub balloon: Option<BalloonConfig>,
     /// End the run where the guest resets itself, instead of starting it again.
     pub no_reboot: bool,
 }

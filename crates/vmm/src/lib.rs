@@ -13,9 +13,10 @@ mod vcpu;
 
 pub use config::{Outcome, RunConfig};
 pub use lifecycle::{LifecycleError, StartError};
+pub use purlin_devices::virtio::vsock;
 pub use purlin_machine::{
     SerialInput,
-    config::{NetConfig, Network, OptionalDevice},
+    config::{BalloonConfig, BalloonHandle, BalloonStatistics, NetConfig, Network, OptionalDevice},
 };
 pub use purlin_network as network;
 pub use purlin_storage as storage;

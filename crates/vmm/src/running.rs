@@ -13,7 +13,7 @@ use purlin_arch::x86_64::state::VcpuState;
 use purlin_engine::{Vcpu, memory::GuestRam};
 use purlin_machine::{
     Machine, MachineError, SerialInput,
-    config::{BootConfig, MachineConfig, MachineType, SavedConfig},
+    config::{BalloonHandle, BootConfig, MachineConfig, MachineType, SavedConfig},
 };
 use purlin_state::{Saved, SavedState};
 use purlin_storage::{Disk, OpenError};
@@ -41,6 +41,8 @@ impl Vmm {
             devices: config.devices.iter().copied().collect(),
             disks: open_disks(&config)?,
             networks: config.networks.clone(),
+            vsock: config.vsock.clone(),
+            balloon: config.balloon,
             boot,
         };
         let (machine, vcpus) = Machine::new(machine_config, &*config.engine, serial_out)?;
@@ -59,7 +61,7 @@ impl Vmm {
         let boot = BootConfig::open(&config.kernel, &config.initrds, &config.cmdline)?;
         let hardware: SavedConfig = saved.decode(SavedConfig::NAME).map_err(MachineError::from)?;
         let (disks, networks) = (open_disks(&config)?, config.networks.clone());
-        let machine_config = hardware.config(config.cpu_model, disks, networks, boot)?;
+        let machine_config = hardware.config(config.cpu_model, disks, networks, config.vsock.clone(), boot)?;
         let (machine, vcpus, states) = Machine::restore(machine_config, saved, &*config.engine, serial_out)?;
         load_memory(machine.ram())?;
         Running::start(machine, vcpus, states, &config, true)
@@ -75,6 +77,7 @@ fn open_disks(config: &RunConfig) -> Result<Vec<Arc<Disk>>, OpenError> {
 pub struct Running {
     machine: Weak<Machine>,
     input: SerialInput,
+    balloon: Option<BalloonHandle>,
     control: Sender<Message>,
     end: Arc<End>,
     supervisor: Option<JoinHandle<()>>,
@@ -119,7 +122,7 @@ impl Running {
             VcpuThread::start(index, vcpu, machine.clone(), control.clone()).map_err(StartError::Thread)
         });
         let threads = threads.collect::<Result<Vec<_>, _>>()?;
-        let (weak, input) = (Arc::downgrade(&machine), machine.serial_input());
+        let (weak, input, balloon) = (Arc::downgrade(&machine), machine.serial_input(), machine.balloon().cloned());
         let supervisor = Supervisor::new(machine, threads, config.no_reboot, inbox);
         let end = Arc::new(End::default());
         let thread = thread::Builder::new().name("supervisor".into()).spawn({
@@ -131,12 +134,17 @@ impl Running {
             }
         });
         let supervisor = Some(thread.map_err(StartError::Thread)?);
-        Ok(Self { machine: weak, input, control, end, supervisor })
+        Ok(Self { machine: weak, input, balloon, control, end, supervisor })
     }
 
     /// Where input for the guest's serial port goes.
     pub fn serial_input(&self) -> SerialInput {
         self.input.clone()
+    }
+
+    /// What steers the guest's memory balloon, if it has one.
+    pub fn balloon(&self) -> Option<&BalloonHandle> {
+        self.balloon.as_ref()
     }
 
     /// The machine's memory; to be read or written only while it is paused.

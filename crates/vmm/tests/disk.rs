@@ -166,6 +166,8 @@ fn config(files: &Path, engine: &Arc<ScriptedEngine>) -> RunConfig {
         devices: vec![OptionalDevice::DebugExit],
         disks: vec![DiskSpec::new(files.join("disk.img"))],
         networks: Vec::new(),
+        vsock: None,
+        balloon: None,
         no_reboot: true,
     }
 }

@@ -53,6 +53,8 @@ fn config(cpus: u32, script: impl Fn(&mut Run<'_>) -> Step + Send + Sync + 'stat
         devices: vec![OptionalDevice::DebugExit, OptionalDevice::DebugExit],
         disks: Vec::new(),
         networks: Vec::new(),
+        vsock: None,
+        balloon: None,
         no_reboot: false,
     };
     (config, kernel)

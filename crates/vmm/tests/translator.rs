@@ -46,6 +46,8 @@ fn config(engine: Arc<dyn Engine>, kernel: &KernelFile) -> RunConfig {
         devices: vec![OptionalDevice::DebugExit],
         disks: Vec::new(),
         networks: Vec::new(),
+        vsock: None,
+        balloon: None,
         no_reboot: true,
     }
 }

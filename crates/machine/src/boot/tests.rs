@@ -30,6 +30,8 @@ pub(crate) fn config(memory: u64, cpus: u32) -> MachineConfig {
         devices: Default::default(),
         disks: Vec::new(),
         networks: Vec::new(),
+        vsock: None,
+        balloon: None,
         boot,
     }
 }

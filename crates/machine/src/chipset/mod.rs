@@ -27,6 +27,7 @@ use purlin_devices::{
     reset_control::ResetControl,
     rtc::{MemorySize, Rtc},
     serial::Serial,
+    virtio::balloon::{Balloon, BalloonHandle},
 };
 use purlin_engine::{After, Bus, Vm, memory::GuestRam};
 use rustix::time::{ClockId, clock_gettime};
@@ -63,6 +64,8 @@ pub struct Chipset {
     pub serial: Option<Handle<Serial>>,
     /// ACPI's fixed hardware, with the power button.
     pub power: Handle<AcpiPm>,
+    /// What steers the memory balloon.
+    pub balloon: Option<BalloonHandle>,
     rtc: Handle<Rtc>,
     pci: Arc<PciRoot>,
     interrupts: Interrupts,
@@ -90,7 +93,10 @@ impl Chipset {
         let rtc = place(Rtc::new(irq(8), wall_clock(), memory_size(config.memory)));
         let rtc = bus.add(rtc, &[ports(0x70, Rtc::PORTS)]);
         let power = bus.add(place(AcpiPm::new(irq(SCI))), &[ports(ports::ACPI_PM, AcpiPm::PORTS)]);
-        let pci = Arc::new(pci::root(config, ram, vm));
+        let balloon = config.balloon.map(|config| Balloon::new("balloon0", config)).transpose();
+        let balloon = balloon.map_err(|source| MachineError::Host { what: "create an event", source })?;
+        let balloon_handle = balloon.as_ref().map(Balloon::handle);
+        let pci = Arc::new(pci::root(config, ram, vm, balloon));
         let ecam = Mmio(ECAM..=ECAM + (ECAM_LENGTH - 1));
         let window = Mmio(PCI_WINDOW..=PCI_WINDOW + (PCI_WINDOW_LENGTH - 1));
         bus.add_bridge(pci.clone(), &[Dword(0xcf8), ports(0xcfc, 4), ecam, window]);
@@ -112,7 +118,8 @@ impl Chipset {
                 }
             }
         }
-        Ok(Self { devices: Arc::new(bus), serial, power, rtc, pci, interrupts, request: Mutex::new(None) })
+        let (devices, request) = (Arc::new(bus), Mutex::new(None));
+        Ok(Self { devices, serial, power, balloon: balloon_handle, rtc, pci, interrupts, request })
     }
 
     /// Resets every device, and leaves them as firmware hands them over.

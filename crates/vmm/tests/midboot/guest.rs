@@ -55,6 +55,8 @@ impl Guest {
             devices: Vec::new(),
             disks: Vec::new(),
             networks: Vec::new(),
+            vsock: None,
+            balloon: None,
             no_reboot: true,
         };
         let console = Console::default();
