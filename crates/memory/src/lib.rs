@@ -56,7 +56,7 @@ pub fn discard(ram: &GuestRam, address: u64, length: u64) -> io::Result<()> {
     let end = address.saturating_add(length);
     for slot in ram.iter() {
         let start = slot.start_addr().0;
-        let from = address.max(start).saturating_sub(start).next_multiple_of(PAGE_SIZE);
+        let from = address.saturating_sub(start).min(slot.len()).next_multiple_of(PAGE_SIZE);
         let to = end.saturating_sub(start).min(slot.len()) / PAGE_SIZE * PAGE_SIZE;
         // Every slot is a file of its own.
         let Some(file) = slot.file_offset().filter(|_| from < to) else { continue };
