@@ -17,10 +17,10 @@ use rustix::{
 use super::{socket::HostSocket, table::Key};
 
 /// Programs that have connected and not said where they want to. The one that has been silent longest goes first.
-const MOST_GREETERS: usize = 64;
+const MOST_GREETERS: usize = 256;
 /// Bytes of the longest line that makes sense: `CONNECT 4294967295\n`, and some.
 const LINE: usize = 32;
-/// Events that are taken at once.
+/// Events that are taken at once, and programs that are accepted.
 pub const EVENTS: usize = 64;
 
 /// The socket's number among those that events come with; greeters follow.
@@ -165,9 +165,13 @@ impl Host {
         Ok(End::new(stream))
     }
 
-    /// Accepts what programs have connected.
-    pub fn accept(&mut self) {
-        while self.may_accept {
+    /// Accepts some of the programs that have connected; returns whether there may be more. (Not all at once: what those
+    /// say who are accepted is looked at before others could push them out.)
+    pub fn accept(&mut self) -> bool {
+        for _ in 0..EVENTS {
+            if !self.may_accept {
+                return false;
+            }
             match self.socket.accept() {
                 Ok(stream) => self.greet(stream),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.may_accept = false,
@@ -176,10 +180,11 @@ impl Host {
                 Err(error) => {
                     // No more files, most likely: it waits until there are.
                     tracing::debug!("cannot accept a connection to the guest: {error}");
-                    return;
+                    return false;
                 }
             }
         }
+        true
     }
 
     fn greet(&mut self, stream: OwnedFd) {

@@ -103,8 +103,7 @@ impl<'q> Server<'q> {
                 None => self.greeted(*event),
             }
         }
-        self.host.accept();
-        events.len() == EVENTS
+        self.host.accept() || events.len() == EVENTS
     }
 
     /// A program may want to connect to the guest.

@@ -268,9 +268,20 @@ fn a_program_that_does_not_know_the_protocol_is_left() {
 #[test]
 fn programs_that_say_nothing_do_not_keep_others_out() {
     let mut guest = Guest::new(0);
-    let silent: Vec<_> = (0..200).map(|_| UnixStream::connect(guest.path()).unwrap()).collect();
+    let silent: Vec<_> = (0..400).map(|_| UnixStream::connect(guest.path()).unwrap()).collect();
     guest.accept(22);
     drop(silent);
+}
+
+#[test]
+fn many_programs_at_once_are_all_heard() {
+    let mut guest = Guest::new(0);
+    guest.driver.function.hold();
+    let programs: Vec<_> = (0..100).map(|port| guest.dial(port)).collect();
+    guest.driver.function.open();
+    let mut ports: Vec<_> = programs.iter().map(|_| guest.expect(Op::Request).dst_port).collect();
+    ports.sort_unstable();
+    assert!(ports.into_iter().eq(0..100));
 }
 
 #[test]
