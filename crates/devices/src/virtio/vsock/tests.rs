@@ -2,7 +2,7 @@ use std::{
     fs,
     io::{ErrorKind, Read, Write},
     os::unix::net::{UnixListener, UnixStream},
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -37,7 +37,7 @@ const ROOM: u32 = 32 << 10;
 /// Far more than anything here takes.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-fn device(path: &PathBuf) -> Box<Vsock> {
+fn device(path: &Path) -> Box<Vsock> {
     let socket = Arc::new(HostSocket::bind(path).unwrap());
     Box::new(Vsock::new("vsock0", VsockConfig { guest_cid: CID as u32, socket }))
 }
@@ -467,6 +467,8 @@ fn wrong_addresses_and_types_are_answered_by_resets() {
 
 #[test]
 fn hostile_chains_stop_the_device_and_nothing_else() {
+    /// A queue, and what is put into it.
+    type Case = fn(&mut Guest) -> (usize, Buffer);
     fn header(len: u32) -> Header {
         Header { src_cid: CID, dst_cid: HOST_CID, len, kind: STREAM, op: Op::Rw as u16, ..Header::default() }
     }
@@ -475,7 +477,7 @@ fn hostile_chains_stop_the_device_and_nothing_else() {
     let huge = |guest: &mut Guest| (TX, guest.driver.readable(&header(u32::MAX).to_bytes()));
     let no_room = |guest: &mut Guest| (RX, guest.driver.writable(Header::LENGTH as u32));
     let outside = |_: &mut Guest| (TX, Buffer { address: 2 * SLOT - 4, length: 44, writable: false });
-    let cases: [fn(&mut Guest) -> (usize, Buffer); 5] = [short, lies, huge, no_room, outside];
+    let cases: [Case; 5] = [short, lies, huge, no_room, outside];
     for case in cases {
         let mut guest = Guest::new(0);
         let (queue, buffer) = case(&mut guest);
