@@ -300,10 +300,10 @@ fn a_saved_configuration_is_the_same_again_or_refused() {
     let mut config = config(512 << 20, 3);
     config.devices.insert(OptionalDevice::Debugcon);
     let saved = config.saved();
-    let again = saved.config(CpuModel::V3, Vec::new(), Vec::new(), config.boot.clone()).unwrap();
+    let again = saved.config(CpuModel::V3, Vec::new(), Vec::new(), None, config.boot.clone()).unwrap();
     assert_eq!(again.saved(), saved);
     let refuse = |saved: SavedConfig| {
-        saved.config(CpuModel::V3, Vec::new(), Vec::new(), boot_config(b"", &[], "")).unwrap_err().to_string()
+        saved.config(CpuModel::V3, Vec::new(), Vec::new(), None, boot_config(b"", &[], "")).unwrap_err().to_string()
     };
     let foreign = SavedConfig { machine_type: "pc-9".into(), ..saved.clone() };
     assert!(refuse(foreign).contains("'pc-9', which this version does not know"));
