@@ -5,6 +5,7 @@ use std::{
     fs,
     io::{Read, Write},
     net::TcpListener,
+    os::unix::net::{UnixListener, UnixStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::mpsc::{self, Receiver, RecvTimeoutError},
@@ -104,11 +105,14 @@ fn check(args: &ImageArgs) -> Result<()> {
     let user_data = dir.path().join("user-data");
     fs::write(&user_data, USER_DATA)?;
     let prepared = prepare(&args.image, Some(&user_data))?;
-    let mut guest = Guest::start(&prepared, if args.qemu { qemu } else { purlin })?;
+    let mut guest = Guest::start(&prepared, if args.qemu { qemu } else { purlin_with_more })?;
     let login = guest.wait_for(PROMPT)?;
     for (command, wanted) in CHECKS {
         let said = guest.ssh(command)?;
         ensure!(said.trim() == wanted, "{command}: {said:?} instead of {wanted:?}; see {}", log().display());
+    }
+    if !args.qemu {
+        check_vsock(&guest)?;
     }
     if args.apt {
         let said = guest.ssh("apt-get -qq update && apt-get -qq -y install hello >/dev/null && hello")?;
@@ -120,6 +124,40 @@ fn check(args: &ImageArgs) -> Result<()> {
     check_disk(&prepared.disk, dir.path())?;
     println!("{login:.1?} from the start to the shell on the console");
     Ok(())
+}
+
+/// The port of the host's that the guest connects to.
+const VSOCK_PORT: u32 = 5000;
+
+/// Sends to the host, which sends it back, and says what it got.
+const VSOCK_CLIENT: &str = "python3 -c 'import socket; s = socket.socket(socket.AF_VSOCK); s.connect((2, 5000)); \
+                            s.sendall(b\"to and fro\" * 100000); s.shutdown(1); \
+                            print(sum(map(len, iter(lambda: s.recv(65536), b\"\"))))'";
+
+/// Data goes from the guest to a program of the host's and back, by virtio-vsock.
+fn check_vsock(guest: &Guest<'_>) -> Result<()> {
+    let path = format!("{}_{VSOCK_PORT}", vsock_path(guest.port).display());
+    let listener = UnixListener::bind(&path).with_context(|| format!("cannot listen at {path}"))?;
+    let host = thread::spawn(move || -> std::io::Result<()> {
+        let (mut stream, _) = listener.accept()?;
+        let mut data = Vec::new();
+        stream.read_to_end(&mut data)?;
+        stream.write_all(&data)
+    });
+    let said = guest.ssh(VSOCK_CLIENT);
+    // Nobody may wait for a guest that never came.
+    drop(UnixStream::connect(&path));
+    let echoed = host.join().ok().context("the host's program panicked")?;
+    fs::remove_file(&path)?;
+    echoed.context("the host's program")?;
+    let said = said?;
+    ensure!(said.trim() == "1000000", "by vsock the guest got {said:?} of 1000000 bytes; see {}", log().display());
+    Ok(())
+}
+
+/// The socket of a guest with this port.
+fn vsock_path(port: u16) -> PathBuf {
+    std::env::temp_dir().join(format!("purlin-xtask-{port}.vsock"))
 }
 
 /// e2fsck is the judge of the file system.
@@ -226,6 +264,13 @@ fn purlin(prepared: &Prepared, port: u16) -> Command {
     command.args(["--disk", &disk(&prepared.disk, "format=qcow2")]);
     command.args(["--disk", &disk(&prepared.seed, "format=raw,readonly")]);
     command.arg("--publish").arg(format!("127.0.0.1:{port}:22"));
+    command
+}
+
+/// With the devices that QEMU's machine has not.
+fn purlin_with_more(prepared: &Prepared, port: u16) -> Command {
+    let mut command = purlin(prepared, port);
+    command.arg("--vsock").arg(vsock_path(port)).args(["--balloon", "size=64M"]);
     command
 }
 

@@ -9,9 +9,11 @@ use std::{
 use prost::Message;
 use purlin_arch::x86_64::cpuid::CpuModel;
 pub use purlin_devices::virtio::{
+    balloon::{BalloonConfig, BalloonHandle, Statistics as BalloonStatistics},
     block::OnIoError,
     console::{Port as ConsolePort, Size as ConsoleSize},
     net::{NetConfig, Network},
+    vsock::VsockConfig,
 };
 use purlin_state::{Saved, StateError};
 use purlin_storage::Disk;
@@ -74,6 +76,10 @@ pub struct MachineConfig {
     pub console: Option<Arc<ConsolePort>>,
     /// What comes of a disk's request that the host cannot carry out.
     pub on_io_error: OnIoError,
+    /// Sockets between guest and host, on virtio-vsock.
+    pub vsock: Option<VsockConfig>,
+    /// A memory balloon, on virtio-balloon.
+    pub balloon: Option<BalloonConfig>,
     /// What to boot.
     pub boot: BootConfig,
 }
@@ -99,6 +105,9 @@ impl MachineConfig {
         if self.networks.len() > layout::MAX_NETWORKS {
             return Err(MachineError::TooManyNetworks { asked: self.networks.len() });
         }
+        if let Some(balloon) = self.balloon.filter(|balloon| balloon.size >= self.memory) {
+            return Err(MachineError::BalloonTooLarge { asked: balloon.size, memory: self.memory });
+        }
         let missing = crate::processor::missing(self.cpu_model);
         if !missing.is_empty() {
             return Err(MachineError::CpuModel { model: self.cpu_model, missing: missing.join(", ") });
@@ -117,6 +126,8 @@ impl MachineConfig {
             disks: self.disks.len() as u32,
             networks: self.networks.len() as u32,
             console: self.console.is_some(),
+            vsock: self.vsock.is_some(),
+            balloon: self.balloon.map(Into::into),
         }
     }
 }
@@ -169,6 +180,35 @@ pub struct SavedConfig {
     /// Whether there is a console on virtio-console.
     #[prost(bool, tag = "10")]
     pub console: bool,
+    /// Whether there is a virtio-vsock.
+    #[prost(bool, tag = "12")]
+    pub vsock: bool,
+    /// What the memory balloon is like, if there is one. (How large it is, its device's section says.)
+    #[prost(message, optional, tag = "13")]
+    pub balloon: Option<SavedBalloonConfig>,
+}
+
+/// What of a memory balloon its driver has been told once and for all.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct SavedBalloonConfig {
+    /// [`BalloonConfig::deflate_on_oom`]
+    #[prost(bool, tag = "1")]
+    deflate_on_oom: bool,
+    /// [`BalloonConfig::free_page_reporting`]
+    #[prost(bool, tag = "2")]
+    free_page_reporting: bool,
+}
+
+impl From<BalloonConfig> for SavedBalloonConfig {
+    fn from(BalloonConfig { deflate_on_oom, free_page_reporting, .. }: BalloonConfig) -> Self {
+        Self { deflate_on_oom, free_page_reporting }
+    }
+}
+
+impl From<SavedBalloonConfig> for BalloonConfig {
+    fn from(SavedBalloonConfig { deflate_on_oom, free_page_reporting }: SavedBalloonConfig) -> Self {
+        Self { size: 0, deflate_on_oom, free_page_reporting }
+    }
 }
 
 impl Saved for SavedConfig {
@@ -176,18 +216,26 @@ impl Saved for SavedConfig {
     const VERSION: u32 = 1;
 }
 
+/// What of the host a saved machine is connected with when it goes on: as many and of the kinds that it had.
+#[derive(Default)]
+pub struct HostSide {
+    /// Its disks, with the content that they had.
+    pub disks: Vec<Arc<Disk>>,
+    /// Its networks.
+    pub networks: Vec<Network>,
+    /// What its console is connected to.
+    pub console: Option<Arc<ConsolePort>>,
+    /// Where its sockets are.
+    pub vsock: Option<VsockConfig>,
+    /// What comes of a disk's request that the host cannot carry out; this may be another than it was.
+    pub on_io_error: OnIoError,
+}
+
 impl SavedConfig {
-    /// The configuration of the machine that continues this one. Its processors are those that were saved; `disks` are
-    /// as many as it had, with the content that they had, and `networks` as many too; there is a `console` if it had one; the files to boot (and the model, whose CPUID is saved with
-    /// each processor) serve its next reset.
-    pub fn config(
-        &self,
-        cpu_model: CpuModel,
-        disks: Vec<Arc<Disk>>,
-        networks: Vec<Network>,
-        console: Option<Arc<ConsolePort>>,
-        boot: BootConfig,
-    ) -> Result<MachineConfig, MachineError> {
+    /// The configuration of the machine that continues this one, connected with `host` as it was. Its processors are those
+    /// that were saved; the files to boot (and the model, whose CPUID is saved with each processor) serve its next reset.
+    pub fn config(&self, cpu_model: CpuModel, host: HostSide, boot: BootConfig) -> Result<MachineConfig, MachineError> {
+        let HostSide { disks, networks, console, vsock, on_io_error } = host;
         let machine_type = MachineType::from_name(&self.machine_type)
             .ok_or_else(|| MachineError::UnknownType { name: self.machine_type.clone() })?;
         let unknown = |device: i32| StateError::corrupt(Self::NAME, format!("there is no device {device}"));
@@ -202,6 +250,9 @@ impl SavedConfig {
         if console.is_some() != self.console {
             return Err(MachineError::Console { saved: self.console });
         }
+        if vsock.is_some() != self.vsock {
+            return Err(MachineError::VsockMismatch { saved: self.vsock });
+        }
         let config = MachineConfig {
             machine_type,
             memory: self.memory,
@@ -212,7 +263,9 @@ impl SavedConfig {
             disks,
             networks,
             console,
-            on_io_error: OnIoError::default(),
+            on_io_error,
+            vsock,
+            balloon: self.balloon.map(Into::into),
             boot,
         };
         Ok(config)

@@ -71,6 +71,20 @@ pub enum MachineError {
         /// What it is given.
         given: usize,
     },
+    /// A balloon that would take all memory.
+    #[error("a balloon of {} leaves nothing of {} of memory: make it smaller", size(*asked), size(*memory))]
+    BalloonTooLarge {
+        /// Bytes asked for.
+        asked: u64,
+        /// Bytes of the machine's memory.
+        memory: u64,
+    },
+    /// A saved machine is to go on with, or without, a virtio-vsock.
+    #[error("the saved machine had {} and is given {}: give it the same", vsock(*saved), vsock(!saved))]
+    VsockMismatch {
+        /// Whether it had one.
+        saved: bool,
+    },
     /// The host's processor is not one of that level.
     #[error("this host cannot be {model}: its processor lacks {missing}; take a lower level, or host")]
     CpuModel {
@@ -158,6 +172,10 @@ pub enum MachineError {
     /// The engine refused.
     #[error(transparent)]
     Engine(#[from] EngineError),
+}
+
+fn vsock(there: bool) -> &'static str {
+    if there { "a vsock device" } else { "no vsock device" }
 }
 
 /// `bytes` for a person: in the largest unit that divides it, else with one decimal.

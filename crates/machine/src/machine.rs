@@ -20,7 +20,7 @@ use crate::{
     acpi, boot,
     chipset::{Chipset, Request},
     clock::Clock,
-    config::{ConsoleSize, MachineConfig},
+    config::{BalloonHandle, ConsoleSize, MachineConfig},
     deadlines::DeadlineThread,
     error::MachineError,
     events::Listener,
@@ -212,6 +212,11 @@ impl Machine {
     /// Presses the power button, as somebody who wants the guest to shut down. The machine runs.
     pub fn press_power_button(&self) {
         self.chipset.devices.with(&self.chipset.power, |power| power.press_power_button());
+    }
+
+    /// What steers the memory balloon, if there is one.
+    pub fn balloon(&self) -> Option<&BalloonHandle> {
+        self.chipset.balloon.as_ref()
     }
 
     /// Says who is to hear what the guest says has happened to it: on the thread of a vCPU, so it must not wait.

@@ -7,15 +7,16 @@
 
 use std::{
     fs::File,
+    io,
     sync::{
         Arc, OnceLock,
         atomic::{AtomicU64, Ordering, fence},
     },
 };
 
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion,
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
     bitmap::{Bitmap, WithBitmapSlice},
 };
 
@@ -44,6 +45,26 @@ pub fn create(slots: &[(u64, u64)]) -> Result<GuestRam, MemoryError> {
         regions.push(region);
     }
     GuestMemoryMmap::from_regions(regions).map_err(|e| MemoryError::Layout(e.to_string()))
+}
+
+/// Gives guest memory back to the host: it reads as zeroes, and takes none of the host's until it is written again. That
+/// goes for whole pages in the range of `length` bytes from guest physical `address`; what there is no memory for is left
+/// out.
+///
+/// It is a write like any other: who watches a page hears of it.
+pub fn discard(ram: &GuestRam, address: u64, length: u64) -> io::Result<()> {
+    let end = address.saturating_add(length);
+    for slot in ram.iter() {
+        let start = slot.start_addr().0;
+        let from = address.saturating_sub(start).min(slot.len()).next_multiple_of(PAGE_SIZE);
+        let to = end.saturating_sub(start).min(slot.len()) / PAGE_SIZE * PAGE_SIZE;
+        // Every slot is a file of its own.
+        let Some(file) = slot.file_offset().filter(|_| from < to) else { continue };
+        let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        fallocate(file.file(), how, file.start() + from, to - from)?;
+        slot.bitmap().mark_dirty(from as usize, (to - from) as usize);
+    }
+    Ok(())
 }
 
 /// The mapping type of a slot.
@@ -163,6 +184,11 @@ impl LogSlice {
     pub fn log(&self) -> &PageLog {
         &self.log
     }
+
+    /// The guest physical address from which it is seen.
+    pub fn address(&self) -> u64 {
+        self.log.0.start + self.offset as u64
+    }
 }
 
 impl<'a> WithBitmapSlice<'a> for LogSlice {
@@ -182,5 +208,77 @@ impl Bitmap for LogSlice {
 
     fn slice_at(&self, offset: usize) -> LogSlice {
         LogSlice { log: self.log.clone(), offset: self.offset + offset }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{os::unix::fs::MetadataExt, sync::Mutex};
+
+    use vm_memory::Bytes;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Heard(Mutex<Vec<(u64, u64)>>);
+
+    impl WriteObserver for Heard {
+        fn written(&self, address: u64, length: u64) {
+            self.0.lock().unwrap().push((address, length));
+        }
+    }
+
+    const SLOT: u64 = 16 * PAGE_SIZE;
+
+    /// Bytes that the host has given for it.
+    fn taken(ram: &GuestRam) -> u64 {
+        ram.iter().map(|slot| 512 * slot.file_offset().unwrap().file().metadata().unwrap().blocks()).sum()
+    }
+
+    #[test]
+    fn what_is_discarded_is_the_hosts_again_and_zero() {
+        // Two slots with a hole between them.
+        let ram = create(&[(0, SLOT), (2 * SLOT, SLOT)]).unwrap();
+        let fill = || {
+            for start in [0, 2 * SLOT] {
+                ram.write_slice(&vec![0xaa; SLOT as usize], GuestAddress(start)).unwrap();
+            }
+        };
+        let read = |address| ram.read_obj::<u8>(GuestAddress(address)).unwrap();
+        fill();
+        assert_eq!(taken(&ram), 2 * SLOT);
+        // From the midst of a page to the midst of another: the whole ones between them.
+        discard(&ram, PAGE_SIZE - 1, 2 * PAGE_SIZE + 2).unwrap();
+        assert_eq!(taken(&ram), 2 * SLOT - 2 * PAGE_SIZE);
+        let at = [0, PAGE_SIZE - 1, PAGE_SIZE, 3 * PAGE_SIZE - 1, 3 * PAGE_SIZE].map(read);
+        assert_eq!(at, [0xaa, 0xaa, 0, 0, 0xaa]);
+        // It can be used again.
+        ram.write_obj(7u8, GuestAddress(PAGE_SIZE)).unwrap();
+        assert_eq!((read(PAGE_SIZE), read(PAGE_SIZE + 1)), (7, 0));
+        // Nothing, nowhere, everywhere.
+        fill();
+        for (address, length) in [(5, 0), (SLOT, SLOT), (3 * SLOT, u64::MAX), (u64::MAX, 1), (100, 200)] {
+            discard(&ram, address, length).unwrap();
+            assert_eq!(taken(&ram), 2 * SLOT, "{address:#x} {length:#x}");
+        }
+        discard(&ram, SLOT - PAGE_SIZE, SLOT + 2 * PAGE_SIZE).unwrap();
+        assert_eq!(taken(&ram), 2 * SLOT - 2 * PAGE_SIZE);
+        discard(&ram, 0, u64::MAX).unwrap();
+        assert_eq!(taken(&ram), 0);
+    }
+
+    #[test]
+    fn who_watches_a_page_hears_that_it_is_discarded() {
+        let ram = create(&[(0, SLOT), (SLOT, SLOT)]).unwrap();
+        let heard = Arc::new(Heard::default());
+        for slot in ram.iter() {
+            (**slot).bitmap().set_observer(heard.clone());
+        }
+        let second = ram.iter().nth(1).unwrap();
+        (**second).bitmap().watch(3, true);
+        discard(&ram, SLOT, 3 * PAGE_SIZE).unwrap();
+        assert_eq!(*heard.0.lock().unwrap(), []);
+        discard(&ram, 0, SLOT + 4 * PAGE_SIZE).unwrap();
+        assert_eq!(*heard.0.lock().unwrap(), [(SLOT, 4 * PAGE_SIZE)]);
     }
 }

@@ -1,12 +1,14 @@
 //! `purlin run`: a virtual machine in the foreground.
 
 mod args;
+mod balloon;
 mod boot;
 mod current;
 mod disk;
 mod net;
 mod panic;
 mod quantity;
+mod vsock;
 
 use std::{
     fs::File,
@@ -19,6 +21,7 @@ use purlin_machine::{MachineError, processor::default_model};
 use purlin_vmm::{
     ConsolePort, ConsoleSize, OnIoError, OptionalDevice, Outcome, RunConfig, Running, StartError, Vmm,
     engines::{self, EngineChoice},
+    vsock::VsockConfig,
 };
 
 pub use self::args::RunArgs;
@@ -69,6 +72,8 @@ pub fn run(args: RunArgs, signals: Signals) -> Result<Ended> {
     let host_name = boot.machine.as_ref().map_or("", |machine| &machine.host_name);
     let network = net.connect(&args.publish, host_name, boot.machine.is_some())?;
 
+    let vsock = args.vsock.as_ref().map(vsock::Vsock::open).transpose()?;
+
     let raw = interactive.then(Raw::enter).transpose().map_err(|e| anyhow!("cannot make the terminal raw: {e}"))?;
     if let Some(raw) = &raw {
         let _ = raw_modes.set(raw.modes());
@@ -78,7 +83,9 @@ pub fn run(args: RunArgs, signals: Signals) -> Result<Ended> {
             IoErrorChoice::Report => OnIoError::Report,
             IoErrorChoice::Pause => current.pause_on_io_error(),
         },
-        ..config(&args, &boot, &network, console, chosen.engine)
+        console,
+        vsock,
+        ..config(&args, &boot, &network, chosen.engine)
     };
     let running = match Vmm::start(config, output) {
         Ok(running) => Arc::new(running),
@@ -190,13 +197,7 @@ fn say_ssh(boot: &Boot, network: &Connected) {
     terminal::say(&format!("the guest's ssh: ssh{identity} -p {} root@{}", ssh.port(), ssh.ip()));
 }
 
-fn config(
-    args: &RunArgs,
-    boot: &Boot,
-    network: &Connected,
-    console: Option<Arc<ConsolePort>>,
-    engine: Arc<dyn purlin_engine::Engine>,
-) -> RunConfig {
+fn config(args: &RunArgs, boot: &Boot, network: &Connected, engine: Arc<dyn purlin_engine::Engine>) -> RunConfig {
     const MEMORY: u64 = 512 << 20;
     let default_memory = if boot.machine.is_some() { 2 * MEMORY } else { MEMORY };
     RunConfig {
@@ -211,8 +212,10 @@ fn config(
         devices: devices(args, boot),
         disks: boot.disks.iter().chain(&args.disk).cloned().collect(),
         networks: network.networks.clone(),
-        console,
+        console: None,
         on_io_error: OnIoError::default(),
+        vsock: None,
+        balloon: args.balloon,
         no_reboot: args.no_reboot,
     }
 }
@@ -230,11 +233,14 @@ fn is_unknown_image(error: &anyhow::Error) -> bool {
 
 /// Whether no machine could be as the command line wants it.
 fn is_wrong_usage(error: &StartError) -> bool {
-    use MachineError::{CpuCount, CpuModel, MemoryTooLarge, MemoryTooSmall, MemoryUnaligned, TooManyDisks};
+    use MachineError::{
+        BalloonTooLarge, CpuCount, CpuModel, MemoryTooLarge, MemoryTooSmall, MemoryUnaligned, TooManyDisks,
+    };
     let StartError::Machine(error) = error else { return false };
     matches!(
         error,
         TooManyDisks { .. }
+            | BalloonTooLarge { .. }
             | MemoryTooSmall { .. }
             | MemoryUnaligned { .. }
             | MemoryTooLarge { .. }

@@ -35,6 +35,10 @@ fn wrong_usage() {
         ("run shell --disk a,readonyl", &["'readonyl'", "readonly"]),
         ("run shell --disk a,bps=fast", &["bytes a second"]),
         ("run shell --net bridge", &["'bridge'", "user, tap=NAME, none"]),
+        ("run shell --balloon on", &["'on'", "size=SIZE"]),
+        ("run shell --balloon size=12", &["'12'", "512M"]),
+        ("run shell --vsock a,cid=2", &["'cid=2'", "3 to 4294967294"]),
+        ("run shell --vsock a,port=2", &["'port=2'", "cid=N"]),
         ("run debian --publish 80:80 --net none", &["--publish", "--net user"]),
         ("run shell --hostname a", &["--hostname", "images"]),
         ("run shell --publish 80", &["'80'", "[HOST:]PORT:GUESTPORT"]),
@@ -106,6 +110,7 @@ fn impossible_machines() {
         (["--memory", "1000T"], &["memory", "RAM and swap"]),
         (["--cpus", "0"], &["0"]),
         (["--cpus", "10000"], &["10000"]),
+        (["--balloon", "size=1G"], &["balloon", "512 MiB", "smaller"]),
     ] {
         assert_one_line(&boot(kernel, &more), 2, words);
     }
@@ -121,4 +126,15 @@ fn a_serial_file_that_cannot_be() {
     assert_one_line(&output, 1, &["/no/such/directory/log", "--serial"]);
     let output = boot(kernel.to_str().unwrap(), &["--console", "file:/no/such/directory/log"]);
     assert_one_line(&output, 1, &["/no/such/directory/log", "--console"]);
+}
+
+#[test]
+fn a_socket_that_cannot_be() {
+    let (dir, kernel) = file(&support::kernel());
+    let kernel = kernel.to_str().unwrap();
+    assert_one_line(&boot(kernel, &["--vsock", "/no/such/directory/x"]), 1, &["/no/such/directory/x", "No such file"]);
+    assert_one_line(&boot(kernel, &["--vsock", kernel]), 1, &["no socket", "another path"]);
+    let path = dir.path().join("used");
+    let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    assert_one_line(&boot(kernel, &["--vsock", path.to_str().unwrap()]), 1, &["in use", "another path"]);
 }

@@ -8,7 +8,7 @@ use std::{
 
 use purlin_arch::x86_64::cpuid::CpuModel;
 use purlin_engine::Engine;
-use purlin_machine::config::{ConsolePort, Network, OptionalDevice};
+use purlin_machine::config::{BalloonConfig, ConsolePort, Network, OptionalDevice, VsockConfig};
 use purlin_storage::{DiskSpec, IoError};
 
 /// Everything that a run needs to know.
@@ -41,6 +41,10 @@ pub struct RunConfig {
     pub console: Option<Arc<ConsolePort>>,
     /// What comes of a disk's request that the host cannot carry out: it is out of space, or its disk fails.
     pub on_io_error: OnIoError,
+    /// Sockets between guest and host.
+    pub vsock: Option<VsockConfig>,
+    /// A memory balloon.
+    pub balloon: Option<BalloonConfig>,
     /// End the run where the guest resets itself, instead of starting it again.
     pub no_reboot: bool,
 }

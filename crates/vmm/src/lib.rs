@@ -13,9 +13,12 @@ mod vcpu;
 
 pub use config::{OnIoError, Outcome, RunConfig};
 pub use lifecycle::{LifecycleError, StartError};
+pub use purlin_devices::virtio::vsock;
 pub use purlin_machine::{
     GuestEvent, GuestInput,
-    config::{ConsolePort, ConsoleSize, NetConfig, Network, OptionalDevice},
+    config::{
+        BalloonConfig, BalloonHandle, BalloonStatistics, ConsolePort, ConsoleSize, NetConfig, Network, OptionalDevice,
+    },
 };
 pub use purlin_network as network;
 pub use purlin_storage as storage;

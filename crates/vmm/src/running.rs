@@ -13,7 +13,9 @@ use purlin_arch::x86_64::state::VcpuState;
 use purlin_engine::{Vcpu, memory::GuestRam};
 use purlin_machine::{
     GuestEvent, GuestInput, InputPort, Machine, MachineError,
-    config::{self as machine, BootConfig, ConsoleSize, MachineConfig, MachineType, SavedConfig},
+    config::{
+        self as machine, BalloonHandle, BootConfig, ConsoleSize, HostSide, MachineConfig, MachineType, SavedConfig,
+    },
 };
 use purlin_state::{Saved, SavedState};
 use purlin_storage::{Disk, OpenError};
@@ -44,6 +46,8 @@ impl Vmm {
             networks: config.networks.clone(),
             console: config.console.clone(),
             on_io_error: on_io_error(&config, &inbox.0),
+            vsock: config.vsock.clone(),
+            balloon: config.balloon,
             boot,
         };
         let (machine, vcpus) = Machine::new(machine_config, &*config.engine, serial_out)?;
@@ -61,12 +65,15 @@ impl Vmm {
     ) -> Result<Running, StartError> {
         let boot = BootConfig::open(&config.kernel, &config.initrds, &config.cmdline)?;
         let hardware: SavedConfig = saved.decode(SavedConfig::NAME).map_err(MachineError::from)?;
-        let (disks, networks, console) = (open_disks(&config)?, config.networks.clone(), config.console.clone());
         let inbox = mpsc::channel();
-        let machine_config = MachineConfig {
+        let host = HostSide {
+            disks: open_disks(&config)?,
+            networks: config.networks.clone(),
+            console: config.console.clone(),
+            vsock: config.vsock.clone(),
             on_io_error: on_io_error(&config, &inbox.0),
-            ..hardware.config(config.cpu_model, disks, networks, console, boot)?
         };
+        let machine_config = hardware.config(config.cpu_model, host, boot)?;
         let (machine, vcpus, states) = Machine::restore(machine_config, saved, &*config.engine, serial_out)?;
         load_memory(machine.ram())?;
         Running::start(machine, vcpus, states, &config, inbox, true)
@@ -94,6 +101,7 @@ pub struct Running {
     machine: Weak<Machine>,
     serial: GuestInput,
     console: GuestInput,
+    balloon: Option<BalloonHandle>,
     control: Sender<Message>,
     end: Arc<End>,
     supervisor: Option<JoinHandle<()>>,
@@ -138,7 +146,7 @@ impl Running {
             VcpuThread::start(index, vcpu, machine.clone(), control.clone()).map_err(StartError::Thread)
         });
         let threads = threads.collect::<Result<Vec<_>, _>>()?;
-        let weak = Arc::downgrade(&machine);
+        let (weak, balloon) = (Arc::downgrade(&machine), machine.balloon().cloned());
         let [serial, console] = [InputPort::Serial, InputPort::Console].map(|port| machine.input(port));
         let supervisor = Supervisor::new(machine, threads, config.no_reboot, inbox);
         let end = Arc::new(End::default());
@@ -151,7 +159,7 @@ impl Running {
             }
         });
         let supervisor = Some(thread.map_err(StartError::Thread)?);
-        Ok(Self { machine: weak, serial, console, control, end, supervisor })
+        Ok(Self { machine: weak, serial, console, balloon, control, end, supervisor })
     }
 
     /// Where input for the guest's serial port goes.
@@ -169,6 +177,11 @@ impl Running {
         if let Some(machine) = self.machine.upgrade() {
             machine.resize_console(size);
         }
+    }
+
+    /// What steers the guest's memory balloon, if it has one.
+    pub fn balloon(&self) -> Option<&BalloonHandle> {
+        self.balloon.as_ref()
     }
 
     /// The machine's memory; to be read or written only while it is paused.

@@ -91,6 +91,8 @@ fn a_copy_of_a_machine_makes_new_randomness() {
         disks: Vec::new(),
         networks: Vec::new(),
         console: None,
+        vsock: None,
+        balloon: None,
         on_io_error: Default::default(),
         no_reboot: true,
     };

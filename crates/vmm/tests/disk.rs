@@ -173,6 +173,8 @@ fn config(files: &Path, engine: &Arc<ScriptedEngine>) -> RunConfig {
         networks: Vec::new(),
         console: None,
         on_io_error: Default::default(),
+        vsock: None,
+        balloon: None,
         no_reboot: true,
     }
 }

@@ -14,6 +14,10 @@ use std::{
 use purlin_arch::x86_64::cpuid::CpuModel;
 use purlin_engine::{After, EngineError, Exit};
 use purlin_machine::testing::{Run, ScriptedEngine, kernels};
+use purlin_vmm::{
+    BalloonConfig, LifecycleError, OptionalDevice, Outcome, RunConfig, Running, Vmm,
+    vsock::{HostSocket, VsockConfig},
+};
 use purlin_vmm::{GuestEvent, LifecycleError, OptionalDevice, Outcome, RunConfig, Running, Vmm};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -55,6 +59,8 @@ fn config(cpus: u32, script: impl Fn(&mut Run<'_>) -> Step + Send + Sync + 'stat
         networks: Vec::new(),
         console: None,
         on_io_error: Default::default(),
+        vsock: None,
+        balloon: None,
         no_reboot: false,
     };
     (config, kernel)
@@ -355,6 +361,52 @@ fn a_saved_state_that_makes_no_sense_is_refused() {
     }
 }
 
+/// The first dword of the configuration space of the device in this slot.
+fn identity(run: &Run<'_>, slot: u64) -> u32 {
+    let mut data = [0; 4];
+    run.bus.mmio_read(0xe000_0000 + (slot << 15), &mut data);
+    u32::from_le_bytes(data)
+}
+
+#[test]
+fn a_machine_with_a_balloon_and_a_vsock_goes_on_with_both() {
+    let seen = Arc::new(AtomicU32::new(0));
+    let guest = seen.clone();
+    let (mut config, _kernel) = config(1, move |run| {
+        assert_eq!((identity(run, 3), identity(run, 4)), (0x1045_1af4, 0x1053_1af4));
+        guest.fetch_add(1, Ordering::SeqCst);
+        run.halt()
+    });
+    let dir = tempfile::tempdir().unwrap();
+    let socket = HostSocket::bind(&dir.path().join("vsock")).unwrap();
+    config.vsock = Some(VsockConfig { guest_cid: 5, socket: Arc::new(socket) });
+    config.balloon = Some(BalloonConfig { size: 1 << 20, deflate_on_oom: false, free_page_reporting: true });
+    let first = start(&config);
+    eventually("the guest", || seen.load(Ordering::SeqCst) > 0);
+    let balloon = first.balloon().unwrap();
+    assert_eq!((balloon.target(), balloon.actual()), (1 << 20, 0));
+    balloon.set_target(2 << 20);
+    first.pause().unwrap();
+    let state = first.save().unwrap();
+    drop(first);
+
+    // What the state says counts for the balloon.
+    let given = RunConfig { balloon: None, ..config.clone() };
+    let second = Vmm::restore(given, &state, |_| Ok(()), Box::new(io::sink())).unwrap();
+    assert_eq!(second.save().unwrap(), state);
+    assert_eq!(second.balloon().unwrap().target(), 2 << 20);
+    drop(second);
+
+    let without = RunConfig { vsock: None, ..config.clone() };
+    let error = Vmm::restore(without, &state, |_| Ok(()), Box::new(io::sink())).err().unwrap();
+    assert_eq!(
+        error.to_string(),
+        "the saved machine had a vsock device and is given no vsock device: give it the same"
+    );
+    drop(config);
+    assert!(!dir.path().join("vsock").exists(), "the socket stays behind");
+}
+
 #[test]
 fn bad_input_is_refused_before_anything_runs() {
     let (good, _kernel) = config(1, |_| unreachable!("it must not start"));
@@ -370,6 +422,10 @@ fn bad_input_is_refused_before_anything_runs() {
         (refuse(&|c| c.initrds = vec!["/no/such/initrd".into()]), "cannot read the initrd '/no/such/initrd'"),
         (refuse(&|c| c.memory = 0), "0 bytes of memory is too little"),
         (refuse(&|c| c.memory = 1 << 50), "1024 TiB of memory is more than this host has"),
+        (
+            refuse(&|c| c.balloon = Some(BalloonConfig { size: 4 << 20, ..BalloonConfig::default() })),
+            "a balloon of 4 MiB leaves nothing of 4 MiB of memory",
+        ),
         (refuse(&|c| c.cpus = 0), "a machine cannot have 0 processors"),
         (refuse(&|c| c.cpus = 10_000), "a machine cannot have 10000 processors"),
     ];

@@ -48,6 +48,8 @@ fn config(engine: Arc<dyn Engine>, kernel: &KernelFile) -> RunConfig {
         networks: Vec::new(),
         console: None,
         on_io_error: Default::default(),
+        vsock: None,
+        balloon: None,
         no_reboot: true,
     }
 }

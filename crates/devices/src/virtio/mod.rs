@@ -21,6 +21,7 @@
 //! 4. a queue;
 //! 5. MSI-X, then what the engine locks to deliver a message.
 
+pub mod balloon;
 pub mod block;
 mod chain;
 pub mod console;
@@ -31,6 +32,7 @@ mod queue;
 pub mod rng;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod vsock;
 mod worker;
 
 use std::{io, sync::Arc};

@@ -281,6 +281,37 @@ fn by_a_device_while_it_runs() {
     }
 }
 
+#[test]
+fn by_a_page_that_is_given_back_while_it_runs() {
+    // The guest calls the function for ever. When its page is the host's again it is full of zeroes, `add [rax], al`,
+    // behind which another function ends the loop.
+    let m = Machine::new(1);
+    m.load(FUNCTION, &function(DATA as u32 + 64));
+    m.load(FUNCTION + 0x1000, &function(u32::MAX));
+    m.code(CODE, |a| {
+        let mut again = a.create_label();
+        a.mov(rdi, FUNCTION)?;
+        a.mov(rbx, DATA)?;
+        a.set_label(&mut again)?;
+        a.call(rdi)?;
+        a.mov(dword_ptr(rbx), eax)?;
+        a.cmp(eax, -1)?;
+        a.jne(again)?;
+        done(a)
+    });
+    let mut guest = m.vcpu(0, |cpu| cpu.regs.gpr[RAX] = DATA + 64);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let start = Instant::now();
+            while m.peek::<u32>(DATA) != DATA as u32 + 64 && start.elapsed() < Duration::from_secs(8) {
+                std::thread::yield_now();
+            }
+            purlin_engine::memory::discard(&m.memory, FUNCTION, 0x1000).unwrap();
+        });
+        assert_eq!(guest.run(), Stop::Done(u32::MAX));
+    });
+}
+
 /// Frames with functions that return 1 and 2.
 const ONE: u64 = CODE + 0x10_0000 - 0x5_0000;
 const TWO: u64 = ONE + 0x1000;

@@ -12,7 +12,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 use crate::{
     boot::image::Image,
-    config::{MachineConfig, MachineType, OptionalDevice, SavedConfig},
+    config::{HostSide, MachineConfig, MachineType, OptionalDevice, SavedConfig},
     layout::{self, MIB},
     testing::kernels::{self, BzImage, CODE, elf, image, multiboot_flat, multiboot_header},
 };
@@ -32,6 +32,8 @@ pub(crate) fn config(memory: u64, cpus: u32) -> MachineConfig {
         networks: Vec::new(),
         console: None,
         on_io_error: Default::default(),
+        vsock: None,
+        balloon: None,
         boot,
     }
 }
@@ -300,10 +302,10 @@ fn a_saved_configuration_is_the_same_again_or_refused() {
     let mut config = config(512 << 20, 3);
     config.devices.insert(OptionalDevice::Debugcon);
     let saved = config.saved();
-    let again = saved.config(CpuModel::V3, Vec::new(), Vec::new(), None, config.boot.clone()).unwrap();
+    let again = saved.config(CpuModel::V3, HostSide::default(), config.boot.clone()).unwrap();
     assert_eq!(again.saved(), saved);
     let refuse = |saved: SavedConfig| {
-        saved.config(CpuModel::V3, Vec::new(), Vec::new(), None, boot_config(b"", &[], "")).unwrap_err().to_string()
+        saved.config(CpuModel::V3, HostSide::default(), boot_config(b"", &[], "")).unwrap_err().to_string()
     };
     let foreign = SavedConfig { machine_type: "pc-9".into(), ..saved.clone() };
     assert!(refuse(foreign).contains("'pc-9', which this version does not know"));

@@ -28,6 +28,7 @@ use purlin_devices::{
     reset_control::ResetControl,
     rtc::{MemorySize, Rtc},
     serial::Serial,
+    virtio::balloon::{Balloon, BalloonHandle},
     vmgenid::{self, VmGenId},
 };
 use purlin_engine::{After, Bus, Vm, memory::GuestRam};
@@ -72,6 +73,8 @@ pub struct Chipset {
     /// What the guest says has happened to it.
     pub events: Events,
     generation: Handle<VmGenId>,
+    /// What steers the memory balloon.
+    pub balloon: Option<BalloonHandle>,
     rtc: Handle<Rtc>,
     pci: Arc<PciRoot>,
     interrupts: Interrupts,
@@ -99,7 +102,10 @@ impl Chipset {
         let rtc = place(Rtc::new(irq(8), wall_clock(), memory_size(config.memory)));
         let rtc = bus.add(rtc, &[ports(0x70, Rtc::PORTS)]);
         let power = bus.add(place(AcpiPm::new(irq(SCI))), &[ports(ports::ACPI_PM, AcpiPm::PORTS)]);
-        let pci = Arc::new(pci::root(config, ram, vm));
+        let balloon = config.balloon.map(|config| Balloon::new("balloon0", config)).transpose();
+        let balloon = balloon.map_err(|source| MachineError::Host { what: "create an event", source })?;
+        let balloon_handle = balloon.as_ref().map(Balloon::handle);
+        let pci = Arc::new(pci::root(config, ram, vm, balloon));
         let ecam = Mmio(ECAM..=ECAM + (ECAM_LENGTH - 1));
         let window = Mmio(PCI_WINDOW..=PCI_WINDOW + (PCI_WINDOW_LENGTH - 1));
         bus.add_bridge(pci.clone(), &[Dword(0xcf8), ports(0xcfc, 4), ecam, window]);
@@ -125,7 +131,8 @@ impl Chipset {
             }
         }
         let (devices, events, request) = (Arc::new(bus), Events::default(), Mutex::new(None));
-        Ok(Self { devices, serial, power, events, generation, rtc, pci, interrupts, request })
+        let balloon = balloon_handle;
+        Ok(Self { devices, serial, power, events, generation, balloon, rtc, pci, interrupts, request })
     }
 
     /// Resets every device, and leaves them as firmware hands them over.

@@ -8,7 +8,10 @@ use std::sync::Arc;
 use purlin_devices::{
     MsiLine,
     pci::{Devfn, PciRoot, Window},
-    virtio::{VirtioDevice, block::Block, console::Console, net::Net, pci::VirtioPci, rng::Rng},
+    virtio::{
+        VirtioDevice, balloon::Balloon, block::Block, console::Console, net::Net, pci::VirtioPci, rng::Rng,
+        vsock::Vsock,
+    },
 };
 use purlin_engine::{Vm, memory::GuestRam};
 
@@ -21,14 +24,16 @@ use crate::{
 mod slot {
     pub const RNG: u8 = 1;
     pub const CONSOLE: u8 = 2;
+    pub const BALLOON: u8 = 3;
+    pub const VSOCK: u8 = 4;
     /// The first of [`MAX_DISKS`](crate::layout::MAX_DISKS).
     pub const DISKS: u8 = 8;
     /// The first of [`MAX_NETWORKS`](crate::layout::MAX_NETWORKS).
     pub const NETWORKS: u8 = 24;
 }
 
-/// The bus of a machine, with its functions.
-pub fn root(config: &MachineConfig, ram: &Arc<GuestRam>, vm: &Arc<dyn Vm>) -> PciRoot {
+/// The bus of a machine, with its functions. `balloon` is the one that the machine has, if it has one.
+pub fn root(config: &MachineConfig, ram: &Arc<GuestRam>, vm: &Arc<dyn Vm>, balloon: Option<Balloon>) -> PciRoot {
     let vm = vm.clone();
     let messages = MsiLine::new(move |address, data| vm.deliver_msi(address, data));
     let mut root = PciRoot::new(Window { start: PCI_WINDOW, length: PCI_WINDOW_LENGTH });
@@ -41,6 +46,12 @@ pub fn root(config: &MachineConfig, ram: &Arc<GuestRam>, vm: &Arc<dyn Vm>) -> Pc
     }
     if let Some(port) = &config.console {
         add(slot::CONSOLE, Box::new(Console::new("console0", port.clone())));
+    }
+    if let Some(balloon) = balloon {
+        add(slot::BALLOON, Box::new(balloon));
+    }
+    if let Some(vsock) = &config.vsock {
+        add(slot::VSOCK, Box::new(Vsock::new("vsock0", vsock.clone())));
     }
     for (number, disk) in (0..).zip(&config.disks) {
         add(

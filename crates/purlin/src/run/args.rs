@@ -7,12 +7,13 @@ use clap::{
     builder::{PossibleValuesParser, TypedValueParser},
 };
 use purlin_arch::x86_64::cpuid::CpuModel;
-use purlin_vmm::{OptionalDevice, engines::EngineChoice, network::nat::Publish, storage::DiskSpec};
+use purlin_vmm::{BalloonConfig, OptionalDevice, engines::EngineChoice, network::nat::Publish, storage::DiskSpec};
 
 use super::{
-    disk,
+    balloon, disk,
     net::{self, Net},
     quantity::parse_size,
+    vsock::{self, Vsock},
 };
 use crate::exit;
 
@@ -82,6 +83,18 @@ pub struct RunArgs {
     /// port 2222, or the next that is free
     #[arg(long, value_name = "[HOST:]PORT:GUESTPORT[/udp]")]
     pub publish: Vec<Publish>,
+
+    /// Sockets between programs of the host's and the guest's (virtio-vsock): the Unix socket to create. A program that
+    /// connects to it and says 'CONNECT PORT' is led to that port of the guest's, whose own connections to the host (CID
+    /// 2) are led to the socket PATH_PORT; ',cid=N' is the guest's address [default: 3]
+    #[arg(long, value_name = "PATH[,cid=N]", value_parser = vsock::parse)]
+    pub vsock: Option<Vsock>,
+
+    /// A memory balloon (virtio-balloon), through which free memory of the guest's is the host's again:
+    /// 'size=SIZE[,deflate-on-oom=on|off][,free-page-reporting=on|off]'. SIZE is what the guest is asked to give back at
+    /// once, mostly 0; if not said otherwise it gives back what is free as it goes, and takes more when it runs out
+    #[arg(long, value_name = "OPTIONS", value_parser = balloon::parse)]
+    pub balloon: Option<BalloonConfig>,
 
     /// The guest's name [default: the image's]
     #[arg(long, value_name = "NAME", conflicts_with = "kernel")]
@@ -176,7 +189,9 @@ Examples:
   purlin run --kernel bzImage --disk root.qcow2 --disk data.img,serial=data --cmdline 'console=ttyS0 root=/dev/vda1'
   purlin run debian --disk /srv/data.qcow2 --on-io-error pause
   purlin run --kernel kernel.elf --device debug-exit --serial file:log --no-reboot
-  purlin run shell --console stdio --serial file:log";
+  purlin run shell --console stdio --serial file:log
+  purlin run debian --vsock /tmp/vm.sock    # then: socat - UNIX-CONNECT:/tmp/vm.sock, and CONNECT 22
+  purlin run debian --memory 8G --balloon size=0";
 
 const KEYS: &str = "\
 On a terminal:

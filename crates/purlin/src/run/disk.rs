@@ -25,7 +25,7 @@ pub fn parse(text: &str) -> Result<DiskSpec, String> {
 }
 
 /// Splits at commas; two of them are one that does not split.
-fn split(text: &str) -> Vec<String> {
+pub fn split(text: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     let mut rest = text.chars().peekable();
     while let Some(c) = rest.next() {

@@ -57,6 +57,8 @@ impl Guest {
             networks: Vec::new(),
             console: None,
             on_io_error: Default::default(),
+            vsock: None,
+            balloon: None,
             no_reboot: true,
         };
         let console = Console::default();
