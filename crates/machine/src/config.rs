@@ -175,8 +175,8 @@ impl Saved for SavedConfig {
 
 impl SavedConfig {
     /// The configuration of the machine that continues this one. Its processors are those that were saved; `disks` are
-    /// as many as it had, with the content that they had, and `networks` as many too; there is a `console` if it had one; the files to boot (and the model, whose CPUID is saved with
-    /// each processor) serve its next reset.
+    /// as many as it had, with the content that they had, `networks` as many too, and there is a `console` if it had one;
+    /// the files to boot (and the model, whose CPUID is saved with each processor) serve its next reset.
     pub fn config(
         &self,
         cpu_model: CpuModel,
