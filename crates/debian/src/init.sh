@@ -31,8 +31,9 @@ load() {
 load pvpanic pvpanic-mmio
 if grep -q 0x1af4 /sys/bus/pci/devices/*/vendor 2>/dev/null; then
     load virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci virtio_console
-    # A console that only came with its module. (Where there is none a failed exec would be this shell's end.)
-    { : >/dev/console; } 2>/dev/null && exec </dev/console >/dev/console 2>&1
+    # A console that only came with its module is opened now, and stays open: a last close would throw away what has
+    # been typed. (Where there is none, a failed exec would be this shell's end.)
+    [ -s /sys/class/tty/console/active ] && exec </dev/console >/dev/console 2>&1
 fi
 
 # busybox's halt, poweroff and reboot send these to process 1.

@@ -58,7 +58,11 @@ pub enum MachineError {
         given: usize,
     },
     /// A saved machine is to go on with a console that it did not have, or without the one that it had.
-    #[error("the saved machine had {} console on virtio-console: give it {}", if *saved { "a" } else { "no" }, if *saved { "one" } else { "none" })]
+    #[error(
+        "the saved machine had {} console on virtio-console: give it {}",
+        if *saved { "a" } else { "no" },
+        if *saved { "one" } else { "none" }
+    )]
     Console {
         /// Whether it had one.
         saved: bool,
