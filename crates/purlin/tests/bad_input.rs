@@ -32,6 +32,8 @@ fn wrong_usage() {
         ("run shell --disk a,readonyl", &["'readonyl'", "readonly"]),
         ("run shell --disk a,bps=fast", &["bytes a second"]),
         ("run shell --net bridge", &["'bridge'", "user, tap=NAME, none"]),
+        ("run shell --net user,queues=2", &["'queues=2'", "user takes", "loopback"]),
+        ("run shell --net tap=tap0,queues=9", &["queues=", "1 to 8"]),
         ("run debian --publish 80:80 --net none", &["--publish", "--net user"]),
         ("run shell --hostname a", &["--hostname", "images"]),
         ("run shell --publish 80", &["'80'", "[HOST:]PORT:GUESTPORT"]),
