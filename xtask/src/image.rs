@@ -4,27 +4,20 @@
 use std::{
     fs,
     io::{Read, Write},
-    net::TcpListener,
     os::unix::net::{UnixListener, UnixStream},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
-    sync::mpsc::{self, Receiver, RecvTimeoutError},
+    process::{Command, Stdio},
     thread,
-    time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
-use purlin_images::{
-    prepare::{Prepared, Request, prepare_run},
-    store::Store,
-};
+use purlin_images::prepare::Prepared;
 
 use crate::{
     boot::median,
-    guests::Printed,
-    machine,
-    shell::{self, target},
+    debian::{Connection, Debian, HOST_NAME, PROMPT, Runner, prepare, purlin, qemu},
+    machine, shell,
 };
 
 /// What to boot.
@@ -50,12 +43,6 @@ impl Default for ImageArgs {
     }
 }
 
-/// Far more than a boot takes, also on a loaded machine.
-const PATIENCE: Duration = Duration::from_secs(300);
-const HOST_NAME: &str = "purlin-test";
-/// The shell's, once somebody is logged in.
-const PROMPT: &str = "root@purlin-test:~# ";
-
 /// Commands for the guest, and what each must say.
 const CHECKS: [(&str, &str); 6] = [
     ("systemctl is-system-running --wait", "running"),
@@ -77,13 +64,6 @@ pub fn run(args: &ImageArgs) -> Result<()> {
     }
 }
 
-/// A machine of the image, with a disk of its own that has not booted yet.
-fn prepare(image: &str, user_data: Option<&Path>) -> Result<Prepared> {
-    let disk_size = Some(13 << 30);
-    let request = Request { image, host_name: Some(HOST_NAME), user_data, disk_size, arguments: None };
-    Ok(prepare_run(&Store::of_user()?, &request, &Printed("image"))?)
-}
-
 /// In turn, so that a change of the host's load meets both; medians.
 fn compare_times(args: &ImageArgs, rounds: usize) -> Result<()> {
     ensure!(rounds > 0, "--timing 0 measures nothing");
@@ -91,7 +71,7 @@ fn compare_times(args: &ImageArgs, rounds: usize) -> Result<()> {
     for _ in 0..rounds {
         for (command, times) in [(purlin as Runner, &mut ours), (qemu, &mut theirs)] {
             let prepared = prepare(&args.image, None)?;
-            times.push(Guest::start(&prepared, command)?.wait_for(PROMPT)?);
+            times.push(Debian::start("image", &prepared, command, Connection::user()?)?.wait_for(PROMPT)?);
         }
     }
     let (ours, theirs) = (median(ours), median(theirs));
@@ -105,11 +85,12 @@ fn check(args: &ImageArgs) -> Result<()> {
     let user_data = dir.path().join("user-data");
     fs::write(&user_data, USER_DATA)?;
     let prepared = prepare(&args.image, Some(&user_data))?;
-    let mut guest = Guest::start(&prepared, if args.qemu { qemu } else { purlin_with_more })?;
+    let runner = if args.qemu { qemu } else { purlin_with_more };
+    let mut guest = Debian::start("image", &prepared, runner, Connection::user()?)?;
     let login = guest.wait_for(PROMPT)?;
     for (command, wanted) in CHECKS {
         let said = guest.ssh(command)?;
-        ensure!(said.trim() == wanted, "{command}: {said:?} instead of {wanted:?}; see {}", log().display());
+        ensure!(said.trim() == wanted, "{command}: {said:?} instead of {wanted:?}; see {}", guest.log().display());
     }
     if !args.qemu {
         check_vsock(&guest)?;
@@ -135,8 +116,8 @@ const VSOCK_CLIENT: &str = "python3 -c 'import socket; s = socket.socket(socket.
                             print(sum(map(len, iter(lambda: s.recv(65536), b\"\"))))'";
 
 /// Data goes from the guest to a program of the host's and back, by virtio-vsock.
-fn check_vsock(guest: &Guest<'_>) -> Result<()> {
-    let path = format!("{}_{VSOCK_PORT}", vsock_path(guest.port).display());
+fn check_vsock(guest: &Debian<'_>) -> Result<()> {
+    let path = format!("{}_{VSOCK_PORT}", vsock_path(&guest.connection).display());
     let listener = UnixListener::bind(&path).with_context(|| format!("cannot listen at {path}"))?;
     let host = thread::spawn(move || -> std::io::Result<()> {
         let (mut stream, _) = listener.accept()?;
@@ -151,12 +132,17 @@ fn check_vsock(guest: &Guest<'_>) -> Result<()> {
     fs::remove_file(&path)?;
     echoed.context("the host's program")?;
     let said = said?;
-    ensure!(said.trim() == "1000000", "by vsock the guest got {said:?} of 1000000 bytes; see {}", log().display());
+    ensure!(
+        said.trim() == "1000000",
+        "by vsock the guest got {said:?} of 1000000 bytes; see {}",
+        guest.log().display()
+    );
     Ok(())
 }
 
-/// The socket of a guest with this port.
-fn vsock_path(port: u16) -> PathBuf {
+/// The socket of a guest that is connected so: no other has its ports.
+fn vsock_path(connection: &Connection) -> PathBuf {
+    let port = connection.ports.first().map_or(0, |(host, _)| *host);
     std::env::temp_dir().join(format!("purlin-xtask-{port}.vsock"))
 }
 
@@ -168,127 +154,9 @@ fn check_disk(disk: &Path, dir: &Path) -> Result<()> {
     shell::run(Command::new("e2fsck").arg("-fn").arg(&raw).stdout(Stdio::null()))
 }
 
-/// The command that runs a machine, with the host's port that leads to its ssh.
-type Runner = fn(&Prepared, u16) -> Command;
-
-/// The guest, running.
-struct Guest<'a> {
-    child: Child,
-    start: Instant,
-    console: Receiver<Vec<u8>>,
-    transcript: Vec<u8>,
-    port: u16,
-    prepared: &'a Prepared,
-}
-
-impl<'a> Guest<'a> {
-    fn start(prepared: &'a Prepared, runner: Runner) -> Result<Self> {
-        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-        let start = Instant::now();
-        let mut child = runner(prepared, port).stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
-        let (sender, console) = mpsc::channel();
-        let mut pipe = child.stdout.take().context("no output")?;
-        thread::spawn(move || {
-            let mut buffer = [0; 4096];
-            while let Ok(count @ 1..) = pipe.read(&mut buffer) {
-                if sender.send(buffer[..count].to_vec()).is_err() {
-                    break;
-                }
-            }
-        });
-        Ok(Self { child, start, console, transcript: vec![], port, prepared })
-    }
-
-    /// When the guest has said `text` on its console.
-    fn wait_for(&mut self, text: &str) -> Result<Duration> {
-        while !String::from_utf8_lossy(&self.transcript).contains(text) {
-            self.listen().with_context(|| format!("waiting for {text:?}; see {}", log().display()))?;
-        }
-        Ok(self.start.elapsed())
-    }
-
-    fn listen(&mut self) -> Result<()> {
-        let left = PATIENCE.saturating_sub(self.start.elapsed());
-        match self.console.recv_timeout(left) {
-            Ok(said) => self.transcript.extend(said),
-            Err(RecvTimeoutError::Timeout) => bail!("not within {PATIENCE:?}"),
-            Err(RecvTimeoutError::Disconnected) => bail!("the guest has ended"),
-        }
-        fs::create_dir_all(log().parent().unwrap_or(Path::new(".")))?;
-        Ok(fs::write(log(), &self.transcript)?)
-    }
-
-    fn wait_for_end(&mut self) -> Result<()> {
-        while self.listen().is_ok() {}
-        let status = self.child.wait()?;
-        ensure!(status.success(), "the run ended with {status}");
-        let said = String::from_utf8_lossy(&self.transcript);
-        ensure!(said.contains("reboot: Power down"), "the guest did not power off; see {}", log().display());
-        Ok(())
-    }
-
-    /// What a command says in the guest. sshd may not be up yet when the console is.
-    fn ssh(&self, command: &str) -> Result<String> {
-        loop {
-            let mut ssh = Command::new("ssh");
-            ssh.args(["-q", "-p", &self.port.to_string(), "-o", "BatchMode=yes", "-o", "ConnectTimeout=10"]);
-            ssh.args(["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]);
-            if let Some(identity) = &self.prepared.identity {
-                ssh.arg("-i").arg(identity);
-            }
-            let output = ssh.args(["root@127.0.0.1", command]).stdin(Stdio::null()).output().context("ssh")?;
-            // ssh's own status where there is no connection.
-            if output.status.code() != Some(255) || command.contains("poweroff") {
-                std::io::stderr().write_all(&output.stderr)?;
-                return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
-            }
-            ensure!(self.start.elapsed() < PATIENCE, "ssh gets no connection; see {}", log().display());
-            thread::sleep(Duration::from_millis(500));
-        }
-    }
-}
-
-impl Drop for Guest<'_> {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn purlin(prepared: &Prepared, port: u16) -> Command {
-    let mut command = Command::new(machine::program());
-    command.args(["run", "--memory", "1G", "--cpus", "2", "--device", "rng", "--net", "user"]);
-    command.arg("--kernel").arg(&prepared.kernel).arg("--cmdline").arg(&prepared.cmdline);
-    command.args(prepared.initrds.iter().flat_map(|initrd| ["--initrd".into(), initrd.clone()]));
-    let disk = |path: &PathBuf, options: &str| format!("{},{options}", path.display());
-    command.args(["--disk", &disk(&prepared.disk, "format=qcow2")]);
-    command.args(["--disk", &disk(&prepared.seed, "format=raw,readonly")]);
-    command.arg("--publish").arg(format!("127.0.0.1:{port}:22"));
-    command
-}
-
 /// With the devices that QEMU's machine has not.
-fn purlin_with_more(prepared: &Prepared, port: u16) -> Command {
-    let mut command = purlin(prepared, port);
-    command.arg("--vsock").arg(vsock_path(port)).args(["--balloon", "size=64M"]);
+fn purlin_with_more(prepared: &Prepared, connection: &Connection) -> Command {
+    let mut command = purlin(prepared, connection);
+    command.arg("--vsock").arg(vsock_path(connection)).args(["--balloon", "size=64M"]);
     command
-}
-
-fn qemu(prepared: &Prepared, port: u16) -> Command {
-    let mut command = Command::new("qemu-system-x86_64");
-    command.args(["-accel", "tcg", "-cpu", "max", "-m", "1024", "-smp", "2"]);
-    command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"]);
-    command.arg("-kernel").arg(&prepared.kernel).arg("-append").arg(&prepared.cmdline);
-    // QEMU takes one only; so does the image that Purlin builds.
-    command.args(prepared.initrds.first().map(|initrd| ["-initrd".into(), initrd.clone()]).into_iter().flatten());
-    let drive = |path: &PathBuf, format: &str| format!("if=virtio,format={format},file={}", path.display());
-    command.arg("-drive").arg(drive(&prepared.disk, "qcow2"));
-    command.arg("-drive").arg(drive(&prepared.seed, "raw") + ",readonly=on");
-    command.arg("-netdev").arg(format!("user,id=net,hostfwd=tcp:127.0.0.1:{port}-:22"));
-    command.args(["-device", "virtio-net-pci,netdev=net", "-device", "virtio-rng-pci"]);
-    command
-}
-
-fn log() -> PathBuf {
-    target().join("xtask/image.log")
 }

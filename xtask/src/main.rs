@@ -3,6 +3,7 @@
 
 mod boot;
 mod boot_nested;
+mod debian;
 mod fuzz;
 mod guests;
 mod image;
@@ -10,6 +11,7 @@ mod lint;
 mod machine;
 mod midboot;
 mod nested;
+mod net;
 mod outer;
 mod piped;
 mod requirements;
@@ -51,6 +53,8 @@ enum Chore {
     Boot(boot::BootArgs),
     /// Boot the image that `purlin image build debian` makes: set-up, ssh, a clean end
     Image(image::ImageArgs),
+    /// The image's network: its throughput against QEMU's, its limits, a download, TAP
+    Net(net::NetArgs),
     /// Fuzz what reads a guest's or the network's bytes
     Fuzz(fuzz::FuzzArgs),
     /// Move Debian's boot to new machines at random moments, under the translator
@@ -67,6 +71,7 @@ fn main() -> ExitCode {
         Chore::Nested(args) => nested::run(&args),
         Chore::Boot(args) => boot::run(&args),
         Chore::Image(args) => image::run(&args),
+        Chore::Net(args) => net::run(&args),
         Chore::Fuzz(args) => fuzz::run_all(&args),
         Chore::Midboot(args) => midboot::run(&args),
     };

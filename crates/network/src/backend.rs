@@ -3,6 +3,7 @@
 use std::{
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    sync::{Mutex, PoisonError},
 };
 
 use rustix::{
@@ -14,12 +15,14 @@ use vm_memory::{VolatileSlice, bitmap::BitmapSlice};
 
 use crate::{Offload, tap};
 
-/// The outside of a network device: packets, each a [`crate::PacketHeader`] and an Ethernet frame of up to 64 KiB.
-/// The descriptor does not block.
+/// The outside of a network device, or of one of its pairs of queues: packets, each a [`crate::PacketHeader`] and an
+/// Ethernet frame of up to 64 KiB. The descriptor does not block.
 #[derive(Debug)]
 pub struct Backend {
     fd: OwnedFd,
     kind: Kind,
+    /// Of a TAP interface with several queues: whether the kernel gives this one packets.
+    attached: Mutex<bool>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,11 +37,22 @@ impl Backend {
     /// four bytes tells it the guest's [`Offload`], all others are packets.
     pub fn socket(fd: OwnedFd) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&fd, true)?;
-        Ok(Self { fd, kind: Kind::Socket })
+        Ok(Self { fd, kind: Kind::Socket, attached: Mutex::new(true) })
     }
 
     pub(crate) fn tap(fd: OwnedFd) -> Self {
-        Self { fd, kind: Kind::Tap }
+        Self { fd, kind: Kind::Tap, attached: Mutex::new(true) }
+    }
+
+    /// Says whether this one of several is in use. A TAP interface spreads its packets over those that are; from one
+    /// that is not nothing comes, and nothing may be sent there.
+    pub fn set_in_use(&self, in_use: bool) -> io::Result<()> {
+        let mut attached = self.attached.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.kind == Kind::Tap && *attached != in_use {
+            tap::set_attached(self.fd.as_fd(), in_use)?;
+        }
+        *attached = in_use;
+        Ok(())
     }
 
     /// Receives one packet straight into guest memory and returns its length; what does not fit is lost. A length of 0

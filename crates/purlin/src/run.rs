@@ -48,7 +48,7 @@ pub fn run(args: RunArgs, signals: Signals) -> Result<Ended> {
             "nothing to boot: name an image (debian, or shell), or give --kernel FILE".into(),
         ));
     }
-    let net = args.net.clone().unwrap_or(if is_image(&args) { Net::User { rate: None } } else { Net::None });
+    let net = args.net.clone().unwrap_or(if is_image(&args) { Net::DEFAULT } else { Net::None });
     if let Some(wrong) = at_odds(&args, &net) {
         return Ok(Ended::WrongUsage(wrong.into()));
     }
@@ -70,7 +70,7 @@ pub fn run(args: RunArgs, signals: Signals) -> Result<Ended> {
         other => other?,
     };
     let host_name = boot.machine.as_ref().map_or("", |machine| &machine.host_name);
-    let network = net.connect(&args.publish, host_name, boot.machine.is_some())?;
+    let network = net.connect(args.cpus, &args.publish, host_name, boot.machine.is_some())?;
 
     let vsock = args.vsock.as_ref().map(vsock::Vsock::open).transpose()?;
 

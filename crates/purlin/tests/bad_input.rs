@@ -39,6 +39,8 @@ fn wrong_usage() {
         ("run shell --balloon size=12", &["'12'", "512M"]),
         ("run shell --vsock a,cid=2", &["'cid=2'", "3 to 4294967294"]),
         ("run shell --vsock a,port=2", &["'port=2'", "cid=N"]),
+        ("run shell --net user,queues=2", &["'queues=2'", "user takes", "loopback"]),
+        ("run shell --net tap=tap0,queues=9", &["queues=", "1 to 8"]),
         ("run debian --publish 80:80 --net none", &["--publish", "--net user"]),
         ("run shell --hostname a", &["--hostname", "images"]),
         ("run shell --publish 80", &["'80'", "[HOST:]PORT:GUESTPORT"]),

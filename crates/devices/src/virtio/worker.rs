@@ -184,8 +184,9 @@ struct Worker {
 }
 
 impl Workers {
-    /// Adds a thread that serves `queues`. Linux shows the first 15 bytes of its name.
-    pub fn start(&mut self, name: &str, queues: &[u16], job: Job) -> io::Result<()> {
+    /// Adds a thread that serves `queues`. Linux shows the first 15 bytes of its name. Returns what it waits by, for
+    /// other threads of the device that have something to tell it.
+    pub fn start(&mut self, name: &str, queues: &[u16], job: Job) -> io::Result<Arc<Wake>> {
         let wake = Arc::new(Wake::new()?);
         let thread = thread::Builder::new().name(name.to_owned()).spawn({
             let wake = wake.clone();
@@ -194,8 +195,8 @@ impl Workers {
                 job(&wake);
             }
         })?;
-        self.0.push(Worker { queues: queues.to_vec(), wake, thread: Some(thread) });
-        Ok(())
+        self.0.push(Worker { queues: queues.to_vec(), wake: wake.clone(), thread: Some(thread) });
+        Ok(wake)
     }
 }
 

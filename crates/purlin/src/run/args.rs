@@ -75,7 +75,8 @@ pub struct RunArgs {
     pub disk: Vec<DiskSpec>,
 
     /// The network: user (behind the host's own address, with no privilege), tap=NAME (an interface of the host's) or
-    /// none; ',bps=RATE' limits it [default: user for an image, else none]
+    /// none; ',bps=RATE' limits it, ',loopback' makes user's gateway 10.0.2.2 the host's own 127.0.0.1, ',queues=N' is
+    /// for an interface made with multi_queue (as many as there are CPUs) [default: user for an image, else none]
     #[arg(long, value_name = "KIND", value_parser = net::parse)]
     pub net: Option<Net>,
 
@@ -184,6 +185,7 @@ const EXAMPLES: &str = "\
 Examples:
   purlin run debian --cpus 2 --memory 2G --disk-size 20G
   purlin run debian --publish 8080:80 --user-data setup.yaml --hostname web1
+  purlin run debian --cpus 4 --net tap=tap0,queues=4,bps=100M
   echo 'uname -a; poweroff' | purlin run shell
   purlin run --kernel bzImage --initrd initrd.img --cmdline 'console=ttyS0 quiet'
   purlin run --kernel bzImage --disk root.qcow2 --disk data.img,serial=data --cmdline 'console=ttyS0 root=/dev/vda1'

@@ -1,4 +1,4 @@
-//! The thread between the queues and the back end.
+//! The thread between a pair of queues and its back end.
 
 use std::{
     io,
@@ -9,13 +9,12 @@ use std::{
     },
 };
 
-use purlin_network::Backend;
-use purlin_storage::limit::Rate;
 use rustix::event::{PollFd, PollFlags};
 
 use super::{
     super::{Notifier, Told, Virtqueue, Wake},
-    pace::Pace,
+    pace::{Limits, Pace},
+    pair::Pair,
     receive::{Received, Receiver},
     transmit::{Sent, transmit},
 };
@@ -25,13 +24,13 @@ pub(super) const TURN: usize = 64;
 
 /// What the thread has.
 pub(super) struct Link {
-    pub backend: Arc<Backend>,
+    pub pair: Arc<Pair>,
     pub receive: Option<Arc<Virtqueue>>,
     pub transmit: Option<Arc<Virtqueue>>,
     /// The negotiated features.
     pub features: u64,
     pub mtu: u16,
-    pub rate: Option<Rate>,
+    pub limits: Option<Limits>,
     pub notifier: Arc<Notifier>,
     pub link_up: Arc<AtomicBool>,
 }
@@ -39,8 +38,8 @@ pub(super) struct Link {
 impl Link {
     /// Serves the queues until it is told to end.
     pub fn run(&self, wake: &Wake) {
-        let paces = self.rate.map(|rate| Ok::<_, io::Error>((Pace::new(rate)?, Pace::new(rate)?))).transpose();
-        match paces {
+        let pace = |limits: Limits| Ok::<_, io::Error>((Pace::new(limits.receive)?, Pace::new(limits.transmit)?));
+        match self.limits.clone().map(pace).transpose() {
             Ok(paces) => self.serve(wake, paces.unzip()),
             Err(error) => self.notifier.needs_reset(&format_args!("its rate cannot be limited: {error}")),
         }
@@ -61,12 +60,19 @@ impl Link {
                 }
                 Told::End => return,
             }
+            let in_use = self.pair.lock();
+            if !*in_use {
+                // Nothing is waited for until it is; then it is told.
+                (received, sent) = (Received::NotInUse, Sent::All);
+                continue;
+            }
             if let Some(queue) = &self.transmit {
-                sent = transmit(queue, &self.backend, sending.as_mut());
+                sent = transmit(queue, &self.pair.backend, sending.as_mut());
             }
             if let Some(receiver) = receiver.as_mut().filter(|_| self.link_up.load(Ordering::SeqCst)) {
-                received = receiver.receive(&self.backend, receiving.as_mut());
+                received = receiver.receive(&self.pair.backend, receiving.as_mut());
             }
+            drop(in_use);
             if received == Received::Gone {
                 self.take_down();
             }
@@ -88,7 +94,7 @@ impl Link {
         events.set(PollFlags::OUT, sent == Sent::Blocked);
         // A descriptor whose other end is gone is always ready.
         let is_of_use = self.link_up.load(Ordering::SeqCst) && !events.is_empty();
-        let fd = is_of_use.then(|| PollFd::from_borrowed_fd(self.backend.as_fd(), events));
+        let fd = is_of_use.then(|| PollFd::from_borrowed_fd(self.pair.backend.as_fd(), events));
         let timer = |is_wanted: bool, pace: &'a Option<Pace>| {
             pace.as_ref().filter(|_| is_wanted).map(|pace| PollFd::new(pace.timer(), PollFlags::IN))
         };

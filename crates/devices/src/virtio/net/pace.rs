@@ -1,24 +1,56 @@
-//! The rate of one direction.
+//! The rate of one direction, which all pairs of queues share.
 
-use std::{io, os::fd::OwnedFd, time::Instant};
+use std::{
+    io,
+    os::fd::OwnedFd,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
+};
 
 use purlin_storage::limit::{Bucket, Rate};
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
 };
 
-/// Says when the next packet may go.
+/// Both directions of a device.
+#[derive(Clone)]
+pub struct Limits {
+    /// What the driver receives.
+    pub receive: SharedBucket,
+    /// What it sends.
+    pub transmit: SharedBucket,
+}
+
+impl Limits {
+    /// The same rate both ways, in bytes each second.
+    pub fn new(rate: Rate) -> Self {
+        let bucket = || SharedBucket(Arc::new(Mutex::new(Bucket::new(rate, Instant::now()))));
+        Self { receive: bucket(), transmit: bucket() }
+    }
+}
+
+/// A direction's bucket.
+#[derive(Clone)]
+pub struct SharedBucket(Arc<Mutex<Bucket>>);
+
+impl SharedBucket {
+    fn lock(&self) -> MutexGuard<'_, Bucket> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Says when a thread's next packet may go.
 pub struct Pace {
-    bucket: Bucket,
+    bucket: SharedBucket,
     /// Fires when a packet may go that could not.
     timer: OwnedFd,
 }
 
 impl Pace {
-    /// A direction of this rate, in bytes each second.
-    pub fn new(rate: Rate) -> io::Result<Self> {
+    /// A thread's part in a direction.
+    pub fn new(bucket: SharedBucket) -> io::Result<Self> {
         let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
-        Ok(Self { bucket: Bucket::new(rate, Instant::now()), timer })
+        Ok(Self { bucket, timer })
     }
 
     /// What is ready when the next packet may go.
@@ -29,7 +61,7 @@ impl Pace {
     /// Whether the next packet may go now. If not, the timer is set.
     pub fn may_go(&self) -> bool {
         let now = Instant::now();
-        let wait = self.bucket.ready_at(now).saturating_duration_since(now);
+        let wait = self.bucket.lock().ready_at(now).saturating_duration_since(now);
         if wait.is_zero() {
             return true;
         }
@@ -40,7 +72,7 @@ impl Pace {
     }
 
     /// A packet of this many bytes has gone.
-    pub fn charge(&mut self, bytes: usize) {
-        self.bucket.charge(bytes as u64, Instant::now());
+    pub fn charge(&self, bytes: usize) {
+        self.bucket.lock().charge(bytes as u64, Instant::now());
     }
 }

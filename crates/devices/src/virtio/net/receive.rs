@@ -36,6 +36,8 @@ pub enum Received {
     Paced,
     /// The back end is gone.
     Gone,
+    /// The driver does not use this pair of queues.
+    NotInUse,
 }
 
 /// The receive queue's side.

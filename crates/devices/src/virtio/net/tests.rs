@@ -1,3 +1,5 @@
+mod several;
+
 use std::{
     os::fd::OwnedFd,
     time::{Duration, Instant},
@@ -38,7 +40,7 @@ fn device() -> (Net, OwnedFd) {
 fn limited_device(rate: Option<Rate>) -> (Net, OwnedFd) {
     let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
     set_socket_timeout(&theirs, Timeout::Recv, Some(Duration::from_secs(30))).unwrap();
-    let network = Network { config: CONFIG, backend: Arc::new(Backend::socket(ours).unwrap()), rate };
+    let network = Network { config: CONFIG, backends: vec![Arc::new(Backend::socket(ours).unwrap())], rate };
     (Net::new("net0", network), theirs)
 }
 
