@@ -10,7 +10,7 @@ use prost::Message;
 use purlin_arch::x86_64::cpuid::CpuModel;
 pub use purlin_devices::virtio::{
     balloon::{BalloonConfig, BalloonHandle, Statistics as BalloonStatistics},
-    block::OnIoError,
+    block::{OnFailure, OnIoError},
     console::{Port as ConsolePort, Size as ConsoleSize},
     net::{NetConfig, Network},
     vsock::VsockConfig,

@@ -21,7 +21,6 @@ use purlin_machine::{MachineError, processor::default_model};
 use purlin_vmm::{
     ConsolePort, ConsoleSize, OnIoError, OptionalDevice, Outcome, RunConfig, Running, StartError, Vmm,
     engines::{self, EngineChoice},
-    vsock::VsockConfig,
 };
 
 pub use self::args::RunArgs;

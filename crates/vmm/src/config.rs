@@ -1,15 +1,11 @@
 //! What to run, and how a run ended.
 
-use std::{
-    fmt,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{fmt, path::PathBuf, sync::Arc};
 
 use purlin_arch::x86_64::cpuid::CpuModel;
 use purlin_engine::Engine;
-use purlin_machine::config::{BalloonConfig, ConsolePort, Network, OptionalDevice, VsockConfig};
-use purlin_storage::{DiskSpec, IoError};
+use purlin_machine::config::{BalloonConfig, ConsolePort, Network, OnFailure, OptionalDevice, VsockConfig};
+use purlin_storage::DiskSpec;
 
 /// Everything that a run needs to know.
 #[derive(Clone)]
@@ -57,7 +53,7 @@ pub enum OnIoError {
     Report,
     /// The machine is paused; when it is resumed, the request is made again. The function is told the image and the error,
     /// on a disk's thread, which must not wait: maybe several times until the machine stands.
-    Pause(Arc<dyn Fn(&Path, IoError) + Send + Sync>),
+    Pause(OnFailure),
 }
 
 /// How a run ended.

@@ -15,10 +15,9 @@ use purlin_arch::x86_64::cpuid::CpuModel;
 use purlin_engine::{After, EngineError, Exit};
 use purlin_machine::testing::{Run, ScriptedEngine, kernels};
 use purlin_vmm::{
-    BalloonConfig, LifecycleError, OptionalDevice, Outcome, RunConfig, Running, Vmm,
+    BalloonConfig, GuestEvent, LifecycleError, OptionalDevice, Outcome, RunConfig, Running, Vmm,
     vsock::{HostSocket, VsockConfig},
 };
-use purlin_vmm::{GuestEvent, LifecycleError, OptionalDevice, Outcome, RunConfig, Running, Vmm};
 use vm_memory::{Bytes, GuestAddress};
 
 /// A kernel file that is gone with the value.

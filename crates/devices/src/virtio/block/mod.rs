@@ -39,8 +39,11 @@ pub enum OnIoError {
     Report,
     /// It waits until the device has been held and opened again, and is then made anew. Whoever is called, with the image
     /// and the error, sees to that; called on a queue's thread, which must not wait for it.
-    Wait(Arc<dyn Fn(&Path, IoError) + Send + Sync>),
+    Wait(OnFailure),
 }
+
+/// Who hears of a request that the host could not carry out: of the image and the error.
+pub type OnFailure = Arc<dyn Fn(&Path, IoError) + Send + Sync>;
 
 impl fmt::Debug for OnIoError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
