@@ -15,8 +15,8 @@ use clap::Args;
 use purlin_images::prepare::Prepared;
 
 use crate::{
-    boot::median,
     debian::{Connection, Debian, HOST_NAME, PROMPT, Runner, prepare, purlin, qemu},
+    figures::median,
     machine, shell,
 };
 

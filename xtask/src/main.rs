@@ -4,6 +4,8 @@
 mod boot;
 mod boot_nested;
 mod debian;
+mod disk;
+mod figures;
 mod fuzz;
 mod guests;
 mod image;
@@ -55,6 +57,8 @@ enum Chore {
     Image(image::ImageArgs),
     /// The image's network: its throughput against QEMU's, its limits, a download, TAP
     Net(net::NetArgs),
+    /// The disk of that image under fio: verified, or measured against QEMU's
+    Disk(disk::DiskArgs),
     /// Fuzz what reads a guest's or the network's bytes
     Fuzz(fuzz::FuzzArgs),
     /// Move Debian's boot to new machines at random moments, under the translator
@@ -72,6 +76,7 @@ fn main() -> ExitCode {
         Chore::Boot(args) => boot::run(&args),
         Chore::Image(args) => image::run(&args),
         Chore::Net(args) => net::run(&args),
+        Chore::Disk(args) => disk::run(&args),
         Chore::Fuzz(args) => fuzz::run_all(&args),
         Chore::Midboot(args) => midboot::run(&args),
     };

@@ -12,6 +12,7 @@ use clap::Args;
 use self::iperf::{Direction, Iperf};
 use crate::{
     debian::{Connection, Debian, PROMPT, Runner, prepare, purlin_translator, qemu},
+    figures::median,
     machine,
 };
 
@@ -98,9 +99,4 @@ fn started<'a>(
     ensure!(said.trim() == "running", "the guest says that it is {said:?}; see {}", guest.log().display());
     iperf.install(&guest)?;
     Ok(guest)
-}
-
-fn median(mut figures: Vec<f64>) -> f64 {
-    figures.sort_by(f64::total_cmp);
-    figures[figures.len() / 2]
 }
