@@ -26,7 +26,7 @@ pub struct BootArgs {
     #[arg(long, value_enum, default_value_t = Engine::Translator)]
     pub engine: Engine,
     /// How often each
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub repeat: u32,
     /// Only compare the time to userspace with QEMU's: the cloud kernel with one CPU, in turn, so many times
     #[arg(long, value_name = "ROUNDS")]

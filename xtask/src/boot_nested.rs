@@ -44,6 +44,7 @@ pub fn run(args: &BootArgs) -> Result<()> {
                 ("PATH".into(), "/usr/bin:/bin".into()),
             ],
             files: files.clone(),
+            disks: Vec::new(),
             cpu: nested::CPUS[0].into(),
             cpus: 2,
             memory: 2048,

@@ -17,7 +17,7 @@ use purlin_images::prepare::Prepared;
 use crate::{
     debian::{Connection, Debian, HOST_NAME, PROMPT, Runner, prepare, purlin, qemu},
     figures::median,
-    machine, shell,
+    image_nested, machine, shell,
 };
 
 /// What to boot.
@@ -29,6 +29,9 @@ pub struct ImageArgs {
     /// Also install a package in the guest, from its own mirror
     #[arg(long)]
     apt: bool,
+    /// Boot it under the KVM engine inside emulated AMD-V instead
+    #[arg(long, conflicts_with_all = ["qemu", "timing", "apt"])]
+    kvm: bool,
     /// Boot it under QEMU's TCG instead
     #[arg(long)]
     qemu: bool,
@@ -39,7 +42,7 @@ pub struct ImageArgs {
 
 impl Default for ImageArgs {
     fn default() -> Self {
-        Self { image: "debian".into(), apt: false, qemu: false, timing: None }
+        Self { image: "debian".into(), apt: false, kvm: false, qemu: false, timing: None }
     }
 }
 
@@ -59,6 +62,7 @@ const USER_DATA: &str = "#cloud-config\nwrite_files:\n- {path: /root/from-user-d
 pub fn run(args: &ImageArgs) -> Result<()> {
     machine::build()?;
     match args.timing {
+        _ if args.kvm => image_nested::run(&args.image),
         Some(rounds) => compare_times(args, rounds),
         None => check(args),
     }
@@ -151,7 +155,12 @@ fn check_disk(disk: &Path, dir: &Path) -> Result<()> {
     let raw = dir.join("disk.raw");
     shell::run(Command::new("qemu-img").arg("check").arg("-q").arg(disk))?;
     shell::run(Command::new("qemu-img").args(["convert", "-O", "raw"]).arg(disk).arg(&raw))?;
-    shell::run(Command::new("e2fsck").arg("-fn").arg(&raw).stdout(Stdio::null()))
+    check_file_system(&raw)
+}
+
+/// The same of a raw image.
+pub fn check_file_system(raw: &Path) -> Result<()> {
+    shell::run(Command::new("e2fsck").arg("-fn").arg(raw).stdout(Stdio::null()))
 }
 
 /// With the devices that QEMU's machine has not.

@@ -9,6 +9,7 @@ mod figures;
 mod fuzz;
 mod guests;
 mod image;
+mod image_nested;
 mod lint;
 mod machine;
 mod midboot;

@@ -66,6 +66,8 @@ pub struct Job {
     pub env: Vec<(String, String)>,
     /// More files: path on this machine, path in the guest.
     pub files: Vec<(PathBuf, PathBuf)>,
+    /// Raw images that are its disks: /dev/vda and so on.
+    pub disks: Vec<PathBuf>,
     /// The processor that QEMU emulates, with AMD-V.
     pub cpu: String,
     /// Processors of the outer guest.
@@ -103,6 +105,7 @@ fn job(args: &NestedArgs, cpu: String) -> Result<Job> {
         args: Vec::new(),
         env: env.collect::<Result<_>>()?,
         files: files.collect::<Result<_>>()?,
+        disks: Vec::new(),
         cpu,
         cpus: args.cpus,
         memory: args.memory,
@@ -224,7 +227,9 @@ fn shared_libraries(program: &Path) -> Result<Vec<PathBuf>> {
 
 /// Boots the outer guest and waits for what the program came to.
 fn boot(job: &Job, kernel: &Path, initrd: &Path) -> Result<i32> {
+    let disk = |path: &PathBuf| ["-drive".into(), format!("if=virtio,format=raw,file={}", path.display())];
     let mut qemu = Command::new("qemu-system-x86_64")
+        .args(job.disks.iter().flat_map(disk))
         .args(["-accel", "tcg,thread=multi", "-cpu", &job.cpu, "-smp", &job.cpus.to_string()])
         .args(["-m", &job.memory.to_string(), "-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"])
         .args(["-serial", "stdio", "-append", "console=ttyS0 quiet panic=-1 mitigations=off"])

@@ -1,4 +1,5 @@
-//! The outer guest's system, from Debian's packages: a kernel, and an initramfs with busybox and KVM's modules.
+//! The outer guest's system, from Debian's packages: a kernel, and an initramfs with busybox and the modules of KVM and of
+//! disks.
 
 use std::{
     fs::{self, File},
@@ -20,7 +21,7 @@ const INITRD: &str = "initrd";
 /// to be inserted in the order of their names.
 pub fn obtain() -> Result<Guest> {
     let progress = Printed("outer guest");
-    let entry = cache().entry("outer-amd64", &[KERNEL, INITRD], &progress, |new, work| {
+    let entry = cache().entry("outer-amd64-disks", &[KERNEL, INITRD], &progress, |new, work| {
         let packages = Packages::download(work, "amd64", &["linux-image-cloud-amd64"], &progress)?;
         packages.extract_kernel(&new.join(KERNEL))?;
         let busybox = work.join("busybox");
@@ -30,9 +31,14 @@ pub fn obtain() -> Result<Guest> {
         let tree = work.join("kernel");
         deb::unpack(&packages.kernel, &tree)?;
         let mut modules = Modules { tree: &tree, busybox: &busybox, found: Vec::new() };
-        if !modules.visit(MODULE).map_err(Error::file("read the modules in", &tree))? {
-            let package = packages.kernel.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            return Err(Error::Contents { package, wanted: "KVM for AMD's processors as a module" });
+        for name in MODULES {
+            if !modules.visit(name).map_err(Error::file("read the modules in", &tree))? {
+                let package = packages.kernel.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                return Err(Error::Contents {
+                    package,
+                    wanted: "KVM for AMD's processors, and virtio's disks, as modules",
+                });
+            }
         }
         let initrd = new.join(INITRD);
         write_initrd(&initrd, &busybox, &modules.found).map_err(Error::file("write", &initrd))
@@ -40,7 +46,7 @@ pub fn obtain() -> Result<Guest> {
     Ok(Guest { kernel: entry.join(KERNEL), initrd: entry.join(INITRD) })
 }
 
-const MODULE: &str = "kvm_amd";
+const MODULES: [&str; 3] = ["kvm_amd", "virtio_pci", "virtio_blk"];
 
 fn write_initrd(path: &Path, busybox: &Path, modules: &[(String, Vec<u8>)]) -> io::Result<()> {
     let mut archive = Initramfs::new(BufWriter::new(File::create(path)?));
