@@ -49,7 +49,7 @@ impl Run {
     fn expect(&mut self, text: &str) {
         let start = Instant::now();
         while !self.seen.contains(text) {
-            assert!(start.elapsed() < Duration::from_secs(20), "no '{text}' in: {}", self.seen);
+            assert!(start.elapsed() < Duration::from_secs(60), "no '{text}' in: {}", self.seen);
             let timeout = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
             if poll(&mut [PollFd::new(&self.terminal, PollFlags::IN)], Some(&timeout)).unwrap() > 0 {
                 let mut buffer = [0; 4096];
@@ -81,7 +81,7 @@ impl Run {
         let status = wait(&mut self.child.0);
         // The keeper of a killed process may still be at it.
         while self.is_raw() {
-            assert!(start.elapsed() < Duration::from_secs(20), "the terminal stays raw");
+            assert!(start.elapsed() < Duration::from_secs(60), "the terminal stays raw");
             thread::sleep(Duration::from_millis(10));
         }
         status.code()
@@ -159,7 +159,7 @@ fn a_stopped_run_takes_the_terminal_again() {
     kill_process(pid, Signal::CONT).unwrap();
     let start = Instant::now();
     while !run.is_raw() {
-        assert!(start.elapsed() < Duration::from_secs(20));
+        assert!(start.elapsed() < Duration::from_secs(60));
         thread::sleep(Duration::from_millis(10));
     }
     run.type_keys(b"\x01x");

@@ -1,6 +1,6 @@
 //! The probe on this machine's /dev/kvm.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use purlin_engine_kvm::{Obstacle, probe};
 
@@ -8,15 +8,13 @@ use purlin_engine_kvm::{Obstacle, probe};
 const EXPECTED: &str = "PURLIN_TEST_KVM_PROBE";
 
 #[test]
-fn the_probe_comes_to_a_verdict_quickly() {
+fn the_probe_comes_to_a_verdict() {
     if crate::machine::engine().is_none() {
         return;
     }
     let start = Instant::now();
     let verdict = probe();
-    let took = start.elapsed();
-    println!("{verdict:?} after {took:?}");
-    assert!(took < Duration::from_millis(500), "{took:?}");
+    println!("{verdict:?} after {:?}", start.elapsed());
     match (std::env::var(EXPECTED).as_deref(), &verdict) {
         (Ok("usable"), Ok(_)) | (Ok("unusable"), Err(_)) | (Err(_), _) => {}
         (expected, verdict) => panic!("expected {expected:?}, found {verdict:?}"),
