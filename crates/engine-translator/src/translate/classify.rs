@@ -194,6 +194,8 @@ fn legacy_vector(insn: &Instruction) -> Class {
                 needs.x87 = true;
                 needs.pointers = !x87_control(insn.mnemonic());
             }
+            // FCMOVcc, FCOMI and their like: an x87 with these has CMOV.
+            CMOV => {}
             MMX => needs.x87 = true,
             SSE | SSE2 | SSE3 | SSSE3 | SSE4_1 | SSE4_2 | SSE4A | AES | PCLMULQDQ | SHA | GFNI => needs.sse = true,
             _ => return Class::Emulate,
