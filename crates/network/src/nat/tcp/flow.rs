@@ -4,6 +4,12 @@
 //! guest itself drops: there is no congestion control, and a loss is mended by going back to the first byte that is
 //! not acknowledged. What the guest sends goes straight to the socket; only what that does not take is kept. What the
 //! socket yields is kept until the guest has acknowledged it.
+//!
+//! Here are a connection's phases, its times and the host's socket; what the guest says is in [`arriving`], what it is
+//! told in [`departing`].
+
+mod arriving;
+mod departing;
 
 use std::{
     os::fd::OwnedFd,
@@ -263,147 +269,10 @@ impl Flow {
         }
     }
 
-    /// A segment has come from the guest (RFC 9293 3.10.7).
-    pub fn on_segment(&mut self, segment: &Incoming<'_>, memory: &mut Memory, link: &mut Link, now: Instant) -> Next {
-        match self.phase {
-            Phase::Connecting if segment.control == TcpControl::Rst => return Next::Gone,
-            // A SYN sent again: the answer is on its way.
-            Phase::Connecting => return Next::Wait,
-            Phase::SynSent => return self.on_syn_answer(segment, now),
-            Phase::SynReceived | Phase::Open => {}
-        }
-        let offset = self.from_guest.next.wrapping_sub(segment.seq).cast_signed();
-        match segment.control {
-            TcpControl::Syn => {
-                // Our answer was lost, or this is another connection: the guest will tell (RFC 5961 4).
-                let again = self.phase == Phase::SynReceived && offset == 1;
-                self.to_guest.syn_due |= again;
-                self.from_guest.ack_due |= !again;
-                return Next::Again;
-            }
-            TcpControl::Rst if offset == 0 => {
-                self.abort_host();
-                return Next::Gone;
-            }
-            TcpControl::Rst => {
-                // RFC 5961 3.2: perhaps; the guest will tell.
-                self.from_guest.ack_due |= self.is_in_window(segment.seq);
-                return Next::Again;
-            }
-            TcpControl::None | TcpControl::Psh | TcpControl::Fin => {}
-        }
-        let Some(ack) = segment.ack else { return Next::Wait };
-        if !self.on_ack(ack, segment, now) {
-            self.from_guest.ack_due = true;
-            return Next::Again;
-        }
-        self.last_active = now;
-        if segment.len() > 0 {
-            self.from_guest.ack_due = true;
-            // Nothing comes out of order but by loss; what is lost comes again.
-            if offset >= 0
-                && let Err(error) = self.take_data(segment, offset.cast_unsigned() as usize, memory)
-            {
-                return self.fail(error, link);
-            }
-        }
-        Next::Again
-    }
-
-    fn is_in_window(&self, seq: u32) -> bool {
-        seq.wrapping_sub(self.from_guest.next) < self.from_guest.edge.wrapping_sub(self.from_guest.next)
-    }
-
-    /// The guest's answer to our SYN.
-    fn on_syn_answer(&mut self, segment: &Incoming<'_>, now: Instant) -> Next {
-        let acks_ours = segment.ack == Some(self.to_guest.una.wrapping_add(1));
-        match segment.control {
-            TcpControl::Rst if acks_ours => {
-                self.abort_host();
-                return Next::Gone;
-            }
-            TcpControl::Syn if acks_ours => {}
-            _ => return Next::Wait,
-        }
-        self.take_syn(segment);
-        self.to_guest.una = self.to_guest.una.wrapping_add(1);
-        self.open(now);
-        self.from_guest.ack_due = true;
-        Next::Again
-    }
-
     fn open(&mut self, now: Instant) {
         self.phase = Phase::Open;
         self.last_active = now;
         self.timer.clear();
-    }
-
-    /// Takes an acknowledgement. Returns whether the segment is acceptable.
-    fn on_ack(&mut self, ack: u32, segment: &Incoming<'_>, now: Instant) -> bool {
-        let to = &mut self.to_guest;
-        let advance = ack.wrapping_sub(to.una);
-        if advance.cast_signed() < 0 {
-            // An old one: its data may be new.
-            return self.phase == Phase::Open;
-        }
-        if advance > to.max.wrapping_sub(to.una) {
-            return false;
-        }
-        if self.phase == Phase::SynReceived {
-            if advance == 0 {
-                return false;
-            }
-            to.una = to.una.wrapping_add(1);
-            self.open(now);
-        }
-        let to = &mut self.to_guest;
-        let window = u32::from(segment.window) << to.shift;
-        let advance = ack.wrapping_sub(to.una);
-        if advance > 0 {
-            let data = (advance as usize).min(to.buffer.len());
-            to.buffer.consume(data);
-            to.fin_acked |= advance as usize > data;
-            to.una = ack;
-            if to.next.wrapping_sub(to.una).cast_signed() < 0 {
-                to.next = to.una;
-            }
-            to.duplicate_acks = 0;
-            self.timer.clear();
-        } else if to.max != to.una && segment.len() == 0 && window == to.window {
-            // RFC 5681 3.2: three duplicates say that something was lost.
-            to.duplicate_acks = to.duplicate_acks.saturating_add(1);
-            if to.duplicate_acks == 3 {
-                to.next = to.una;
-            }
-        }
-        to.window = window;
-        true
-    }
-
-    /// Takes the data of a segment, all but the first `skip` bytes, which have come before; and its FIN.
-    fn take_data(&mut self, segment: &Incoming<'_>, skip: usize, memory: &mut Memory) -> Result<(), Errno> {
-        let from = &mut self.from_guest;
-        let Some(data) = segment.payload.get(skip..) else { return Ok(()) };
-        if from.fin {
-            return Ok(());
-        }
-        let mut taken = 0;
-        if from.buffer.is_empty() && self.writable && !data.is_empty() {
-            taken = match send(&self.socket, &[std::io::IoSlice::new(data)]) {
-                Ok(count) => count,
-                Err(Errno::AGAIN) => 0,
-                Err(error) => return Err(error),
-            };
-            self.writable = taken == data.len();
-        }
-        // What there is no memory for comes again.
-        taken += from.buffer.push(&data[taken..], memory);
-        from.next = from.next.wrapping_add(taken as u32);
-        if segment.control == TcpControl::Fin && taken == data.len() {
-            from.fin = true;
-            from.next = from.next.wrapping_add(1);
-        }
-        Ok(())
     }
 
     /// Does what there is to do.
@@ -467,122 +336,6 @@ impl Flow {
             Err(error) => return Err(error),
         }
         Ok(false)
-    }
-
-    /// Sends the guest all that its window allows, or at least an acknowledgement that is due.
-    fn talk_to_guest(&mut self, memory: &Memory, link: &mut Link, now: Instant) -> Sent {
-        if self.to_guest.syn_due {
-            if self.send_syn(memory, link) == Sent::Blocked {
-                return Sent::Blocked;
-            }
-            self.to_guest.syn_due = false;
-            self.timer.start(now);
-        }
-        if self.phase != Phase::Open {
-            return Sent::Yes;
-        }
-        while let Some((offset, len, fin)) = self.next_segment(link) {
-            let (seq, last) = (self.to_guest.next, offset + len == self.to_guest.buffer.len());
-            let control = match (fin, last) {
-                (true, _) => TcpControl::Fin,
-                (false, true) => TcpControl::Psh,
-                (false, false) => TcpControl::None,
-            };
-            let (edge, window) = self.window(memory);
-            let reply = Reply {
-                payload: self.to_guest.buffer.slices(offset, len),
-                mss: self.to_guest.mss,
-                ..Reply::bare(control, seq, Some(self.from_guest.next), window)
-            };
-            if reply.send(&self.key, link) == Sent::Blocked {
-                return Sent::Blocked;
-            }
-            self.told(edge);
-            let to = &mut self.to_guest;
-            to.next = seq.wrapping_add(len as u32 + u32::from(fin));
-            if to.next.wrapping_sub(to.max).cast_signed() > 0 {
-                to.max = to.next;
-            }
-        }
-        let to = &self.to_guest;
-        if to.max != to.una || (to.window == 0 && !to.buffer.is_empty()) {
-            self.timer.start(now);
-        }
-        let (edge, window) = self.window(memory);
-        if self.from_guest.ack_due || self.is_worth_telling(edge) {
-            let reply = Reply::bare(TcpControl::None, self.to_guest.next, Some(self.from_guest.next), window);
-            if reply.send(&self.key, link) == Sent::Blocked {
-                return Sent::Blocked;
-            }
-            self.told(edge);
-        }
-        Sent::Yes
-    }
-
-    /// Our SYN, with an acknowledgement of the guest's if that was first.
-    fn send_syn(&mut self, memory: &Memory, link: &mut Link) -> Sent {
-        let is_answer = self.phase != Phase::SynSent;
-        let iss = self.to_guest.una;
-        // RFC 7323 2.2: the window of a SYN is not scaled.
-        let window = memory.allowance().min(usize::from(u16::MAX)) as u16;
-        let scale = (!is_answer || self.from_guest.shift > 0).then_some(WINDOW_SHIFT);
-        let ack = is_answer.then_some(self.from_guest.next);
-        let reply =
-            Reply { options: Some((self.to_guest.mss, scale)), ..Reply::bare(TcpControl::Syn, iss, ack, window) };
-        let sent = reply.send(&self.key, link);
-        if sent == Sent::Yes {
-            if is_answer {
-                self.told(self.from_guest.next.wrapping_add(window.into()));
-            }
-            self.to_guest.next = iss.wrapping_add(1);
-            self.to_guest.max = self.to_guest.next;
-        }
-        sent
-    }
-
-    /// What to send next: where in the buffer it begins, its length, and whether a FIN follows it.
-    fn next_segment(&self, link: &Link) -> Option<(usize, usize, bool)> {
-        let to = &self.to_guest;
-        let flying = to.next.wrapping_sub(to.una) as usize;
-        // Beyond the last byte there is only the FIN, which has been sent then.
-        let unsent = to.buffer.len().checked_sub(flying)?;
-        let room = (to.window as usize).saturating_sub(flying);
-        let mss = usize::from(to.mss);
-        let most = if link.takes_large_segments(self.key.guest.ip()) { MAX_SEGMENT / mss * mss } else { mss };
-        let len = unsent.min(room).min(most);
-        let fin = to.eof && len == unsent && !to.fin_acked;
-        // RFC 9293 3.8.6.2.1: no small segments for a small window, while larger ones are on their way.
-        let is_silly = len < unsent && len < mss && flying > 0;
-        ((len > 0 && !is_silly) || (fin && (room > 0 || unsent == 0))).then_some((flying, len, fin))
-    }
-
-    /// How far the guest may send, as a sequence number, and the same as the window in a header.
-    fn window(&self, memory: &Memory) -> (u32, u16) {
-        let from = &self.from_guest;
-        let free = memory.allowance().saturating_sub(from.buffer.len());
-        let told = from.edge.wrapping_sub(from.next).cast_signed().max(0).cast_unsigned();
-        // What was once offered is not taken back (RFC 9293 3.8.6).
-        let window = (free as u32).max(told) >> from.shift;
-        let window = window.min(u16::MAX.into()) as u16;
-        (from.next.wrapping_add(u32::from(window) << from.shift), window)
-    }
-
-    fn told(&mut self, edge: u32) {
-        let from = &mut self.from_guest;
-        // Rounding to the scale may not take back what was offered.
-        if edge.wrapping_sub(from.edge).cast_signed() > 0 {
-            from.edge = edge;
-        }
-        from.ack_due = false;
-    }
-
-    /// Whether the window has opened so far that the guest should know (RFC 9293 3.8.6.2.2).
-    fn is_worth_telling(&self, edge: u32) -> bool {
-        let from = &self.from_guest;
-        let told = from.edge.wrapping_sub(from.next).cast_signed();
-        let opened = edge.wrapping_sub(from.edge).cast_signed();
-        let enough = (2 * i32::from(self.to_guest.mss)).min((told + opened) / 2).max(1);
-        !from.fin && opened >= enough && opened >= told
     }
 
     /// The deadline has come.
