@@ -68,7 +68,7 @@ fn compare(args: &NetArgs, iperf: &Iperf) -> Result<()> {
         let mut figures = [Vec::new(), Vec::new()];
         for _ in 0..args.rounds {
             for (guest, figures) in guests.iter().zip(&mut figures) {
-                figures.push(iperf.measure(guest, direction, args.seconds, args.streams)?);
+                figures.push(iperf::measure(&guest.connection, direction, args.seconds, args.streams)?);
             }
         }
         let [ours, theirs] = figures.map(median);

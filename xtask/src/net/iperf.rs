@@ -4,18 +4,23 @@ use std::{
     fmt, fs,
     path::PathBuf,
     process::{Command, Stdio},
+    thread,
+    time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
 
 use crate::{
-    debian::Debian,
+    debian::{Connection, Debian},
     shell::{is_installed, run},
 };
 
 /// The port that the guest's server listens to.
 pub const PORT: u16 = 5201;
+
+/// How often to try again while the server is busy, each after a second.
+const SERVER_RETRIES: u32 = 30;
 
 /// Which way the data goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,30 +70,37 @@ impl Iperf {
         ensure!(said.trim() == "started", "iperf3 cannot be installed in the guest: {said}");
         Ok(())
     }
+}
 
-    /// How much arrives, in bytes each second.
-    pub fn measure(&self, guest: &Debian<'_>, direction: Direction, seconds: u32, streams: u32) -> Result<f64> {
-        let output = self.command(guest, direction, seconds, streams)?.output().context("iperf3")?;
-        figure(&output)
-    }
-
-    /// The client's command.
-    pub fn command(&self, guest: &Debian<'_>, direction: Direction, seconds: u32, streams: u32) -> Result<Command> {
-        let (address, port) = guest.connection.address_of(PORT)?;
-        let mut command = guest.connection.command("iperf3");
-        command.args(["-c", &address, "-p", &port.to_string(), "-f", "k"]);
-        command.args(["-t", &seconds.to_string(), "-P", &streams.to_string()]);
-        if direction == Direction::FromGuest {
-            command.arg("-R");
+/// How much arrives, in bytes each second.
+pub fn measure(guest: &Connection, direction: Direction, seconds: u32, streams: u32) -> Result<f64> {
+    // The server serves one client at a time, and needs a moment after each.
+    for _ in 0..SERVER_RETRIES {
+        let output = command(guest, direction, seconds, streams)?.output().context("iperf3")?;
+        if output.status.success() {
+            return figure(&output);
         }
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        Ok(command)
+        thread::sleep(Duration::from_secs(1));
     }
+    figure(&command(guest, direction, seconds, streams)?.output()?)
+}
+
+/// The client's command.
+fn command(guest: &Connection, direction: Direction, seconds: u32, streams: u32) -> Result<Command> {
+    let (address, port) = guest.address_of(PORT)?;
+    let mut command = guest.command("iperf3");
+    command.args(["-c", &address, "-p", &port.to_string(), "-f", "k"]);
+    command.args(["-t", &seconds.to_string(), "-P", &streams.to_string()]);
+    if direction == Direction::FromGuest {
+        command.arg("-R");
+    }
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    Ok(command)
 }
 
 /// What the receiver counted, in bytes each second: the number before `Kbits/sec` in the last line about it (with
 /// several connections that of their sum).
-pub fn figure(output: &std::process::Output) -> Result<f64> {
+fn figure(output: &std::process::Output) -> Result<f64> {
     let said = String::from_utf8_lossy(&output.stdout);
     let line = said.lines().rev().find(|line| line.trim_end().ends_with("receiver"));
     let words: Vec<&str> = line.unwrap_or_default().split_whitespace().collect();

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 
 use super::{
     MIB,
-    iperf::{Direction, Iperf},
+    iperf::{self, Direction, Iperf},
     started,
 };
 use crate::{
@@ -72,7 +72,7 @@ pub fn run(image: &str, iperf: &Iperf, seconds: u32) -> Result<()> {
     println!("queues: {}", guest.ssh("ls -d /sys/class/net/e*/queues/*")?.replace('\n', " "));
     for direction in [Direction::ToGuest, Direction::FromGuest] {
         for streams in [1, 4] {
-            let rate = iperf.measure(&guest, direction, seconds, streams)? / MIB;
+            let rate = iperf::measure(&guest.connection, direction, seconds, streams)? / MIB;
             println!("{direction} by TAP, {streams} connections: {rate:.0} MiB/s");
         }
     }

@@ -100,8 +100,14 @@ impl Wake {
                 // A signal.
                 continue;
             }
-            let ready = all[..others.len()].iter().any(|fd| !fd.revents().is_empty());
-            if ready {
+            let (of_others, own) = all.split_at(others.len());
+            if of_others.iter().any(|fd| !fd.revents().is_empty()) {
+                return self.told().unwrap_or(Told::Work);
+            }
+            // Who rings may have been slow, and signalled the event only after a `silence` had heard of it: nobody else
+            // would take the signal back.
+            if !own[0].revents().is_empty() {
+                self.silence();
                 return self.told().unwrap_or(Told::Work);
             }
         }
@@ -226,5 +232,23 @@ impl Drop for Workers {
                 let _ = thread.join();
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A thread that rings may be held up between saying so and signalling. The other thread, which has heard of it,
+    /// must not go round and round for the signal that comes then.
+    #[test]
+    fn a_late_signal_is_heard_once() {
+        let wake = Wake::new().unwrap();
+        wake.tell(Told::Work);
+        assert_eq!(wake.wait(&[]), Told::Work);
+        rustix::io::write(&wake.event, &1u64.to_ne_bytes()).unwrap();
+        assert_eq!(wake.wait(&[]), Told::Work);
+        let mut event = [PollFd::new(&wake.event, PollFlags::IN)];
+        assert_eq!(poll(&mut event, Some(&rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(0));
     }
 }
