@@ -18,6 +18,8 @@ use crate::shell::{cargo, describe, run, target};
 
 /// Far more than a boot takes, also on a loaded machine.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// A guest that boots says something more often than that, also on a loaded machine.
+const SILENCE: Duration = Duration::from_secs(45);
 
 /// Purlin's engines, each with the accelerator of QEMU's that it is measured against.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -91,11 +93,16 @@ pub struct Boot {
 impl Boot {
     /// Runs the command until it ends; the transcript also goes to `target/xtask/boot/NAME.log`.
     pub fn run(command: Command, name: &str) -> Result<Self> {
-        Self::run_with(command, "", name)
+        Self::follow(command, "", name, SILENCE)
     }
 
     /// The same with something on standard input, which must fit into a pipe.
-    pub fn run_with(mut command: Command, input: &str, name: &str) -> Result<Self> {
+    pub fn run_with(command: Command, input: &str, name: &str) -> Result<Self> {
+        // What obtains its guest first says nothing on the console until it has it.
+        Self::follow(command, input, name, PATIENCE)
+    }
+
+    fn follow(mut command: Command, input: &str, name: &str, silence: Duration) -> Result<Self> {
         let start = Instant::now();
         let mut child = command
             .stdin(Stdio::piped())
@@ -109,9 +116,12 @@ impl Boot {
         }
         let messages = child.stderr.take().map(|pipe| thread::spawn(move || read_lines(pipe, |_| {})));
         let (sender, userspace) = mpsc::channel();
+        let (said, lines) = mpsc::channel();
         let transcript = child.stdout.take().map(|pipe| {
             thread::spawn(move || {
                 read_lines(pipe, |line| {
+                    // Nobody listens any more once it has ended.
+                    let _ = said.send(());
                     if line.contains("purlin-test: userspace") {
                         // Only the first is received.
                         let _ = sender.send(start.elapsed());
@@ -119,7 +129,7 @@ impl Boot {
                 })
             })
         });
-        let status = wait(&mut child, start);
+        let status = wait(&mut child, start, &lines, silence);
         let collect =
             |reader: Option<thread::JoinHandle<String>>| reader.and_then(|r| r.join().ok()).unwrap_or_default();
         let (transcript, messages) = (collect(transcript), collect(messages));
@@ -154,7 +164,11 @@ pub struct NotEnded(String);
 
 impl std::fmt::Display for NotEnded {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "not ended after {PATIENCE:?}; its threads, as proc(5) shows them:\n{}", self.0)
+        write!(
+            f,
+            "silent for {SILENCE:?}, or not ended after {PATIENCE:?}; its threads, as proc(5) shows them:\n{}",
+            self.0
+        )
     }
 }
 
@@ -171,12 +185,17 @@ fn threads(process: u32) -> String {
     tasks.map(describe).collect()
 }
 
-fn wait(child: &mut Child, start: Instant) -> Result<ExitStatus> {
+/// Waits for the end of a guest whose console sends to `lines` as it says something, unless it is silent for so long.
+fn wait(child: &mut Child, start: Instant, lines: &mpsc::Receiver<()>, silence: Duration) -> Result<ExitStatus> {
+    let mut heard = start;
     loop {
         if let Some(status) = child.try_wait()? {
             return Ok(status);
         }
-        if start.elapsed() > PATIENCE {
+        if lines.try_iter().count() > 0 {
+            heard = Instant::now();
+        }
+        if start.elapsed() > PATIENCE || heard.elapsed() > silence {
             let threads = threads(child.id());
             child.kill()?;
             child.wait()?;
