@@ -37,6 +37,7 @@ fn wrong_usage() {
         ("run shell --net bridge", &["'bridge'", "user, tap=NAME, none"]),
         ("run shell --balloon on", &["'on'", "size=SIZE"]),
         ("run shell --balloon size=12", &["'12'", "512M"]),
+        ("run shell --on-io-error stop", &["'stop'", "report, pause"]),
         ("run shell --vsock a,cid=2", &["'cid=2'", "3 to 4294967294"]),
         ("run shell --vsock a,port=2", &["'port=2'", "cid=N"]),
         ("run shell --net user,queues=2", &["'queues=2'", "user takes", "loopback"]),

@@ -4,6 +4,8 @@
 //! `cargo xtask midboot` runs it; alone it needs `PURLIN_TEST_KERNEL` and `PURLIN_TEST_INITRD`: a kernel that has
 //! CONFIG_VMGENID built in (Debian's linux-image-amd64) and the initramfs that `purlin run shell` boots.
 
+mod support;
+
 use std::{
     env,
     io::{self, Write},
@@ -17,8 +19,7 @@ use purlin_arch::x86_64::cpuid::CpuModel;
 use purlin_engine::memory::GuestRam;
 use purlin_engine_translator::TranslatorEngine;
 use purlin_vmm::{RunConfig, Running, Vmm};
-use rustix::fs::{SeekFrom, seek};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use support::copy_memory;
 
 /// Far more than anything here takes, also on a loaded host.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -116,21 +117,5 @@ fn a_copy_of_a_machine_makes_new_randomness() {
         // A copy of the copy, while that runs.
         copy.renew_generation().unwrap();
         console.wait_for_again(RESEEDED, 2);
-    }
-}
-
-/// Copies what there is; a page that was never touched stays so.
-fn copy_memory(from: &GuestRam, to: &GuestRam) {
-    for region in from.iter() {
-        let file = region.file_offset().unwrap().file();
-        let mut at = 0;
-        while let Ok(start) = seek(file, SeekFrom::Data(at)) {
-            let end = seek(file, SeekFrom::Hole(start)).unwrap();
-            let mut bytes = vec![0; (end - start) as usize];
-            let address = GuestAddress(region.start_addr().0 + start);
-            from.read_slice(&mut bytes, address).unwrap();
-            to.write_slice(&bytes, address).unwrap();
-            at = end;
-        }
     }
 }

@@ -15,12 +15,11 @@ use purlin_engine::{
 use purlin_engine_translator::TranslatorEngine;
 use purlin_state::SavedState;
 use purlin_vmm::{Outcome, RunConfig, Running, Vmm};
-use rustix::fs::{SeekFrom, seek};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::{
     Files,
     console::{Console, Typist},
+    support::copy_memory,
     transcript::{CLOCK_END, CLOCK_START, PROMPT, SCRIPT, Transcript},
     wait_for,
 };
@@ -157,20 +156,4 @@ fn without_time(mut state: VcpuState) -> VcpuState {
     let vector = usize::from(page[LVT_TIMER]);
     page[IRR + vector / 32 * 16 + vector % 32 / 8] &= !(1 << (vector % 8));
     state
-}
-
-/// Copies what there is; a page that was never touched stays so.
-fn copy_memory(from: &GuestRam, to: &GuestRam) {
-    for region in from.iter() {
-        let file = region.file_offset().unwrap().file();
-        let mut at = 0;
-        while let Ok(start) = seek(file, SeekFrom::Data(at)) {
-            let end = seek(file, SeekFrom::Hole(start)).unwrap();
-            let mut bytes = vec![0; (end - start) as usize];
-            let address = GuestAddress(region.start_addr().0 + start);
-            from.read_slice(&mut bytes, address).unwrap();
-            to.write_slice(&bytes, address).unwrap();
-            at = end;
-        }
-    }
 }

@@ -7,6 +7,8 @@
 
 mod console;
 mod guest;
+#[path = "../support/mod.rs"]
+mod support;
 mod transcript;
 
 use std::{
