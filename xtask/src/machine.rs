@@ -158,21 +158,17 @@ fn tail(transcript: &str, messages: &str) -> String {
     lines[lines.len().saturating_sub(20)..].join("\n")
 }
 
-/// A machine that did not come to its end, with what its threads did.
+/// Where nothing is known of Purlin's guest: it did not come to its end, or QEMU's did not.
 #[derive(Debug)]
-pub struct NotEnded(String);
+pub struct BedFailed(pub String);
 
-impl std::fmt::Display for NotEnded {
+impl std::fmt::Display for BedFailed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "silent for {SILENCE:?}, or not ended after {PATIENCE:?}; its threads, as proc(5) shows them:\n{}",
-            self.0
-        )
+        f.write_str(&self.0)
     }
 }
 
-impl std::error::Error for NotEnded {}
+impl std::error::Error for BedFailed {}
 
 /// What each thread of a process does: its name, state and times, the system call that it is in, where it sleeps.
 fn threads(process: u32) -> String {
@@ -199,7 +195,10 @@ fn wait(child: &mut Child, start: Instant, lines: &mpsc::Receiver<()>, silence: 
             let threads = threads(child.id());
             child.kill()?;
             child.wait()?;
-            return Err(NotEnded(threads).into());
+            return Err(BedFailed(format!(
+                "silent for {silence:?}, or not ended after {PATIENCE:?}; its threads, as proc(5) shows them:\n{threads}"
+            ))
+            .into());
         }
         thread::sleep(Duration::from_millis(10));
     }

@@ -1,6 +1,8 @@
 //! Debian's boot, saved and continued in new machines at random moments: `crates/vmm/tests/midboot`; and copied:
 //! `crates/vmm/tests/clone.rs`.
 
+use std::process::Command;
+
 use anyhow::Result;
 use clap::Args;
 
@@ -20,11 +22,18 @@ pub struct MidbootArgs {
     seed: Option<u64>,
 }
 
-/// Runs the test, optimised as users have it.
+/// A test of the VMM's, optimised as users have it. With the program beside it, whose dependencies are built already.
+fn test_of_vmm(name: &str) -> Command {
+    let packages = ["--package", "purlin", "--package", "purlin-vmm"];
+    let mut test = cargo(&["test", "--release", "--locked", "--test", name]);
+    test.args(packages).args(["--", "--ignored", "--nocapture"]);
+    test
+}
+
+/// Runs the tests.
 pub fn run(args: &MidbootArgs) -> Result<()> {
     let guest = guests::shell()?;
-    let mut test = cargo(&["test", "--release", "--locked", "--package", "purlin-vmm", "--test", "midboot"]);
-    test.args(["--", "--ignored", "--nocapture"]);
+    let mut test = test_of_vmm("midboot");
     test.env("PURLIN_TEST_KERNEL", guest.kernel).env("PURLIN_TEST_INITRD", guest.initrd);
     for (variable, value) in [("PURLIN_TEST_MOMENTS", args.moments.map(u64::from)), ("PURLIN_TEST_SEED", args.seed)] {
         if let Some(value) = value {
@@ -34,8 +43,7 @@ pub fn run(args: &MidbootArgs) -> Result<()> {
     shell::run(&mut test)?;
 
     let guest = guests::with_generation_id()?;
-    let mut test = cargo(&["test", "--release", "--locked", "--package", "purlin-vmm", "--test", "clone"]);
-    test.args(["--", "--ignored", "--nocapture"]);
+    let mut test = test_of_vmm("clone");
     test.env("PURLIN_TEST_KERNEL", guest.kernel).env("PURLIN_TEST_INITRD", guest.initrd);
     shell::run(&mut test)
 }

@@ -48,13 +48,6 @@ pub struct NestedArgs {
     program: Vec<String>,
 }
 
-impl NestedArgs {
-    /// The KVM engine's tests, on all processors.
-    pub fn of_engine() -> Self {
-        Self { cpu: vec![], cpus: 2, memory: 1024, timeout: 120, file: vec![], env: vec![], program: vec![] }
-    }
-}
-
 /// What to run in the outer guest.
 #[derive(Clone, Debug)]
 pub struct Job {
@@ -262,6 +255,9 @@ fn boot(job: &Job, kernel: &Path, initrd: &Path) -> Result<i32> {
     result
 }
 
+/// What the outer kernel says of a processor of its own that gets nowhere.
+const STALLED: [&str; 3] = ["soft lockup", "self-detected stall", "detected stalls on CPUs"];
+
 /// Shows the console until the marker comes.
 fn follow(qemu: &mut Child, timeout: Duration) -> Result<i32> {
     let console = BufReader::new(qemu.stdout.take().expect("piped"));
@@ -282,6 +278,7 @@ fn follow(qemu: &mut Child, timeout: Duration) -> Result<i32> {
                     return status.trim().parse().with_context(|| format!("the guest says '{line}'"));
                 }
                 show(&line);
+                ensure!(!STALLED.iter().any(|word| line.contains(word)), "the outer machine itself stands still");
             }
             Err(mpsc::RecvTimeoutError::Timeout) => bail!("the guest was not done after {timeout:?}"),
             Err(mpsc::RecvTimeoutError::Disconnected) => bail!("the guest ended before the program did"),

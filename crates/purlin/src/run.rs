@@ -21,6 +21,7 @@ use purlin_machine::{MachineError, processor::default_model};
 use purlin_vmm::{
     ConsolePort, ConsoleSize, OnIoError, OptionalDevice, Outcome, RunConfig, Running, StartError, Vmm,
     engines::{self, EngineChoice},
+    storage::Disk,
 };
 
 pub use self::args::RunArgs;
@@ -53,6 +54,9 @@ pub fn run(args: RunArgs, signals: Signals) -> Result<Ended> {
     }
     // Before anything long begins.
     let chosen = engines::choose(args.engine)?;
+    for spec in &args.disk {
+        Disk::open(spec)?;
+    }
     let stop = Arc::new(Stop::default());
     let raw_modes = Arc::new(OnceLock::<Modes>::new());
     let current = Arc::new(Current::default());

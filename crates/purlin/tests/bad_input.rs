@@ -141,3 +141,12 @@ fn a_socket_that_cannot_be() {
     let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
     assert_one_line(&boot(kernel, &["--vsock", path.to_str().unwrap()]), 1, &["in use", "another path"]);
 }
+
+#[test]
+fn a_disk_that_is_not_there_is_told_before_a_guest_is_fetched() {
+    let home = tempfile::tempdir().unwrap();
+    let arguments = ["run", "shell", "--disk", "/no/such/disk"];
+    let output = purlin().env("PURLIN_HOME", home.path()).args(arguments).output().unwrap();
+    assert_one_line(&output, 1, &["/no/such/disk", "No such file"]);
+    assert_eq!(fs::read_dir(home.path()).unwrap().count(), 0);
+}
