@@ -109,8 +109,17 @@ pub struct Debian<'a> {
 impl<'a> Debian<'a> {
     /// Starts it. What it says goes to a log of this name, too.
     pub fn start(name: &str, prepared: &'a Prepared, runner: Runner, connection: Connection) -> Result<Self> {
+        Self::start_command(name, prepared, runner(prepared, &connection), connection)
+    }
+
+    /// The same with a command of one's own.
+    pub fn start_command(
+        name: &str,
+        prepared: &'a Prepared,
+        mut command: Command,
+        connection: Connection,
+    ) -> Result<Self> {
         let start = Instant::now();
-        let mut command = runner(prepared, &connection);
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
         let (sender, console) = mpsc::channel();
         let mut pipe = child.stdout.take().context("no output")?;

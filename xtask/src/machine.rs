@@ -55,7 +55,7 @@ pub fn program() -> PathBuf {
 /// `purlin run` with this guest.
 pub fn purlin(guest: &Guest, cpus: u32, engine: Engine) -> Command {
     let mut command = Command::new(program());
-    command.args(["run", "--engine", engine.name(), "--cmdline", CMDLINE, "--memory", "512M"]);
+    command.args(["run", "--no-reboot", "--engine", engine.name(), "--cmdline", CMDLINE, "--memory", "512M"]);
     command.arg("--cpus").arg(cpus.to_string());
     command.arg("--kernel").arg(&guest.kernel).arg("--initrd").arg(&guest.initrd);
     command

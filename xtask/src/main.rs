@@ -10,6 +10,7 @@ mod fuzz;
 mod guests;
 mod image;
 mod image_nested;
+mod import;
 mod lane;
 mod lint;
 mod machine;
@@ -60,6 +61,8 @@ enum Chore {
     Boot(boot::BootArgs),
     /// Boot the image that `purlin image build debian` makes: set-up, ssh, a clean end
     Image(image::ImageArgs),
+    /// Import disks as other systems make them, and boot one
+    Import(import::ImportArgs),
     /// The image's network: its throughput against QEMU's, its limits, a download, TAP
     Net(net::NetArgs),
     /// The disk of that image under fio: verified, or measured against QEMU's
@@ -80,6 +83,7 @@ fn main() -> ExitCode {
         Chore::Nested(args) => nested::run(&args),
         Chore::Boot(args) => boot::run(&args),
         Chore::Image(args) => image::run(&args),
+        Chore::Import(args) => import::run(&args),
         Chore::Net(args) => net::run(&args),
         Chore::Disk(args) => disk::run(&args),
         Chore::Fuzz(args) => fuzz::run_all(&args),

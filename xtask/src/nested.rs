@@ -157,6 +157,9 @@ pub fn run_inside(job: &Job) -> Result<i32> {
 /// What the guest says when the program has ended.
 const MARKER: &str = "purlin-nested: exit ";
 
+/// What `purlin doctor` advises to change.
+const HUGE_PAGES: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+
 /// The first process of the outer guest.
 fn init_script(job: &Job) -> String {
     let quote = |text: &str| format!("'{}'", text.replace('\'', r"'\''"));
@@ -171,6 +174,7 @@ fn init_script(job: &Job) -> String {
          mount -t devtmpfs dev /dev\n\
          mkdir -p /dev/shm && mount -t tmpfs tmpfs /dev/shm\n\
          ulimit -c 0\n\
+         echo advise >{HUGE_PAGES}\n\
          for module in /modules/*; do insmod \"$module\"; done\n\
          {exports}\
          /program{arguments} </dev/null\n\

@@ -3,6 +3,7 @@
 //! ```text
 //! 0000_0000  RAM, 640 KiB       the hand-over areas below, the kernel's from then on
 //! 000a_0000  hole               (a PC's video memory)
+//! 000c_0000  RAM                (a PC's option ROMs)
 //! 000e_0000  RAM, reserved      ACPI tables, the generation ID
 //! 0010_0000  RAM                kernel, initrd; up to 3 GiB
 //! c000_0000  hole               PCI functions, e000_0000 ECAM (reserved), fec0_0000 I/O APIC, fee0_0000 local APICs
@@ -28,6 +29,9 @@ pub const MAX_NETWORKS: usize = 8;
 pub const LOW_RAM_END: u64 = 0xa_0000;
 /// The extended BIOS data area.
 pub const EBDA: u64 = 0x9_fc00;
+/// Where a PC has its option ROMs. Kernels search here, too, for what firmware leaves behind: it is memory, so that not
+/// every byte that they look at is an exit.
+pub const OPTION_ROMS: u64 = 0xc_0000;
 /// Start of the area in which kernels look for the RSDP (ACPI 6.5 5.2.5.1), and of all ACPI tables.
 pub const ACPI: u64 = 0xe_0000;
 /// End of the ACPI tables' area.
@@ -73,7 +77,7 @@ pub mod handover {
 /// Guest memory as slots for [`purlin_engine::memory::create`].
 pub fn slots(memory: u64) -> Vec<(u64, u64)> {
     let below = memory.min(RAM_BELOW_4G_END);
-    let mut slots = vec![(0, LOW_RAM_END), (ACPI, below - ACPI)];
+    let mut slots = vec![(0, LOW_RAM_END), (OPTION_ROMS, below - OPTION_ROMS)];
     if memory > below {
         slots.push((RAM_ABOVE_4G, memory - below));
     }
@@ -128,9 +132,9 @@ mod tests {
 
     #[test]
     fn memory_is_split_round_the_hole() {
-        assert_eq!(slots(512 * MIB), [(0, 0xa_0000), (0xe_0000, 512 * MIB - 0xe_0000)]);
+        assert_eq!(slots(512 * MIB), [(0, 0xa_0000), (0xc_0000, 512 * MIB - 0xc_0000)]);
         let eight = slots(8 << 30);
-        assert_eq!(eight[1], (0xe_0000, 0xc000_0000 - 0xe_0000));
+        assert_eq!(eight[1], (0xc_0000, 0xc000_0000 - 0xc_0000));
         assert_eq!(eight[2], (1 << 32, 5 << 30));
     }
 

@@ -3,7 +3,8 @@
 //! [`GuestRam`] is what vm-memory calls a guest memory; its bitmap type [`PageLog`] is called for every write that
 //! devices and boot methods make, so that an engine that has translated code from a page hears of it. (A write by the
 //! engine's own guest code is the engine's affair.)
-#![forbid(unsafe_code)]
+
+mod advice;
 
 use std::{
     fs::File,
@@ -26,22 +27,29 @@ pub type GuestRam = GuestMemoryMmap<PageLog>;
 /// Size of the page that the log counts in: 4 KiB.
 pub const PAGE_SIZE: u64 = 4096;
 
+/// Size of a huge page on x86: 2 MiB.
+const HUGE_PAGE_SIZE: u64 = 2 << 20;
+
 /// Makes guest memory of the given slots: guest physical address and length in bytes, both multiples of 4 KiB.
 pub fn create(slots: &[(u64, u64)]) -> Result<GuestRam, MemoryError> {
     let mut regions = Vec::new();
     for &(start, length) in slots {
         let fd = memfd_create(c"purlin-ram", MemfdFlags::CLOEXEC).map_err(MemoryError::Host)?;
-        ftruncate(&fd, length).map_err(MemoryError::Host)?;
+        // A huge page needs an address that is a multiple of its size in the guest as in the file. (The host's kernel does
+        // the same for where it maps the file.)
+        let offset = start % HUGE_PAGE_SIZE;
+        ftruncate(&fd, offset + length).map_err(MemoryError::Host)?;
         let length = usize::try_from(length).map_err(|_| MemoryError::Layout("slot too large".into()))?;
         let log = PageLog::new(start, length as u64);
         let mapping = vm_memory::mmap::MmapRegionBuilder::new_with_bitmap(length, log)
-            .with_file_offset(FileOffset::new(File::from(fd), 0))
+            .with_file_offset(FileOffset::new(File::from(fd), offset))
             .with_mmap_prot(libc_prot::READ_WRITE)
             .with_mmap_flags(libc_prot::SHARED_NORESERVE)
             .build()
             .map_err(|e| MemoryError::Layout(e.to_string()))?;
         let region = GuestRegionMmap::new(mapping, GuestAddress(start))
             .ok_or_else(|| MemoryError::Layout("slot wraps round the address space".into()))?;
+        advice::ask_for_huge_pages(&region);
         regions.push(region);
     }
     GuestMemoryMmap::from_regions(regions).map_err(|e| MemoryError::Layout(e.to_string()))
@@ -233,6 +241,17 @@ mod tests {
     /// Bytes that the host has given for it.
     fn taken(ram: &GuestRam) -> u64 {
         ram.iter().map(|slot| 512 * slot.file_offset().unwrap().file().metadata().unwrap().blocks()).sum()
+    }
+
+    #[test]
+    fn a_slot_lies_in_its_file_as_in_the_guest() {
+        let starts = [0, 0xc_0000, HUGE_PAGE_SIZE + PAGE_SIZE];
+        let ram = create(&starts.map(|start| (start, SLOT))).unwrap();
+        for (slot, start) in ram.iter().zip(starts) {
+            assert_eq!(slot.file_offset().unwrap().start() % HUGE_PAGE_SIZE, start % HUGE_PAGE_SIZE);
+        }
+        ram.write_obj(7u8, GuestAddress(0xc_0000 + SLOT - 1)).unwrap();
+        assert_eq!(taken(&ram), PAGE_SIZE);
     }
 
     #[test]

@@ -89,6 +89,7 @@ pub fn report() -> HostReport {
         max_map_count(&read("/proc/sys/vm/max_map_count")),
         open_files(),
         memfd(),
+        huge_pages(&read(HUGE_PAGES)),
         userfaultfd(),
         tun(),
     ]);
@@ -222,6 +223,19 @@ fn memfd() -> Fact {
     Fact { key: "memfd", label: "memfd", value: Value::Flag(there), advice }
 }
 
+/// Whether shared memory, as guest memory is, gets huge pages where a program asks for them (Linux,
+/// Documentation/admin-guide/mm/transhuge.rst).
+const HUGE_PAGES: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+
+/// Of text such as `always within_size advise [never] deny force`.
+fn huge_pages(text: &str) -> Fact {
+    let chosen = text.split_once('[').and_then(|(_, rest)| Some(rest.split_once(']')?.0));
+    let value = chosen.map_or(Value::Unknown, |chosen| Value::Flag(!["never", "deny"].contains(&chosen)));
+    let advice = (value == Value::Flag(false))
+        .then(|| format!("Guests under KVM are faster with huge pages: `echo advise | sudo tee {HUGE_PAGES}`."));
+    Fact { key: "huge_pages", label: "huge pages", value, advice }
+}
+
 /// Root may use userfaultfd(2) for faults of the kernel, too, as KVM and system calls make them; others only if a
 /// sysctl says so, or through the device.
 fn userfaultfd() -> Fact {
@@ -297,6 +311,19 @@ mod tests {
     }
 
     #[test]
+    fn huge_pages_of_shared_memory() {
+        let of = |text| huge_pages(text);
+        for text in ["always within_size [advise] never deny force\n", "[always] within_size advise never deny force\n"]
+        {
+            assert_eq!((of(text).value, of(text).advice), (Value::Flag(true), None));
+        }
+        let never = of("always within_size advise [never] deny force\n");
+        assert_eq!(never.value, Value::Flag(false));
+        assert!(never.advice.is_some_and(|advice| advice.contains("shmem_enabled")));
+        assert_eq!(of("").value, Value::Unknown);
+    }
+
+    #[test]
     fn this_host_is_described() {
         let report = report();
         assert!(report.cpu.level >= 1 && !report.cpu.model.is_empty());
@@ -311,6 +338,7 @@ mod tests {
                 "max_map_count",
                 "open_files",
                 "memfd",
+                "huge_pages",
                 "userfaultfd",
                 "tun"
             ]
