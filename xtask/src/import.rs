@@ -45,7 +45,7 @@ udevadm settle
 mkfs.ext4 -q /dev/vdc1
 mkfs.vfat /dev/vdc15 >/dev/null
 mount /dev/vdc1 /mnt
-cp -ax / /mnt
+tar -C / --one-file-system -cf - . | tar -C /mnt -xpf -
 mkdir -p /mnt/boot/efi
 mount /dev/vdc15 /mnt/boot/efi
 for system in dev proc sys; do mount --rbind /$system /mnt/$system; done

@@ -24,6 +24,9 @@ pub struct Metadata {
     pub sha256: String,
     /// Where it is from.
     pub origin: Origin,
+    /// Of an image that was built: what the recipe was, as [`Recipe::digest`](crate::build::Recipe::digest) tells it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recipe: Option<String>,
     /// When it came into the store: RFC 3339, UTC.
     pub created: String,
 }
@@ -57,6 +60,7 @@ impl Metadata {
             file_size: fs::metadata(disk)?.len(),
             sha256: purlin_debian::cache::checksum(disk)?,
             origin,
+            recipe: None,
             created: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
         })
     }

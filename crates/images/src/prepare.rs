@@ -94,6 +94,7 @@ pub fn prepare_run(store: &Store, request: &Request, progress: &dyn Progress) ->
 fn find_or_build(store: &Store, name: &str, progress: &dyn Progress) -> Result<Image, Error> {
     match (store.get(name), Recipe::of_name(name)) {
         (Err(Error::NoImage(_) | Error::Name(_)), Ok(recipe)) => build(store, recipe, recipe.image, false, progress),
+        (Ok(image), Ok(recipe)) => Ok(image).inspect(|image| recipe.compare(image, progress)),
         (found, _) => found,
     }
 }

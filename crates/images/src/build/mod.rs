@@ -12,8 +12,9 @@ mod tools;
 
 use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 
-use purlin_debian::{Error as HostError, Progress};
+use purlin_debian::{Error as HostError, Progress, cache};
 use purlin_storage::{Conversion, Format, SourceFormat};
+use sha2::{Digest, Sha256};
 
 use self::{isolation::Isolation, runner::Runner, sources::Sources};
 use crate::{
@@ -43,6 +44,33 @@ impl Recipe {
             other => Err(Error::UnknownBuild(other.escape_debug().to_string())),
         }
     }
+
+    /// A checksum of what Purlin itself puts into the image, and of how. Another Purlin's may differ.
+    pub fn digest(&self) -> String {
+        let mut hash = Sha256::new();
+        let parts = [self.suite, UUID, MAKE, CUSTOMIZE].into_iter().chain(guest::PACKAGES.iter().copied());
+        for part in parts.chain(guest::FILES.iter().flat_map(|(path, content)| [*path, *content])) {
+            hash.update(part.len().to_le_bytes());
+            hash.update(part);
+        }
+        cache::hex(&hash.finalize())
+    }
+
+    fn is_another(&self, metadata: &Metadata) -> bool {
+        matches!(metadata.origin, Origin::Built(_)) && metadata.recipe.as_deref() != Some(&self.digest())
+    }
+
+    /// Tells the user if `image` was built by another recipe than this one.
+    pub fn compare(&self, image: &Image, progress: &dyn Progress) {
+        if self.is_another(&image.metadata) {
+            let name = &image.name;
+            progress.note(&format!(
+                "image '{name}' was built by another version of Purlin; to make it anew: purlin image build {} --name {name} \
+                 --rebuild",
+                self.image
+            ));
+        }
+    }
 }
 
 /// The size of the disk. It is thin: what the guest has not written takes no room.
@@ -61,7 +89,7 @@ pub fn build(
     let there = |image: &Result<Image, Error>| !rebuild && image.is_ok();
     let found = store.get(name);
     if there(&found) {
-        return found;
+        return found.inspect(|image| recipe.compare(image, progress));
     }
     let lock = store.lock(name, progress)?;
     // Another process may have made it while this one waited for the lock.
@@ -121,14 +149,20 @@ fn make(
         return Err(HostError::Cancelled.into());
     }
     let origin = Origin::Built(format!("{} from {}", recipe.title, sources.mirror()));
-    let metadata = Metadata::of_disk(&disk, Format::Qcow2, SIZE, origin);
-    Ok(metadata.map_err(HostError::file("read", &disk))?)
+    let mut metadata = Metadata::of_disk(&disk, Format::Qcow2, SIZE, origin).map_err(HostError::file("read", &disk))?;
+    metadata.recipe = Some(recipe.digest());
+    Ok(metadata)
 }
+
+/// What installs the packages, and makes a disk of them.
+const MAKE: &str = include_str!("make.sh");
+/// What it does to the installed system.
+const CUSTOMIZE: &str = include_str!("customize.sh");
 
 /// The scripts, the guest's own files, and apt's configuration.
 fn write_inputs(work: &Path, sources: &Sources) -> Result<(), Error> {
-    write(&work.join("make.sh"), 0o755, include_str!("make.sh"))?;
-    write(&work.join("customize.sh"), 0o755, include_str!("customize.sh"))?;
+    write(&work.join("make.sh"), 0o755, MAKE)?;
+    write(&work.join("customize.sh"), 0o755, CUSTOMIZE)?;
     write(&work.join("sources/debian.sources"), 0o644, &sources.text)?;
     write(&work.join("apt.conf"), 0o644, &sources.options)?;
     for (path, content) in guest::FILES {
@@ -146,4 +180,29 @@ fn write(path: &Path, mode: u32, content: &str) -> Result<(), Error> {
     }
     let written = fs::write(path, content).and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(mode)));
     Ok(written.map_err(HostError::file("write", path))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_of_another_recipe_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = dir.path().join("disk");
+        fs::write(&disk, "").unwrap();
+        let image = |origin, recipe| {
+            let mut metadata = Metadata::of_disk(&disk, Format::Raw, 0, origin).unwrap();
+            metadata.recipe = recipe;
+            metadata.write(dir.path()).unwrap();
+            assert_eq!(Metadata::read(dir.path()).unwrap(), metadata);
+            metadata
+        };
+        let recipe = Recipe::DEBIAN_12;
+        let built = || Origin::Built("Debian".into());
+        assert!(!recipe.is_another(&image(built(), Some(recipe.digest()))));
+        assert!(recipe.is_another(&image(built(), Some("0".repeat(64)))));
+        assert!(recipe.is_another(&image(built(), None)));
+        assert!(!recipe.is_another(&image(Origin::Imported("file".into()), None)));
+    }
 }
