@@ -47,11 +47,13 @@ impl Default for ImageArgs {
 }
 
 /// Commands for the guest, and what each must say.
-const CHECKS: [(&str, &str); 6] = [
+const CHECKS: [(&str, &str); 7] = [
     ("systemctl is-system-running --wait", "running"),
     ("systemctl --failed --no-legend --plain", ""),
     ("cloud-init status --wait | tail -n 1", "status: done"),
     ("hostname", HOST_NAME),
+    // None is renamed: see 80-ethernet.network in the image.
+    ("echo $(ls /sys/class/net)", "eth0 lo"),
     ("cat /root/from-user-data", "it was read"),
     ("df --output=size --block-size=1G / | tail -n 1 | tr -d ' '", "13"),
 ];

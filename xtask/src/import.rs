@@ -46,9 +46,9 @@ mkfs.ext4 -q /dev/vdc1
 mkfs.vfat /dev/vdc15 >/dev/null
 mount /dev/vdc1 /mnt
 tar -C / --one-file-system -cf - . | tar -C /mnt -xpf -
-mkdir -p /mnt/boot/efi
+mkdir -p /mnt/boot/efi /mnt/boot/grub
 mount /dev/vdc15 /mnt/boot/efi
-for system in dev proc sys; do mount --rbind /$system /mnt/$system; done
+for system in dev proc sys run; do mount --rbind /$system /mnt/$system; done
 echo "PARTUUID=$(blkid -s PARTUUID -o value /dev/vdc1) / ext4 defaults 0 1" >/mnt/etc/fstab
 chroot /mnt apt-get -qq -y --no-install-recommends install grub-cloud-amd64 >/dev/null
 chroot /mnt update-grub
