@@ -48,12 +48,14 @@ mount /dev/vdc1 /mnt
 tar -C / --one-file-system -cf - . | tar -C /mnt -xpf -
 mkdir -p /mnt/boot/efi /mnt/boot/grub
 mount /dev/vdc15 /mnt/boot/efi
-for system in dev proc sys run; do mount --rbind /$system /mnt/$system; done
+for system in dev proc sys run; do mount --rbind /$system /mnt/$system; mount --make-rslave /mnt/$system; done
 echo "PARTUUID=$(blkid -s PARTUUID -o value /dev/vdc1) / ext4 defaults 0 1" >/mnt/etc/fstab
-chroot /mnt apt-get -qq -y --no-install-recommends install grub-cloud-amd64 >/dev/null
+chroot /mnt apt-get -qq -y --no-install-recommends install grub2-common >/dev/null
+echo 'GRUB_CMDLINE_LINUX="console=tty0 console=ttyS0,115200 net.ifnames=0"' >/mnt/etc/default/grub
 chroot /mnt update-grub
 chroot /mnt cloud-init clean --logs
 : >/mnt/etc/machine-id
+for system in dev proc sys run; do umount -R -l /mnt/$system; done
 umount -R /mnt
 e2fsck -fn /dev/vdc1 >/dev/null
 echo it is made
@@ -115,7 +117,7 @@ fn import(disk: &Path, format: &str, dir: &Path) -> Result<()> {
 /// As a user runs an image from elsewhere.
 fn boot(image: &str) -> Result<()> {
     let prepared = prepare(image, None)?;
-    ensure!(prepared.cmdline.contains("PARTUUID="), "GRUB's arguments are not used: {}", prepared.cmdline);
+    ensure!(prepared.cmdline.contains("console=tty0"), "GRUB's arguments are not used: {}", prepared.cmdline);
     let mut guest = Debian::start("import-boot", &prepared, purlin, Connection::user()?)?;
     for (command, wanted) in [
         ("systemctl is-system-running --wait", "running"),
