@@ -92,10 +92,6 @@ fn boot(guest: &Guest, kernel: Kernel, cpus: u32, args: &BootArgs) -> Result<Vec
     let mut ratios = Vec::new();
     for number in 1..=args.repeat {
         let boot = Boot::run(machine::purlin(guest, cpus, args.engine), &name)?;
-        if args.engine == Engine::Kvm {
-            // Emulated AMD-V resets guests now and then, QEMU's too.
-            came_to_its_end(&boot).with_context(|| name.clone())?;
-        }
         if !warnings(&boot).is_subset(&known) {
             // Some depend on the host's load: QEMU has a second chance to give them.
             known.extend(warnings(&Boot::run(machine::qemu(guest, cpus, args.engine), &format!("{name}-qemu"))?));

@@ -54,44 +54,19 @@ pub fn run(args: &BootArgs) -> Result<()> {
     let jobs = jobs(args);
     let mut booted = 0;
     for arguments in &jobs {
-        if run_inside(&job(arguments.clone())?)? {
+        if nested::succeeds_inside(&job(arguments.clone())?)? {
             booted += 1;
         } else {
-            println!("NOT SHOWN: '{}': emulated AMD-V did not carry it in {ATTEMPTS} attempts", arguments.join(" "));
+            println!(
+                "NOT SHOWN: '{}': emulated AMD-V did not carry it in {} attempts",
+                arguments.join(" "),
+                nested::ATTEMPTS
+            );
         }
     }
     println!("{booted} of {} came to their end inside emulated AMD-V", jobs.len());
     ensure!(booted > 0, "emulated AMD-V carries no boot here: nothing is known of KVM");
     Ok(())
-}
-
-/// How often a job is tried. Emulated AMD-V is a test bed with faults of its own, under QEMU as under Purlin: once in some
-/// fifteen boots the guest stands still (its vCPU runs, and nothing of what it does reaches the monitor), sometimes the
-/// outer machine with it, and once QEMU's guest was reset in mid-boot. Another try tells whether the guest boots. Where
-/// none does, nothing is known of the guest: that is said aloud, and is no failure of it.
-const ATTEMPTS: u32 = 4;
-
-/// So many attempts in which Purlin's boot went wrong while QEMU's did not are no accident of the test bed's.
-const FAILURES: u32 = 2;
-
-/// Whether a job came to its end, as it should.
-fn run_inside(job: &Job) -> Result<bool> {
-    let mut failures = 0;
-    for attempt in 1..=ATTEMPTS {
-        match nested::run_inside(job) {
-            Ok(0) => return Ok(true),
-            Ok(status) if status == i32::from(crate::NOT_ENDED) => {
-                println!("attempt {attempt} of {ATTEMPTS}: emulated AMD-V did not carry it");
-            }
-            Ok(status) => {
-                failures += 1;
-                println!("attempt {attempt} of {ATTEMPTS}: FAILED with status {status}");
-                ensure!(failures < FAILURES, "the boots on KVM failed {failures} times, lastly with status {status}");
-            }
-            Err(error) => println!("attempt {attempt} of {ATTEMPTS}: {error:#}"),
-        }
-    }
-    Ok(false)
 }
 
 /// The arguments of this program for each machine to boot inside, an outer machine for each; or for the times.

@@ -80,24 +80,43 @@ pub fn run(args: &NestedArgs) -> Result<()> {
     for cpu in cpus {
         let job = job(args, cpu)?;
         println!("== {} on KVM inside QEMU's {}", job.program.display(), job.cpu);
-        let status = run_to_its_end(&job)?;
+        if args.program.is_empty() {
+            ensure!(succeeds_inside(&job)?, "emulated AMD-V did not carry it in {ATTEMPTS} attempts");
+            continue;
+        }
+        let status = run_inside(&job)?;
         ensure!(status == 0, "{} failed with status {status} on QEMU's {}", job.program.display(), job.cpu);
     }
     Ok(())
 }
 
-/// How often a job is tried whose outer machine stands still: emulated AMD-V does so now and then (see
-/// `boot_nested.rs`). A program that ends is believed at once.
-const ATTEMPTS: u32 = 3;
+/// How often a job is tried. Emulated AMD-V is a test bed with faults of its own, under QEMU as under Purlin: once in some
+/// fifteen boots the guest stands still (its vCPU runs, and nothing of what it does reaches the monitor), sometimes the
+/// outer machine with it, and once QEMU's guest was reset in mid-boot. Another try tells whether the guest boots. Where
+/// none does, nothing is known of the guest: that is said aloud, and is no failure of it.
+pub const ATTEMPTS: u32 = 4;
 
-fn run_to_its_end(job: &Job) -> Result<i32> {
-    for attempt in 1..ATTEMPTS {
+/// So many attempts in which Purlin's guest ended wrongly, while QEMU's did not, are no accident of the test bed's.
+const FAILURES: u32 = 3;
+
+/// Whether a job came to its end, as it should.
+pub fn succeeds_inside(job: &Job) -> Result<bool> {
+    let mut failures = 0;
+    for attempt in 1..=ATTEMPTS {
         match run_inside(job) {
-            Ok(status) => return Ok(status),
-            Err(error) => println!("attempt {attempt} of {ATTEMPTS}: {error:#}; it is made again"),
+            Ok(0) => return Ok(true),
+            Ok(status) if status == i32::from(crate::NOT_ENDED) => {
+                println!("attempt {attempt} of {ATTEMPTS}: emulated AMD-V did not carry it");
+            }
+            Ok(status) => {
+                failures += 1;
+                println!("attempt {attempt} of {ATTEMPTS}: FAILED with status {status}");
+                ensure!(failures < FAILURES, "it failed on KVM {failures} times, lastly with status {status}");
+            }
+            Err(error) => println!("attempt {attempt} of {ATTEMPTS}: {error:#}"),
         }
     }
-    run_inside(job)
+    Ok(false)
 }
 
 fn job(args: &NestedArgs, cpu: String) -> Result<Job> {
