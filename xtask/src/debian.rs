@@ -17,7 +17,12 @@ use purlin_images::{
     store::Store,
 };
 
-use crate::{guests::Printed, machine, shell::target};
+use crate::{
+    footprint::{self, GuestMemory, beyond_guest},
+    guests::Printed,
+    machine,
+    shell::target,
+};
 
 /// Far more than a boot takes, also on a loaded machine.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -25,6 +30,8 @@ const PATIENCE: Duration = Duration::from_secs(300);
 pub const HOST_NAME: &str = "purlin-test";
 /// The shell's, once somebody is logged in.
 pub const PROMPT: &str = "root@purlin-test:~# ";
+/// The guest's memory, in MiB.
+const MEMORY: u64 = 1024;
 /// The port of ssh.
 const SSH: u16 = 22;
 
@@ -169,6 +176,11 @@ impl<'a> Debian<'a> {
         Ok(())
     }
 
+    /// MiB of the host's memory that the machine takes beyond the guest's.
+    pub fn beyond_guest(&self, guest: GuestMemory) -> Result<f64> {
+        Ok(beyond_guest(self.child.id(), guest)? as f64 / 1024.0)
+    }
+
     /// What a command says in the guest. sshd may not be up yet when the console is.
     pub fn ssh(&self, command: &str) -> Result<String> {
         self.ssh_with(command, &[])
@@ -218,7 +230,8 @@ impl Drop for Debian<'_> {
 /// `purlin run` as it runs an image, under the engine that it chooses.
 pub fn purlin(prepared: &Prepared, connection: &Connection) -> Command {
     let mut command = connection.command(machine::program());
-    command.args(["run", "--memory", "1G", "--cpus", "2", "--device", "rng", "--net", &connection.net]);
+    command.args(["run", "--cpus", "2", "--device", "rng", "--net", &connection.net]);
+    command.arg("--memory").arg(format!("{MEMORY}M"));
     command.arg("--kernel").arg(&prepared.kernel).arg("--cmdline").arg(&prepared.cmdline);
     command.args(prepared.initrds.iter().flat_map(|initrd| ["--initrd".into(), initrd.clone()]));
     let disk = |path: &PathBuf, options: &str| format!("{},{options}", path.display());
@@ -240,7 +253,7 @@ pub fn purlin_translator(prepared: &Prepared, connection: &Connection) -> Comman
 /// QEMU's TCG with the same machine.
 pub fn qemu(prepared: &Prepared, connection: &Connection) -> Command {
     let mut command = Command::new("qemu-system-x86_64");
-    command.args(["-accel", "tcg", "-cpu", "max", "-m", "1024", "-smp", "2"]);
+    command.args(["-accel", "tcg", "-cpu", "max", "-m", &MEMORY.to_string(), "-smp", "2"]);
     command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"]);
     command.arg("-kernel").arg(&prepared.kernel).arg("-append").arg(&prepared.cmdline);
     // QEMU takes one only; so does the image that Purlin builds.
@@ -252,4 +265,15 @@ pub fn qemu(prepared: &Prepared, connection: &Connection) -> Command {
     command.arg("-netdev").arg(["user,id=net".to_owned()].into_iter().chain(ports).collect::<String>());
     command.args(["-device", "virtio-net-pci,netdev=net", "-device", "virtio-rng-pci"]);
     command
+}
+
+/// What Purlin's guest and QEMU's take of the host's memory beyond their own, on one line.
+pub fn print_beyond_guest(ours: &Debian<'_>, theirs: &Debian<'_>) -> Result<()> {
+    let ours = ours.beyond_guest(footprint::PURLIN)?;
+    let theirs = theirs.beyond_guest(GuestMemory::Sized(MEMORY << 10))?;
+    println!(
+        "host memory beyond the guest's, after that: purlin {ours:.1} MiB, QEMU {theirs:.1} MiB: {:.2} times",
+        ours / theirs
+    );
+    Ok(())
 }

@@ -8,7 +8,7 @@ use clap::Args;
 use purlin_images::prepare::Prepared;
 
 use crate::{
-    debian::{Connection, Debian, PROMPT, Runner, prepare, purlin_translator, qemu},
+    debian::{Connection, Debian, PROMPT, Runner, prepare, print_beyond_guest, purlin_translator, qemu},
     figures::median,
     machine,
 };
@@ -118,7 +118,7 @@ fn compare(args: &DiskArgs, prepared: &[Prepared; 2]) -> Result<()> {
             ours / theirs
         );
     }
-    Ok(())
+    print_beyond_guest(&guests[0], &guests[1])
 }
 
 /// Runs a load: KiB read and written each second.

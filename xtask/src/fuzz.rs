@@ -43,6 +43,9 @@ pub fn run_all(args: &FuzzArgs) -> Result<()> {
         let mut fuzzer = Command::new(build_dir.join(TARGET).join("release").join(name));
         fuzzer.arg(format!("-max_total_time={}", args.seconds)).arg(format!("-fork={}", args.jobs));
         fuzzer.args(["-max_len=2000", "-timeout=60", "-rss_limit_mb=2048"]);
+        // What a target and libFuzzer leave behind goes with it.
+        let temporary = tempfile::tempdir()?;
+        fuzzer.env("TMPDIR", temporary.path());
         fuzzer.arg(format!("-artifact_prefix={}-failed-", corpus.display())).arg(&corpus);
         run(&mut fuzzer)?;
     }

@@ -6,6 +6,7 @@ mod boot_nested;
 mod debian;
 mod disk;
 mod figures;
+mod footprint;
 mod fuzz;
 mod guests;
 mod image;

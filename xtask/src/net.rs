@@ -11,7 +11,7 @@ use clap::Args;
 
 use self::iperf::{Direction, Iperf};
 use crate::{
-    debian::{Connection, Debian, PROMPT, Runner, prepare, purlin_translator, qemu},
+    debian::{Connection, Debian, PROMPT, Runner, prepare, print_beyond_guest, purlin_translator, qemu},
     figures::median,
     machine,
 };
@@ -79,7 +79,7 @@ fn compare(args: &NetArgs, iperf: &Iperf) -> Result<()> {
             ours / theirs
         );
     }
-    Ok(())
+    print_beyond_guest(&guests[0], &guests[1])
 }
 
 /// Bytes.
