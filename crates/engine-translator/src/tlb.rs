@@ -226,6 +226,11 @@ impl Tlb {
         }
     }
 
+    /// Whether the page of `linear` may be stored to, as far as is known here.
+    pub fn may_store(&self, privilege: Privilege, linear: u64) -> bool {
+        self.sets[privilege as usize][index(linear)].write == linear & !0xfff
+    }
+
     fn fill(&mut self, privilege: Privilege, linear: u64, walked: &Walked, host: u64, stores: bool) {
         let (set, index) = (privilege as usize, index(linear));
         let (tag, invalid) = (linear & !0xfff, invalid_tag(index));

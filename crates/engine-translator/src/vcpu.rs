@@ -327,10 +327,14 @@ impl TranslatedVcpu {
                 }
                 Left::Link { desc, field, generation } => {
                     self.cpu().rip = desc.rip;
-                    match self.cpu().block(context, desc.rip) {
+                    let ungrouped = desc.link & ExitDesc::UNGROUPED != 0;
+                    let context = if ungrouped { context.ungrouped() } else { *context };
+                    match self.cpu().block(&context, desc.rip) {
                         Ok(found) => {
+                            let saved = desc.link & ExitDesc::SAVED != 0;
                             if found.linkable {
-                                self.shared.code.link(field, found.entry, generation);
+                                let entry = if saved { found.saved_entry } else { found.entry };
+                                self.shared.code.link(field, entry, generation);
                             }
                             entry = found.checked_entry;
                         }

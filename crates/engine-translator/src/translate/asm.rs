@@ -149,18 +149,18 @@ impl Asm {
     }
 
     fn base(&self, section: Section) -> u32 {
-        let data = self.sections[0].len() + self.sections[1].len();
+        // Jumps that are patched are aligned in their section; descriptors are read by Rust code as structures.
+        let cold = self.sections[0].len().next_multiple_of(16);
         match section {
             Section::Hot => 0,
-            Section::Cold => self.sections[0].len() as u32,
-            // Descriptors are read by Rust code as structures.
-            Section::Data => data.next_multiple_of(8) as u32,
+            Section::Cold => cold as u32,
+            Section::Data => (cold + self.sections[1].len()).next_multiple_of(16) as u32,
         }
     }
 
     /// Length of the code so far, descriptors left out.
     pub fn code_len(&self) -> u32 {
-        (self.sections[0].len() + self.sections[1].len()) as u32
+        self.base(Section::Cold) + self.sections[1].len() as u32
     }
 
     /// Fills in all references and returns the whole.
@@ -176,11 +176,11 @@ impl Asm {
             debug_assert_eq!(rel, i64::from(rel as i32));
             self.patch(section, at, rel as u32);
         }
-        let data = self.base(Section::Data) as usize;
-        let mut all = self.sections[0].clone();
-        all.extend_from_slice(&self.sections[1]);
-        all.resize(data, 0xcc);
-        all.extend_from_slice(&self.sections[2]);
+        let mut all = Vec::new();
+        for section in [Section::Hot, Section::Cold, Section::Data] {
+            all.resize(self.base(section) as usize, 0xcc);
+            all.extend_from_slice(&self.sections[section as usize]);
+        }
         all
     }
 
@@ -211,7 +211,7 @@ impl Asm {
             &[0x0f, 0x1f, 0x84, 0, 0, 0, 0, 0],
         ];
         loop {
-            let position = self.here() as usize % alignment;
+            let position = (self.origin as usize + self.code().len()) % alignment;
             let missing = (rest + alignment - position) % alignment;
             if missing == 0 {
                 return;

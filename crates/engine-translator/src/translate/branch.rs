@@ -47,6 +47,23 @@ impl Emitter<'_> {
         self.jump(target, backward);
     }
 
+    /// A conditional jump in the midst of the block.
+    pub(super) fn side_exit(&mut self, insn: &Insn) {
+        self.need_flags();
+        let target = insn.insn.near_branch_target();
+        let condition = insn.insn.condition_code() as u8 - 1;
+        let (condition, exit) =
+            if insn.onward == Some(target) { (condition ^ 1, insn.next()) } else { (condition, target) };
+        let leave = self.asm.label();
+        self.asm.jcc(condition, leave);
+        let hosts = self.hosts;
+        self.asm.section(Section::Cold);
+        self.asm.bind(leave);
+        self.jump(exit, exit <= insn.rip());
+        self.asm.section(Section::Hot);
+        (self.hosts, self.flags_saved) = (hosts, false);
+    }
+
     /// LOOP and its kin as the host's own, over a jump.
     fn looping(&mut self, insn: &Insn, target: u64, backward: bool) {
         use iced_x86::Mnemonic;
@@ -84,10 +101,9 @@ impl Emitter<'_> {
     /// R11 = the memory operand of `insn`, zero-extended.
     fn read_operand(&mut self, insn: &Insn, size: usize) {
         let operand = Operand::of(&insn.insn);
-        self.free_flags(insn.live);
-        self.address(&operand);
         let access = Access { size, flags: AccessDesc::READ, segment: operand.segment };
-        self.access(insn, access, &FlagUse::default(), STATUS, &mut |this, mem| {
+        self.access(insn, &operand, access, &FlagUse::default(), STATUS, &mut |this, mem| {
+            this.hosts = [None; 2];
             this.asm.load_sized(reg::R11, mem, size);
             this.narrow(reg::R11, size);
         });
@@ -114,6 +130,7 @@ impl Emitter<'_> {
             self.asm.store_imm(mem, value as i32, size);
             return;
         }
+        self.hosts = [None; 2];
         self.asm.lea(reg::R10, mem);
         self.asm.mov_ri(reg::R11, value);
         self.asm.store(Mem::at(reg::R10, 0), reg::R11);
@@ -122,10 +139,9 @@ impl Emitter<'_> {
     fn ret(&mut self, insn: &Insn) {
         let size = (self.mode.bits() / 8) as usize;
         let extra = if insn.insn.op_count() == 1 { i32::from(insn.insn.immediate16()) } else { 0 };
-        self.free_flags(insn.live);
-        self.stack_offset(0);
         let access = Access { size, flags: AccessDesc::READ, segment: STACK };
-        self.access(insn, access, &FlagUse::default(), STATUS, &mut |this, mem| {
+        self.access(insn, &self.stack_top(0), access, &FlagUse::default(), STATUS, &mut |this, mem| {
+            this.hosts = [None; 2];
             this.asm.load_sized(reg::R11, mem, size);
             this.narrow(reg::R11, size);
         });
@@ -172,18 +188,9 @@ impl Emitter<'_> {
 
     // --- the stack
 
-    /// R10 = offset of the stack pointer plus `delta`, as wide as the stack.
-    fn stack_offset(&mut self, delta: i32) {
-        let mem = Mem::at(reg::R15, delta);
-        match self.mode.stack_bits() {
-            64 if delta == 0 => self.asm.mov_rr(reg::R10, reg::R15),
-            64 => self.asm.lea(reg::R10, mem),
-            32 => self.asm.lea32(reg::R10, mem),
-            _ => {
-                self.asm.lea32(reg::R10, mem);
-                self.asm.movzx16(reg::R10, reg::R10);
-            }
-        }
+    /// What is at the stack pointer plus `delta`.
+    fn stack_top(&self, delta: i32) -> Operand {
+        Operand::register(reg::RSP, delta, STACK).of_size(self.mode.stack_bits())
     }
 
     /// The stack pointer += `delta`. R11 is kept.
@@ -201,11 +208,10 @@ impl Emitter<'_> {
 
     /// A push of `size` bytes, which `op` stores.
     fn stack_push(&mut self, insn: &Insn, size: usize, op: &mut dyn FnMut(&mut Self, Mem)) {
-        self.free_flags(insn.live);
-        self.stack_offset(-(size as i32));
         let stay = if insn.class == Class::Push { 0 } else { AccessDesc::STAY };
         let access = Access { size, flags: AccessDesc::WRITE | stay, segment: STACK };
-        self.access(insn, access, &FlagUse::default(), STATUS, &mut |this, mem| {
+        let operand = self.stack_top(-(size as i32));
+        self.access(insn, &operand, access, &FlagUse::default(), STATUS, &mut |this, mem| {
             op(this, mem);
             // Before the commit of a slow store, which may be the last thing that is done here.
             this.move_stack(-(size as i32));
@@ -237,6 +243,7 @@ impl Emitter<'_> {
 
     /// `[mem] = [from]`; changes R10 and R11.
     fn store_from(&mut self, mem: Mem, from: Mem, size: usize) {
+        self.hosts = [None; 2];
         self.asm.lea(reg::R10, mem);
         self.asm.load(reg::R11, from);
         self.asm.store_sized(Mem::at(reg::R10, 0), reg::R11, size);
@@ -245,11 +252,10 @@ impl Emitter<'_> {
     /// POP.
     pub(super) fn pop(&mut self, insn: &Insn) {
         let size = insn.insn.stack_pointer_increment().unsigned_abs() as usize;
-        self.free_flags(insn.live);
-        self.stack_offset(0);
         let access = Access { size, flags: AccessDesc::READ, segment: STACK };
+        let operand = self.stack_top(0);
         if insn.insn.op0_kind() == OpKind::Memory {
-            self.access(insn, access, &FlagUse::default(), STATUS, &mut |this, mem| {
+            self.access(insn, &operand, access, &FlagUse::default(), STATUS, &mut |this, mem| {
                 this.asm.load_sized(reg::R11, mem, size);
                 this.asm.store(at::TEMP, reg::R11);
             });
@@ -257,15 +263,17 @@ impl Emitter<'_> {
             return;
         }
         let number = insn.insn.op0_register().full_register().number() as u8;
-        self.access(insn, access, &FlagUse::default(), STATUS, &mut |this, mem| match pinned(number) {
+        self.access(insn, &operand, access, &FlagUse::default(), STATUS, &mut |this, mem| match pinned(number) {
             // The stack pointer is raised first, and what is popped replaces a part of it.
             Some(_) if number == reg::RSP && size == 2 => {
+                this.hosts = [None; 2];
                 this.asm.load_sized(reg::R11, mem, size);
                 this.move_stack(2);
                 this.asm.mov_rr16(reg::R15, reg::R11);
             }
             Some(host) => this.asm.load_sized(host, mem, size),
             None => {
+                this.hosts = [None; 2];
                 this.asm.load_sized(reg::R11, mem, size);
                 // A load of four bytes has zero-extended.
                 this.asm.store_sized(gpr(number), reg::R11, if size == 2 { 2 } else { 8 });
@@ -279,9 +287,8 @@ impl Emitter<'_> {
     /// The second half of POP to memory: the value is in `TEMP`.
     fn pop_to_memory(&mut self, insn: &Insn, size: usize) {
         let operand = Operand::of(&insn.insn).above_stack(size as i32);
-        self.address(&operand);
         let access = Access { size, flags: AccessDesc::WRITE, segment: operand.segment };
-        self.access(insn, access, &FlagUse::default(), STATUS, &mut |this, mem| {
+        self.access(insn, &operand, access, &FlagUse::default(), STATUS, &mut |this, mem| {
             this.store_from(mem, at::TEMP, size);
             this.move_stack(size as i32);
         });
@@ -290,15 +297,11 @@ impl Emitter<'_> {
     /// LEAVE: RSP = RBP, then POP RBP.
     pub(super) fn leave(&mut self, insn: &Insn) {
         let size = (self.mode.bits() / 8) as usize;
-        self.free_flags(insn.live);
-        match self.mode.stack_bits() {
-            64 => self.asm.mov_rr(reg::R10, reg::RBP),
-            32 => self.asm.mov_rr32(reg::R10, reg::RBP),
-            _ => self.asm.movzx16(reg::R10, reg::RBP),
-        }
         let access = Access { size, flags: AccessDesc::READ, segment: STACK };
         let stack_bits = self.mode.stack_bits();
-        self.access(insn, access, &FlagUse::default(), STATUS, &mut |this, mem| {
+        let operand = Operand::register(reg::RBP, 0, STACK).of_size(stack_bits);
+        self.access(insn, &operand, access, &FlagUse::default(), STATUS, &mut |this, mem| {
+            this.hosts = [None; 2];
             this.asm.load_sized(reg::R11, mem, size);
             let top = Mem::at(reg::RBP, size as i32);
             match stack_bits {

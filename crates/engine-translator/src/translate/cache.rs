@@ -39,7 +39,9 @@ pub struct Key {
 pub struct Found {
     /// Host address of the checked entry.
     pub checked_entry: u64,
-    /// Host address of the entry for linked jumps.
+    /// Host address of the entry for linked jumps with the flags in `flag_word`.
+    pub saved_entry: u64,
+    /// Host address of the entry for linked jumps with the flags in the host's.
     pub entry: u64,
     /// Whether jump tables and links may lead to it: it lies on one page.
     pub linkable: bool,
@@ -85,8 +87,10 @@ struct Block {
     checked_entry: u32,
     entry: u32,
     dead_entry: u32,
-    /// Physical pages and, on the first one, the bytes that it was made from.
-    len_on_first: u32,
+    saved_entry: u32,
+    dead_saved_entry: u32,
+    /// The bytes of its first page that it depends on: offsets of the first, and behind the last.
+    span: (u32, u32),
     faults: Vec<FaultPoint>,
 }
 
@@ -132,6 +136,7 @@ impl CodeCache {
     fn found(&self, block: &Block) -> Found {
         Found {
             checked_entry: self.memory.base() + u64::from(block.checked_entry),
+            saved_entry: self.memory.base() + u64::from(block.saved_entry),
             entry: self.memory.base() + u64::from(block.entry),
             linkable: block.key.second == 0,
         }
@@ -143,13 +148,13 @@ impl CodeCache {
         self.lock().stores[counter(physical >> 12)]
     }
 
-    /// Adds the block that `emit` makes for the address it is given, unless another vCPU was faster. `len` is the
-    /// length of its source; `stores` what [`CodeCache::stores`] said of each page of it, `watched` whether all of them
+    /// Adds the block that `emit` makes for the address it is given, unless another vCPU was faster. `span` are
+    /// the bytes of its first page that it depends on (see [`super::trace::Trace::span`]); `stores` what [`CodeCache::stores`] said of each page of it, `watched` whether all of them
     /// still are.
     pub fn add(
         &self,
         key: Key,
-        len: u32,
+        span: (u32, u32),
         stores: &[(u64, u64)],
         watched: impl FnOnce() -> bool,
         emit: impl FnOnce(u64) -> Emitted,
@@ -171,7 +176,6 @@ impl CodeCache {
         self.memory.write(start, &emitted.bytes);
         inner.used = (start + emitted.bytes.len() as u32).next_multiple_of(16);
 
-        let first_rest = 4096 - (key.physical & 0xfff) as u32;
         let block = Block {
             key,
             start,
@@ -179,13 +183,16 @@ impl CodeCache {
             checked_entry: start + emitted.checked_entry,
             entry: start + emitted.entry,
             dead_entry: start + emitted.dead_entry,
-            len_on_first: len.min(first_rest),
+            saved_entry: start + emitted.saved_entry,
+            dead_saved_entry: start + emitted.dead_saved_entry,
+            span,
             faults: emitted.faults,
         };
         let found = self.found(&block);
         for &old in inner.dead.get(&key).map_or(&[][..], Vec::as_slice) {
             let old = &inner.blocks[old as usize];
             self.memory.redirect(old.entry, block.entry);
+            self.memory.redirect(old.saved_entry, block.saved_entry);
             self.memory.redirect(old.checked_entry, block.checked_entry);
         }
         let index = inner.blocks.len() as u32;
@@ -212,7 +219,8 @@ impl CodeCache {
                 let b = &inner.blocks[i as usize];
                 let overlaps = |from: u64, n: u64| address < from + n && from < address + len;
                 // What lies on a second page is at most the rest of one instruction, at its start. Both may be the same.
-                b.key.physical >> 12 == page && overlaps(b.key.physical, b.len_on_first.into())
+                let first = (page << 12) + u64::from(b.span.0);
+                b.key.physical >> 12 == page && overlaps(first, u64::from(b.span.1 - b.span.0))
                     || b.key.second != 0 && (b.key.second - 1) >> 12 == page && overlaps(page << 12, 15)
             })
             .collect();
@@ -228,6 +236,7 @@ impl CodeCache {
         let block = &inner.blocks[index as usize];
         let key = block.key;
         self.memory.redirect(block.entry, block.dead_entry);
+        self.memory.redirect(block.saved_entry, block.dead_saved_entry);
         self.memory.redirect(block.checked_entry, self.offset(self.stubs.miss_saved));
         inner.by_key.remove(&key);
         inner.dead.entry(key).or_default().push(index);

@@ -11,14 +11,15 @@ pub struct AccessDesc {
     pub rip: u64,
     /// Offset in CS of the next instruction.
     pub next: u64,
-    /// Bytes accessed.
-    pub size: u8,
-    /// Segment register, in the encoding's order.
-    pub segment: u8,
+    /// Bytes accessed: at most 64, or with [`Self::GROUP`] those of all accesses of the group.
+    pub size: u16,
     /// See the constants.
     pub flags: u16,
     /// Which elements are accessed, if a mask register says so.
     pub masking: Masking,
+    /// Segment register, in the encoding's order.
+    pub segment: u8,
+    _pad: [u8; 7],
 }
 
 impl AccessDesc {
@@ -41,10 +42,14 @@ impl AccessDesc {
     pub const X87: u16 = 1 << 7;
     /// A locked read-modify-write.
     pub const LOCK: u16 = 1 << 8;
+    /// It stands for several accesses: all on one page of memory, or each has to be checked by itself.
+    pub const GROUP: u16 = 1 << 9;
+    /// One of them stores.
+    pub const GROUP_WRITE: u16 = 1 << 10;
 
     /// A descriptor.
     pub fn new(rip: u64, next: u64, size: usize, flags: u16, segment: usize, masking: Masking) -> Self {
-        Self { rip, next, size: size as u8, flags, segment: segment as u8, masking }
+        Self { rip, next, size: size as u16, flags, masking, segment: segment as u8, _pad: [0; 7] }
     }
 
     /// As bytes.
@@ -52,10 +57,10 @@ impl AccessDesc {
         let mut bytes = [0; size_of::<Self>()];
         bytes[0..8].copy_from_slice(&self.rip.to_ne_bytes());
         bytes[8..16].copy_from_slice(&self.next.to_ne_bytes());
-        bytes[16] = self.size;
-        bytes[17] = self.segment;
+        bytes[16..18].copy_from_slice(&self.size.to_ne_bytes());
         bytes[18..20].copy_from_slice(&self.flags.to_ne_bytes());
         bytes[20..24].copy_from_slice(&self.masking.to_bytes());
+        bytes[24] = self.segment;
         bytes
     }
 }
@@ -72,13 +77,19 @@ pub struct ExitDesc {
     pub len: u8,
     /// See `len`.
     pub bytes: [u8; 15],
-    _pad: u32,
+    /// Link: see the constants.
+    pub link: u32,
 }
 
 impl ExitDesc {
+    /// The jump has the flags in `flag_word`.
+    pub const SAVED: u32 = 1 << 0;
+    /// It leads to code in which each access is checked by itself.
+    pub const UNGROUPED: u32 = 1 << 1;
+
     /// A direct jump to `rip`.
-    pub fn link(rip: u64) -> Self {
-        Self { rip, patch_back: 0, len: 0, bytes: [0; 15], _pad: 0 }
+    pub fn link(rip: u64, link: u32) -> Self {
+        Self { rip, patch_back: 0, len: 0, bytes: [0; 15], link }
     }
 
     /// An instruction to emulate.
@@ -86,7 +97,7 @@ impl ExitDesc {
         let mut bytes = [0; 15];
         let len = insn.len().min(15);
         bytes[..len].copy_from_slice(&insn[..len]);
-        Self { rip, patch_back: 0, len: len as u8, bytes, _pad: 0 }
+        Self { rip, patch_back: 0, len: len as u8, bytes, link: 0 }
     }
 
     /// Offset of `patch_back` in the structure.
@@ -99,6 +110,7 @@ impl ExitDesc {
         bytes[8..12].copy_from_slice(&self.patch_back.to_ne_bytes());
         bytes[12] = self.len;
         bytes[13..28].copy_from_slice(&self.bytes);
+        bytes[28..32].copy_from_slice(&self.link.to_ne_bytes());
         bytes
     }
 }

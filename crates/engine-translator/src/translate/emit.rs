@@ -13,6 +13,8 @@ use super::{
     layout::{at, gpr, jump_table},
     masking::Masking,
     mode::Mode,
+    operands::{Operand, keeps_hosts},
+    plan::{Check, plan},
     stubs::Stubs,
 };
 use crate::segment::is_canonical;
@@ -30,6 +32,8 @@ pub struct Insn {
     pub live: u32,
     /// Its bytes.
     pub bytes: [u8; 15],
+    /// For a jump: where the block goes on, if it does.
+    pub onward: Option<u64>,
 }
 
 impl Insn {
@@ -63,14 +67,21 @@ pub struct Emitted {
     pub checked_entry: u32,
     /// Offset of the entry for linked jumps, flags live.
     pub entry: u32,
+    /// Offset of the entry for linked jumps, flags in `flag_word`.
+    pub saved_entry: u32,
     /// Offset of code that leads an arrival at `entry` to the run loop: where `entry` is redirected when the block is
     /// no longer valid.
     pub dead_entry: u32,
+    /// The same for `saved_entry`.
+    pub dead_saved_entry: u32,
     /// Length of the code, without descriptors.
     pub code_len: u32,
     /// Where it may fault, by offset.
     pub faults: Vec<FaultPoint>,
 }
+
+/// Nothing, in five bytes.
+const NOP5: &[u8] = &[0x0f, 0x1f, 0x44, 0, 0];
 
 /// Emits one block.
 pub struct Emitter<'a> {
@@ -86,6 +97,12 @@ pub struct Emitter<'a> {
     page: u64,
     cs_base: u64,
     links: Vec<(Label, Label)>,
+    /// How the access of the present instruction is checked.
+    pub(super) check: Check,
+    /// The groups whose host addresses R10 and R11 hold.
+    pub(super) hosts: [Option<u8>; 2],
+    /// Which of the two gives way to the next one.
+    pub(super) next_host: usize,
 }
 
 impl<'a> Emitter<'a> {
@@ -102,40 +119,62 @@ impl<'a> Emitter<'a> {
             page: cs_base.wrapping_add(rip) >> 12,
             cs_base,
             links: Vec::new(),
+            check: Check::Alone,
+            hosts: [None; 2],
+            next_host: 0,
         }
     }
 
     /// Emits the block. `next` is where execution goes on if its last instruction does not say.
     pub fn block(mut self, rip: u64, insns: &[Insn], next: u64) -> Emitted {
         self.asm.align(16, 0);
+        let live = insns.first().map_or(STATUS, |i| i.live);
         let checked_entry = self.asm.label_here();
-        self.checked_entry(rip, insns.first().map_or(STATUS, |i| i.live));
+        self.checked_entry(rip);
+        // The entries can be redirected while others pass through them: each begins with an instruction of five bytes or
+        // more, and these are within eight aligned ones.
+        self.asm.align(8, 0);
+        let saved_entry = self.asm.label_here();
+        if live != 0 {
+            self.load_flags();
+        } else {
+            self.asm.bytes(NOP5);
+        }
+        self.asm.align(8, 0);
         let entry = self.asm.label_here();
-        // Five bytes in one instruction, so that the entry can be redirected while others pass through it, and within
-        // eight aligned ones (see `checked_entry`).
-        self.asm.bytes(&[0x0f, 0x1f, 0x44, 0, 0]);
+        self.asm.bytes(NOP5);
 
+        let checks = plan(insns, self.mode);
         let mut open = true;
         for (i, insn) in insns.iter().enumerate() {
             let live_after = insns.get(i + 1).map_or(STATUS, |n| n.live);
+            self.check = checks[i];
             open = self.instruction(insn, live_after);
             if !open {
                 break;
             }
         }
         if open {
-            self.jump(next, false);
+            let backward = insns.last().is_some_and(|last| next <= last.rip());
+            self.jump(next, backward);
         }
 
         self.asm.section(Section::Cold);
-        let dead_entry = self.asm.label_here();
-        self.asm.mov_ri(reg::R11, rip);
-        self.asm.jmp_to(self.stubs.miss);
+        let dead_entry = self.dead(rip, self.stubs.miss);
+        let dead_saved_entry = self.dead(rip, self.stubs.miss_saved);
         self.asm.section(Section::Hot);
-        self.finish(checked_entry, entry, dead_entry)
+        self.finish([checked_entry, saved_entry, entry, dead_entry, dead_saved_entry])
     }
 
-    fn finish(mut self, checked_entry: Label, entry: Label, dead_entry: Label) -> Emitted {
+    /// To the run loop, for `rip`.
+    fn dead(&mut self, rip: u64, stub: u64) -> Label {
+        let label = self.asm.label_here();
+        self.asm.mov_ri(reg::R11, rip);
+        self.asm.jmp_to(stub);
+        label
+    }
+
+    fn finish(mut self, labels: [Label; 5]) -> Emitted {
         let code_len = self.asm.code_len();
         let mut bytes = self.asm.finish();
         for (desc, field) in &self.links {
@@ -149,18 +188,13 @@ impl<'a> Emitter<'a> {
             .map(|&(label, rip, flags_saved)| FaultPoint { offset: self.asm.offset_of(label), rip, flags_saved })
             .collect();
         faults.sort_by_key(|f| f.offset);
-        Emitted {
-            checked_entry: self.asm.offset_of(checked_entry),
-            entry: self.asm.offset_of(entry),
-            dead_entry: self.asm.offset_of(dead_entry),
-            code_len,
-            bytes,
-            faults,
-        }
+        let [checked_entry, saved_entry, entry, dead_entry, dead_saved_entry] =
+            labels.map(|label| self.asm.offset_of(label));
+        Emitted { checked_entry, saved_entry, entry, dead_entry, dead_saved_entry, code_len, bytes, faults }
     }
 
-    /// R11 holds the RIP wanted, the flags are in `flag_word`. Falls through to the plain entry.
-    fn checked_entry(&mut self, rip: u64, live: u32) {
+    /// R11 holds the RIP wanted, the flags are in `flag_word`. Falls through to the entry for that.
+    fn checked_entry(&mut self, rip: u64) {
         if rip as i64 == i64::from(rip as i32) {
             self.asm.cmp_ri(reg::R11, rip as i32);
         } else {
@@ -170,11 +204,6 @@ impl<'a> Emitter<'a> {
         let miss = self.miss_saved();
         self.asm.jcc(cc::NE, miss);
         self.poll(rip, true);
-        if live != 0 {
-            self.load_flags();
-        }
-        // The plain entry's first eight bytes are aligned.
-        self.asm.align(8, 0);
     }
 
     /// Cold code: to the run loop with the target in R11 and the flags in `flag_word`.
@@ -188,6 +217,19 @@ impl<'a> Emitter<'a> {
 
     /// Emits one instruction; false if it ends the block.
     fn instruction(&mut self, insn: &Insn, live_after: u32) -> bool {
+        // Where this is not known to leave R10 and R11 alone, they hold nothing of use behind it.
+        let keeps = keeps_hosts(insn) || !matches!(self.check, Check::Alone);
+        if !keeps {
+            self.hosts = [None; 2];
+        }
+        let open = self.emit_instruction(insn, live_after);
+        if !keeps {
+            self.hosts = [None; 2];
+        }
+        open
+    }
+
+    fn emit_instruction(&mut self, insn: &Insn, live_after: u32) -> bool {
         match insn.class {
             Class::Copy => self.copy(insn, live_after),
             Class::Vector(needs) => {
@@ -210,6 +252,8 @@ impl<'a> Emitter<'a> {
                 self.emulate(insn);
                 return false;
             }
+            Class::Jump if insn.onward.is_some() => {}
+            Class::JumpIf if insn.onward.is_some() => self.side_exit(insn),
             _ => {
                 self.branch(insn);
                 return false;
@@ -291,6 +335,7 @@ impl<'a> Emitter<'a> {
 
     /// Flags into `flag_word`.
     pub(super) fn save_flags(&mut self) {
+        self.hosts[0] = None;
         self.asm.mov_rr(reg::R10, reg::RAX);
         self.asm.flags_to_ax();
         self.asm.store_sized(at::FLAG_WORD, reg::RAX, 4);
@@ -346,22 +391,34 @@ impl<'a> Emitter<'a> {
             self.jump_r11(Some(rip));
             return;
         }
-        self.need_flags();
         if backward {
-            self.poll(rip, false);
+            self.poll(rip, self.flags_saved);
         }
+        self.link(rip, if self.flags_saved { ExitDesc::SAVED } else { 0 });
+    }
+
+    /// A jump to the block for `rip`, on the same page, that first leads to the run loop, and will be patched by it.
+    pub(super) fn link(&mut self, rip: u64, link: u32) {
         // The rel32 field is aligned, so that it can be changed while others execute it.
         self.asm.align(4, 3);
         self.asm.bytes(&[0xe9]);
         let field = self.asm.label_here();
-        let desc = self.data(&ExitDesc::link(rip).to_bytes());
+        let desc = self.data(&ExitDesc::link(rip, link).to_bytes());
         self.links.push((desc, field));
         let section = self.asm.section(Section::Cold);
-        let unlinked = self.asm.label_here();
+        // Where the jump itself is cold code, this follows it.
+        let unlinked = self.asm.label();
+        if section == Section::Cold {
+            self.asm.rel32_label(unlinked);
+        }
+        self.asm.bind(unlinked);
         self.asm.lea_label(reg::R11, desc);
-        self.asm.jmp_to(self.stubs.link);
+        let saved = link & ExitDesc::SAVED != 0;
+        self.asm.jmp_to(if saved { self.stubs.link_saved } else { self.stubs.link });
         self.asm.section(section);
-        self.asm.rel32_label(unlinked);
+        if section == Section::Hot {
+            self.asm.rel32_label(unlinked);
+        }
     }
 
     /// Jumps to the RIP in R11 by way of the jump table; `known` if it is a constant.
@@ -385,10 +442,37 @@ impl<'a> Emitter<'a> {
 
     // --- accesses
 
-    /// Emits an access to memory: `op` is called with the operand to use, once for the hot path and once for the slow
-    /// one. R10 must hold the offset into `segment`; after the check R10 and R11 are in use, by the operand.
-    /// `flags`: what the instruction in `op` does to them.
+    /// Emits an access to memory at `operand`: `op` is called with the operand to use, maybe twice: for the hot path
+    /// and for the slow one. R10 and R11 are in use then, as far as the operand needs them. `flags`: what the
+    /// instruction in `op` does to them.
     pub(super) fn access(
+        &mut self,
+        insn: &Insn,
+        operand: &Operand,
+        access: Access,
+        flags: &FlagUse,
+        live_after: u32,
+        op: &mut dyn FnMut(&mut Self, Mem),
+    ) {
+        let mem = match self.check {
+            Check::Alone => {
+                self.free_flags(insn.live);
+                self.address(operand);
+                self.checked_access(insn, access, flags, live_after, op);
+                return;
+            }
+            Check::Lead(lead) => {
+                self.lead(insn, &lead, access);
+                Mem::at(reg::R11, lead.offset)
+            }
+            Check::Member { group, offset } => Mem::at(self.host_of(group), offset),
+        };
+        self.flags_before(flags, live_after);
+        op(self, mem);
+    }
+
+    /// An access that is checked by itself. R10 must hold the offset into its segment.
+    pub(super) fn checked_access(
         &mut self,
         insn: &Insn,
         access: Access,
@@ -414,21 +498,10 @@ impl<'a> Emitter<'a> {
         });
         self.add_segment_base(access.segment);
 
-        let field = if write { std::mem::offset_of!(crate::tlb::Entry, write) } else { 0 };
-        let tag = super::layout::tlb(self.mode.privilege(), field);
-        let host = super::layout::tlb(self.mode.privilege(), std::mem::offset_of!(crate::tlb::Entry, host));
-        if self.bmi2 {
-            self.asm.rorx(reg::R11, reg::R10, 12 - 5);
-        } else {
-            self.asm.mov_rr(reg::R11, reg::R10);
-            self.asm.shr(reg::R11, 12 - 5);
-        }
-        self.asm.and32(reg::R11, ((crate::tlb::SET_ENTRIES - 1) << 5) as u32);
-        self.asm.sub_mem(reg::R10, Mem::gs_at(reg::R11, tag));
-        self.asm.cmp_ri(reg::R10, 0x1000 - access.size as i32);
+        let tag = self.look_up(write, access.size as u32);
         let cold = self.asm.label();
         self.asm.jcc(cc::A, cold);
-        self.asm.load(reg::R11, Mem::gs_at(reg::R11, host));
+        self.load_host();
         self.flags_before(flags, live_after);
         op(self, Mem::sum(reg::R10, reg::R11));
         let back = self.asm.label_here();
@@ -451,6 +524,29 @@ impl<'a> Emitter<'a> {
         }
         self.asm.section(Section::Hot);
         debug_assert_eq!(self.flags_saved, after);
+    }
+
+    /// Looks the linear address in R10 up: compares so that it is found if the flags then say "not above". R10 becomes
+    /// the offset in the page, R11 points at the entry. Returns the place of the tag there.
+    pub(super) fn look_up(&mut self, write: bool, size: u32) -> i32 {
+        let field = if write { std::mem::offset_of!(crate::tlb::Entry, write) } else { 0 };
+        let tag = super::layout::tlb(self.mode.privilege(), field);
+        if self.bmi2 {
+            self.asm.rorx(reg::R11, reg::R10, 12 - 5);
+        } else {
+            self.asm.mov_rr(reg::R11, reg::R10);
+            self.asm.shr(reg::R11, 12 - 5);
+        }
+        self.asm.and32(reg::R11, ((crate::tlb::SET_ENTRIES - 1) << 5) as u32);
+        self.asm.sub_mem(reg::R10, Mem::gs_at(reg::R11, tag));
+        self.asm.cmp_ri(reg::R10, 0x1000 - size as i32);
+        tag
+    }
+
+    /// R11: from the entry of the TLB to the host address of its page.
+    pub(super) fn load_host(&mut self) {
+        let host = super::layout::tlb(self.mode.privilege(), std::mem::offset_of!(crate::tlb::Entry, host));
+        self.asm.load(reg::R11, Mem::gs_at(reg::R11, host));
     }
 
     /// The access by way of Rust.
@@ -484,7 +580,7 @@ impl<'a> Emitter<'a> {
     }
 
     /// R10: from an offset to a linear address.
-    fn add_segment_base(&mut self, segment: usize) {
+    pub(super) fn add_segment_base(&mut self, segment: usize) {
         if !has_base(segment) {
             return;
         }
@@ -526,7 +622,7 @@ pub struct Access {
 }
 
 impl Access {
-    fn desc(&self, insn: &Insn) -> AccessDesc {
+    pub(super) fn desc(&self, insn: &Insn) -> AccessDesc {
         let mut flags = self.flags;
         let mut masking = Masking::default();
         if let Class::Vector(needs) = insn.class {

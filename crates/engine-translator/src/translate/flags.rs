@@ -56,9 +56,8 @@ fn may_leave_flags(insn: &Instruction) -> bool {
     }
 }
 
-/// For each instruction of a block the flags that are live before it. All are live after the last.
-pub fn live_before(uses: &[FlagUse]) -> Vec<u32> {
-    let mut live = STATUS;
+/// For each instruction of a block the flags that are live before it. `live` are after the last.
+pub fn live_before(uses: &[FlagUse], mut live: u32) -> Vec<u32> {
     let mut result = vec![0; uses.len()];
     for (i, flags) in uses.iter().enumerate().rev() {
         live = live & !flags.kills | flags.reads;

@@ -51,6 +51,9 @@ extern "C" fn quick_access(block: *mut Block, address: u64, desc: *const AccessD
     let target = cpu.resolve(address, access, cpu.privilege());
     cpu.emitted.lean = false;
     let Ok(Target::Ram(host)) = target else { return std::ptr::null_mut() };
+    if desc.flags & AccessDesc::GROUP_WRITE != 0 && !cpu.tlb.may_store(cpu.privilege(), address) {
+        return std::ptr::null_mut();
+    }
     cpu.emitted.bounce_for = None;
     cpu.emitted.slow_host = host;
     host

@@ -41,6 +41,13 @@ pub struct Context {
     pub cs_limit: u32,
 }
 
+impl Context {
+    /// That of code in which each access is checked by itself.
+    pub fn ungrouped(self) -> Self {
+        Self { mode: self.mode.ungrouped(), ..self }
+    }
+}
+
 impl JumpTables {
     /// Makes zeroed memory an empty set of tables.
     ///

@@ -50,6 +50,8 @@ pub struct EmittedState {
     pub branch: u64,
     /// Host registers lent to an instruction.
     pub lent: [u64; 2],
+    /// Host addresses of the groups of the block under way.
+    pub groups: [u64; super::plan::GROUPS],
     /// The host's stack pointer in `enter`.
     pub host_rsp: u64,
     /// Where `enter` jumps to.
@@ -91,6 +93,7 @@ impl Default for EmittedState {
             temp: 0,
             branch: 0,
             lent: [0; 2],
+            groups: [0; super::plan::GROUPS],
             host_rsp: 0,
             entry: 0,
             exit_value: 0,
@@ -188,6 +191,7 @@ pub mod at {
     pub const TEMP: Mem = emitted!(temp);
     pub const BRANCH: Mem = emitted!(branch);
     pub const LENT: Mem = emitted!(lent);
+    pub const GROUPS: Mem = emitted!(groups);
     pub const HOST_RSP: Mem = emitted!(host_rsp);
     pub const ENTRY: Mem = emitted!(entry);
     pub const EXIT_VALUE: Mem = emitted!(exit_value);

@@ -28,6 +28,8 @@ const SSE: u32 = 1 << 10;
 const AVX: u32 = 1 << 11;
 const AVX512: u32 = 1 << 12;
 const STEP: u32 = 1 << 13;
+/// No access is checked together with others.
+const UNGROUPED: u32 = 1 << 14;
 
 impl Mode {
     /// 16, 32 or 64.
@@ -96,6 +98,17 @@ impl Mode {
     /// Whether every block is one instruction.
     pub fn step(self) -> bool {
         self.0 & STEP != 0
+    }
+
+    /// Whether accesses may be checked together. Where such a check does not hold, the same code without goes on; it
+    /// leads back to code of the plain mode.
+    pub fn grouped(self) -> bool {
+        self.0 & (UNGROUPED | STEP) == 0
+    }
+
+    /// The same without checking accesses together.
+    pub fn ungrouped(self) -> Self {
+        Self(self.0 | UNGROUPED)
     }
 
     /// Which jump table its blocks use.

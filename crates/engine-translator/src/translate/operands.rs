@@ -15,7 +15,7 @@ use super::{
 };
 
 /// A memory operand as the guest wrote it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Operand {
     base: Option<u8>,
     index: Option<(u8, u8)>,
@@ -57,6 +57,58 @@ impl Operand {
             bits,
             segment: insn.memory_segment().number(),
         }
+    }
+
+    /// `[base + disp]` in `segment`, of 64-bit code.
+    pub fn register(base: u8, disp: i32, segment: usize) -> Self {
+        Self { base: Some(base), index: None, disp, fixed: None, bits: 64, segment }
+    }
+
+    /// The same with an address of so many bits.
+    pub fn of_size(self, bits: u32) -> Self {
+        Self { bits, ..self }
+    }
+
+    /// Whether its address has 64 bits.
+    pub fn is_wide(&self) -> bool {
+        self.bits == 64
+    }
+
+    /// The base register.
+    pub fn base(&self) -> Option<u8> {
+        self.base
+    }
+
+    /// The index register and log2 of its scale.
+    pub fn index(&self) -> Option<(u8, u8)> {
+        self.index
+    }
+
+    /// What is added to the registers: all of the address where there are none.
+    pub fn displacement(&self) -> i64 {
+        self.fixed.map_or(i64::from(self.disp), |fixed| fixed as i64)
+    }
+
+    /// The same as an operand of the host's, where all its registers are in the host's.
+    fn in_host(&self) -> Option<Mem> {
+        if self.bits != 64 || self.fixed.is_some() || self.base.is_none() {
+            return None;
+        }
+        let base = pinned(self.base?)?;
+        let index = match self.index {
+            Some((index, scale)) => Some((pinned(index)?, scale)),
+            None => None,
+        };
+        Some(Mem { gs: false, base: Some(base), index, disp: self.disp })
+    }
+
+    /// The same registers with another [`Self::displacement`], if that can be said.
+    pub fn moved(mut self, displacement: i64) -> Option<Self> {
+        match &mut self.fixed {
+            Some(fixed) => *fixed = displacement as u64,
+            None => self.disp = i32::try_from(displacement).ok()?,
+        }
+        Some(self)
     }
 
     /// The same, relative to RSP after it has been raised by `by` (POP to memory).
@@ -134,11 +186,7 @@ impl Emitter<'_> {
             return;
         }
         let operand = Operand::of(&insn.insn);
-        let size = match insn.insn.code() {
-            // AMD's processors load all four bytes.
-            Code::Movsxd_r16_rm16 if *AMD => 4,
-            _ => insn.insn.memory_size().size(),
-        };
+        let size = operand_size(&insn.insn);
         if size == 0 || size > 64 || insn.insn.memory_size() == MemorySize::Unknown {
             debug_assert!(false, "memory operand of unknown size: {:?}", insn.insn.code());
         }
@@ -147,18 +195,22 @@ impl Emitter<'_> {
             // An unmasked exception keeps an x87 instruction from storing, without being raised at once.
             flags |= AccessDesc::READ;
         }
-        self.free_flags(insn.live);
-        self.address(&operand);
-        if insn.class != Class::Copy && matches!(insn.class, Class::Vector(needs) if needs.pointers) {
-            self.asm.store(at::TEMP, reg::R10);
-        }
-        let bit_string = is_bit_string(&insn.insn);
-        if bit_string {
-            self.bit_string_address(&insn.insn, operand.bits);
-        }
         let access = Access { size, flags, segment: operand.segment };
         let uses = insn.flags;
-        self.access(insn, access, &uses, live_after, &mut |this, mem| {
+        let pointers = matches!(insn.class, Class::Vector(needs) if needs.pointers);
+        let bit_string = is_bit_string(&insn.insn);
+        if !pointers && !bit_string {
+            self.access(insn, &operand, access, &uses, live_after, &mut |this, mem| this.substitute(insn, Some(mem)));
+            return;
+        }
+        self.free_flags(insn.live);
+        self.address(&operand);
+        if pointers {
+            self.asm.store(at::TEMP, reg::R10);
+        } else {
+            self.bit_string_address(&insn.insn, operand.bits);
+        }
+        self.checked_access(insn, access, &uses, live_after, &mut |this, mem| {
             let mem = if bit_string { this.bit_string_base(mem) } else { mem };
             this.substitute(insn, Some(mem));
             this.x87_pointers(insn, true);
@@ -168,9 +220,20 @@ impl Emitter<'_> {
     /// LEA: no access, so no check.
     fn lea(&mut self, insn: &Insn) {
         let operand = Operand::of(&insn.insn);
-        self.address(&operand);
         let register = insn.insn.op0_register();
         let (number, size) = (register.full_register().number() as u8, register.size());
+        if let Some(host) = pinned(number)
+            && let Some(mem) = operand.in_host()
+            && size >= 4
+        {
+            if size == 8 {
+                self.asm.lea(host, mem)
+            } else {
+                self.asm.lea32(host, mem)
+            }
+            return;
+        }
+        self.address(&operand);
         match (pinned(number), size) {
             (Some(host), 8) => self.asm.mov_rr(host, reg::R10),
             (Some(host), 4) => self.asm.mov_rr32(host, reg::R10),
@@ -235,12 +298,12 @@ impl Emitter<'_> {
         }
         let wanted = &wanted[..count];
 
-        let mut scratch: &[u8] = if high {
-            &[]
-        } else if mem.is_some() {
-            &[reg::R11]
-        } else {
-            &[reg::R10, reg::R11]
+        // Of the two scratch registers the operand has one, or both (it gives R11 up where a register is wanted).
+        let mut scratch: &[u8] = match mem {
+            _ if high => &[],
+            Some(mem) if mem.base == Some(reg::R11) => &[reg::R10],
+            Some(_) => &[reg::R11],
+            None => &[reg::R10, reg::R11],
         };
         let mut lent = 0;
         let mut lend = |this: &mut Self| {
@@ -262,7 +325,7 @@ impl Emitter<'_> {
                 let (base, slot) = lend(self);
                 returns[returned] = (base, slot);
                 returned += 1;
-                self.asm.mov_rr(base, reg::R10);
+                self.asm.lea(base, mem);
                 mem = Mem::at(base, 0);
             }
             set_memory(&mut host, mem);
@@ -272,6 +335,7 @@ impl Emitter<'_> {
             let home = match scratch.split_first() {
                 Some((first, rest)) => {
                     scratch = rest;
+                    self.hosts[usize::from(*first == reg::R11)] = None;
                     *first
                 }
                 None => {
@@ -312,11 +376,36 @@ impl Emitter<'_> {
     }
 }
 
+/// Whether a copied instruction is certain to leave R10 and R11 alone, unless [`Emitter::hosts`] says so.
+pub(super) fn keeps_hosts(insn: &Insn) -> bool {
+    let memory = (0..insn.insn.op_count()).any(|i| insn.insn.op_kind(i) == OpKind::Memory);
+    match insn.class {
+        Class::Nothing | Class::Jump | Class::JumpIf => insn.onward.is_some() || insn.class == Class::Nothing,
+        Class::Copy if insn.insn.mnemonic() == Mnemonic::Lea => {
+            let pinned = pinned(insn.insn.op0_register().full_register().number() as u8).is_some();
+            pinned && insn.insn.op0_register().size() >= 4 && Operand::of(&insn.insn).in_host().is_some()
+        }
+        Class::Copy => !memory,
+        Class::Vector(needs) => !memory && !needs.x87,
+        _ => false,
+    }
+}
+
 fn is_high_byte(register: Register) -> bool {
     matches!(register, Register::AH | Register::CH | Register::DH | Register::BH)
 }
 
-fn is_bit_string(insn: &Instruction) -> bool {
+/// Bytes of the memory operand.
+pub(super) fn operand_size(insn: &Instruction) -> usize {
+    match insn.code() {
+        // AMD's processors load all four bytes.
+        Code::Movsxd_r16_rm16 if *AMD => 4,
+        _ => insn.memory_size().size(),
+    }
+}
+
+/// Whether the first operand is a string of bits, of which a register says which.
+pub(super) fn is_bit_string(insn: &Instruction) -> bool {
     matches!(insn.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc)
         && insn.op1_kind() == OpKind::Register
 }
@@ -359,7 +448,7 @@ fn used_registers(insn: &Instruction) -> u32 {
 }
 
 /// What the memory operand is used for.
-fn access_flags(insn: &Instruction, operand: u32) -> u16 {
+pub(super) fn access_flags(insn: &Instruction, operand: u32) -> u16 {
     let mut factory = InstructionInfoFactory::new();
     let options = InstructionInfoOptions::NO_MEMORY_USAGE | InstructionInfoOptions::NO_REGISTER_USAGE;
     let (read, write) = (AccessDesc::READ, AccessDesc::WRITE);

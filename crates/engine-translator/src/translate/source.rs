@@ -2,28 +2,23 @@
 
 use std::sync::{LazyLock, PoisonError};
 
-use iced_x86::{Decoder, DecoderError, DecoderOptions};
+use iced_x86::DecoderOptions;
 
 use super::{
     cache::{Found, Key, NotAdded},
-    classify::{Class, classify},
     emit::{Emitter, Insn},
-    flags::{flag_use, live_before},
     jumps::Context,
+    trace::{self, Trace},
 };
 use crate::{
     cpu::Cpu,
     exception::Exception,
-    mem::{Access, Target, copy_from_guest, page_rest},
+    mem::{Access, Target, copy_from_guest},
     ram::Page,
 };
 
-/// Instructions in a block at most.
-const MAX_INSNS: usize = 48;
-/// Bytes that are looked at for a block at most.
-const MAX_BYTES: usize = 512;
 /// Length of an instruction at most.
-const MAX_INSN: usize = 15;
+pub const MAX_INSN: usize = 15;
 
 /// Why there is no block.
 #[derive(Debug)]
@@ -50,12 +45,23 @@ pub static AMD: LazyLock<bool> = LazyLock::new(|| {
 });
 
 /// A piece of source: bytes that were read after their pages had begun to be watched.
-struct Source {
-    key: Key,
-    bytes: [u8; MAX_BYTES],
+pub struct Source {
+    /// What it is the source of.
+    pub key: Key,
+    /// The block's first byte.
+    pub start: usize,
+    /// The page of that; behind it the beginning of the next one, if the block needs it.
+    page: [u8; 4096 + MAX_INSN],
     len: usize,
     /// Its pages: what they are, where, and how many stores to them there had been.
     pages: [Option<(Page, u64, u64)>; 2],
+}
+
+impl Source {
+    /// All that is known.
+    pub fn bytes(&self) -> &[u8] {
+        &self.page[..self.len]
+    }
 }
 
 impl Cpu {
@@ -69,8 +75,8 @@ impl Cpu {
         }
         loop {
             let mut source = self.source(key, linear, first, None);
-            let mut insns = decode(&source, context);
-            if insns.is_empty() {
+            let mut trace = trace::trace(&source, context);
+            if trace.insns.is_empty() {
                 // Not even one whole instruction on this page.
                 let second = self.fetch_page((linear & !0xfff).wrapping_add(0x1000) & address_mask(context))?;
                 key.second = second.1 + 1;
@@ -78,17 +84,16 @@ impl Cpu {
                     return Ok(found);
                 }
                 source = self.source(key, linear, first, Some(second));
-                insns = decode(&source, context);
-                insns.truncate(1);
+                trace = trace::trace(&source, context);
             }
-            if let Some(end) = insns.iter().position(|i| beyond_limit(i, context)) {
+            if let Some(end) = trace.insns.iter().position(|i| beyond_limit(i, context)) {
                 if end == 0 {
                     return Err(Stop::Exception(Exception::GP0));
                 }
-                insns.truncate(end);
+                trace.insns.truncate(end);
+                trace.next = trace.insns[end - 1].next();
             }
-            let next = insns.last().map_or(rip, Insn::next);
-            match self.add(&source, context, &insns, next) {
+            match self.add(&source, context, &trace) {
                 Ok(found) => return Ok(found),
                 Err(NotAdded::Full) => return Err(Stop::Full),
                 Err(NotAdded::Stale) => {}
@@ -96,18 +101,17 @@ impl Cpu {
         }
     }
 
-    fn add(&self, source: &Source, context: &Context, insns: &[Insn], next: u64) -> Result<Found, NotAdded> {
+    fn add(&self, source: &Source, context: &Context, trace: &Trace) -> Result<Found, NotAdded> {
         let rip = source.key.rip;
-        let len = next.wrapping_sub(rip) as u32;
         let code = &self.shared.code;
         let emit = |origin| {
             let emitter = Emitter::new(origin, &code.stubs, context.mode, context.cs_base, rip, *BMI2);
-            emitter.block(rip, insns, next)
+            emitter.block(rip, &trace.insns, trace.next)
         };
         let pages = || source.pages.iter().flatten();
         let stores: Vec<_> = pages().map(|&(_, physical, stores)| (physical, stores)).collect();
         let watched = || pages().all(|(page, ..)| self.shared.ram.is_watched(*page));
-        code.add(source.key, len, &stores, watched, emit)
+        code.add(source.key, trace.span, &stores, watched, emit)
     }
 
     /// The linear address of `rip`.
@@ -140,11 +144,11 @@ impl Cpu {
                 (page, physical, self.shared.code.stores(physical))
             })
         });
-        let mut source = Source { key, bytes: [0; MAX_BYTES], len: page_rest(linear).min(MAX_BYTES), pages };
-        let start = first.0.host.wrapping_add((linear & 0xfff) as usize);
-        copy_from_guest(start, &mut source.bytes[..source.len]);
+        let start = (linear & 0xfff) as usize;
+        let mut source = Source { key, start, page: [0; 4096 + MAX_INSN], len: 4096, pages };
+        copy_from_guest(first.0.host, &mut source.page[..4096]);
         if let Some((page, _)) = second {
-            copy_from_guest(page.host, &mut source.bytes[source.len..source.len + MAX_INSN]);
+            copy_from_guest(page.host, &mut source.page[4096..]);
             source.len += MAX_INSN;
         }
         source
@@ -168,38 +172,4 @@ fn address_mask(context: &Context) -> u64 {
 
 fn beyond_limit(insn: &Insn, context: &Context) -> bool {
     context.mode.bits() != 64 && insn.rip() + insn.insn.len() as u64 - 1 > u64::from(context.cs_limit)
-}
-
-/// Decodes up to the first instruction that ends a block.
-fn decode(source: &Source, context: &Context) -> Vec<Insn> {
-    let bits = context.mode.bits();
-    let bytes = &source.bytes[..source.len];
-    let mut decoder = Decoder::with_ip(bits, bytes, source.key.rip, *DECODER_OPTIONS);
-    let max = if context.mode.step() { 1 } else { MAX_INSNS };
-    let mut insns: Vec<Insn> = Vec::with_capacity(16);
-    while insns.len() < max && decoder.can_decode() {
-        let at = decoder.position();
-        let insn = decoder.decode();
-        if decoder.last_error() == DecoderError::NoMoreBytes && source.len - at < MAX_INSN {
-            break;
-        }
-        let class = classify(&insn, bits);
-        let mut copy = [0; MAX_INSN];
-        copy[..insn.len()].copy_from_slice(&bytes[at..at + insn.len()]);
-        let flags = flag_use(&insn, class);
-        let flags = if context.mode.step() { flags.exact() } else { flags };
-        insns.push(Insn { insn, class, flags, live: 0, bytes: copy });
-        if ends_block(class) {
-            break;
-        }
-    }
-    let uses: Vec<_> = insns.iter().map(|i| i.flags).collect();
-    for (insn, live) in insns.iter_mut().zip(live_before(&uses)) {
-        insn.live = live;
-    }
-    insns
-}
-
-fn ends_block(class: Class) -> bool {
-    !matches!(class, Class::Copy | Class::Vector(_) | Class::Nothing | Class::Push | Class::Pop | Class::Leave)
 }

@@ -16,6 +16,8 @@ pub struct Stubs {
     pub miss_saved: u64,
     /// Jumped to with an `ExitDesc` in R11, flags live.
     pub link: u64,
+    /// The same with the flags in `flag_word`.
+    pub link_saved: u64,
     /// Jumped to with an `ExitDesc` in R11, flags live.
     pub emulate: u64,
     /// The same with the flags in `flag_word`.
@@ -23,6 +25,9 @@ pub struct Stubs {
     /// Called with a linear address in R10 and an `AccessDesc` in R11; returns the host address in R10. Keeps all
     /// other registers, not the flags. Does not return if the access faults.
     pub access: u64,
+    /// Called with the linear address of a group in R10 and its `AccessDesc` in R11; returns the host address in R10, or 0
+    /// if each access has to be checked by itself. Keeps all other registers, not the flags.
+    pub group: u64,
     /// Called after the store of a slow access, `AccessDesc` in R11; keeps all registers and the flags but R10.
     pub commit: u64,
     /// Where the signal handler sends the thread.
@@ -59,6 +64,7 @@ pub fn assemble(asm: &mut Asm) -> Stubs {
     stubs.miss = exit_stub(asm, ExitKind::Miss, live_tail);
     stubs.miss_saved = exit_stub(asm, ExitKind::Miss, saved_tail);
     stubs.link = exit_stub(asm, ExitKind::Link, live_tail);
+    stubs.link_saved = exit_stub(asm, ExitKind::Link, saved_tail);
     stubs.emulate = exit_stub(asm, ExitKind::Emulate, live_tail);
     stubs.emulate_saved = exit_stub(asm, ExitKind::Emulate, saved_tail);
 
@@ -74,6 +80,9 @@ pub fn assemble(asm: &mut Asm) -> Stubs {
     asm.align(16, 0);
     stubs.access = asm.here();
     access(asm);
+    asm.align(16, 0);
+    stubs.group = asm.here();
+    group(asm);
     asm.align(16, 0);
     stubs.commit = asm.here();
     commit(asm);
@@ -179,6 +188,27 @@ fn access(asm: &mut Asm) {
     asm.bind(fault);
     asm.store_imm(at::EXIT_KIND, ExitKind::Fault as i32, 4);
     leave_from_helper(asm);
+}
+
+/// The quick one alone.
+fn group(asm: &mut Asm) {
+    for r in CALLER_SAVED {
+        asm.store(gpr(r), r);
+    }
+    asm.lea(reg::RSP, Mem::at(reg::RSP, -8));
+    asm.push(reg::R10);
+    asm.push(reg::R11);
+    keep_xmm(asm, Asm::store_xmm);
+    asm.pop(reg::R11);
+    asm.pop(reg::R10);
+    call_access(asm, at::HELPER_QUICK);
+    asm.mov_rr(reg::R10, reg::RAX);
+    keep_xmm(asm, Asm::load_xmm);
+    asm.lea(reg::RSP, Mem::at(reg::RSP, 8));
+    for r in CALLER_SAVED {
+        asm.load(r, gpr(r));
+    }
+    asm.ret();
 }
 
 /// Calls `helper(block, R10, R11)`.

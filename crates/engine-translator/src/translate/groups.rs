@@ -1,0 +1,71 @@
+//! Emission of accesses that are checked together (see `plan.rs`).
+//!
+//! The host address of each group is kept behind GS, and in R10 or R11 for as long as nothing else needs them. What a
+//! check has found holds until the block is left: guest memory stays where it is, and who forbids stores to a page or
+//! forgets a translation does so outside of emitted code, or waits until this vCPU is.
+
+use super::{
+    asm::{Mem, Section, cc, reg},
+    desc::{AccessDesc, ExitDesc},
+    emit::{Access, Emitter, Insn},
+    layout::at,
+    plan::Lead,
+};
+
+impl Emitter<'_> {
+    /// R11 = host address of the lead's group. R10 is changed.
+    pub(super) fn lead(&mut self, insn: &Insn, lead: &Lead, access: Access) {
+        self.free_flags(insn.live);
+        self.address(&lead.low);
+        self.add_segment_base(lead.low.segment);
+        let tag = self.look_up(lead.write, lead.span);
+        let cold = self.asm.label();
+        self.asm.jcc(cc::A, cold);
+        self.load_host();
+        self.asm.lea(reg::R11, Mem::sum(reg::R10, reg::R11));
+        let found = self.asm.label_here();
+        self.asm.store(slot(lead.group), reg::R11);
+        self.hosts = [None, Some(lead.group)];
+
+        let section = self.asm.section(Section::Cold);
+        self.asm.bind(cold);
+        self.asm.add_mem(reg::R10, Mem::gs_at(reg::R11, tag));
+        self.asm.mov_rr32(reg::R11, reg::R10);
+        self.asm.and32(reg::R11, 0xfff);
+        self.asm.cmp32_ri(reg::R11, 0x1000 - lead.span as i32);
+        let apart = self.asm.label();
+        self.asm.jcc(cc::A, apart);
+        let mut desc = access.desc(insn);
+        desc.size = lead.span as u16;
+        desc.flags |= AccessDesc::GROUP | if lead.write { AccessDesc::GROUP_WRITE } else { 0 };
+        let desc = self.data(&desc.to_bytes());
+        self.asm.lea_label(reg::R11, desc);
+        self.asm.call_to(self.stubs.group);
+        self.asm.test_rr(reg::R10);
+        self.asm.jcc(cc::E, apart);
+        self.asm.mov_rr(reg::R11, reg::R10);
+        self.asm.jmp(found);
+
+        // On two pages, or not memory, or something has to notice a store.
+        self.asm.bind(apart);
+        self.link(insn.rip(), ExitDesc::SAVED | ExitDesc::UNGROUPED);
+        self.asm.section(section);
+    }
+
+    /// The register that holds the host address of a group: R10 or R11.
+    pub(super) fn host_of(&mut self, group: u8) -> u8 {
+        let register = |i: usize| if i == 0 { reg::R10 } else { reg::R11 };
+        if let Some(i) = self.hosts.iter().position(|held| *held == Some(group)) {
+            return register(i);
+        }
+        let i = self.hosts.iter().position(Option::is_none).unwrap_or(self.next_host);
+        self.next_host = 1 - i;
+        self.hosts[i] = Some(group);
+        self.asm.load(register(i), slot(group));
+        register(i)
+    }
+}
+
+fn slot(group: u8) -> Mem {
+    Mem::gs(at::GROUPS.disp + 8 * i32::from(group))
+}

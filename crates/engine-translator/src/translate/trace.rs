@@ -1,0 +1,194 @@
+//! Which instructions a block is made of: the path that the guest probably takes from its first one.
+//!
+//! A path stays on its page. It goes on behind conditional jumps that lead forward and with direct jumps forward, and
+//! goes round a loop that closes at its beginning several times. So what is found out about an instruction (which
+//! flags matter, that an address is on a page that may be accessed) serves many of those behind it.
+
+use iced_x86::{Decoder, DecoderError};
+
+use super::{
+    classify::{Class, classify},
+    emit::Insn,
+    flags::{FlagUse, STATUS, flag_use, live_before},
+    jumps::Context,
+    source::{DECODER_OPTIONS, MAX_INSN, Source},
+};
+
+/// Instructions in a block at most.
+const MAX_INSNS: usize = 64;
+/// How often a loop is laid out one time after the other at most.
+const MAX_ROUNDS: usize = 8;
+/// Instructions behind a jump that are looked at for what they do to the flags.
+const LOOK_AHEAD: usize = 8;
+
+/// The instructions of a block.
+pub struct Trace {
+    /// In the order of execution.
+    pub insns: Vec<Insn>,
+    /// Where execution goes on if the last one does not say.
+    pub next: u64,
+    /// Offsets in the first page of the first byte that the block depends on, and of the one behind the last.
+    pub span: (u32, u32),
+}
+
+/// Finds the path from the source's first byte. It is empty if there is not even one whole instruction.
+pub fn trace(source: &Source, context: &Context) -> Trace {
+    Tracer::new(source, context).run()
+}
+
+struct Tracer<'a> {
+    source: &'a Source,
+    context: &'a Context,
+    decoder: Decoder<'a>,
+    trace: Trace,
+    /// The flags that are live behind the last instruction if it does not leave the block.
+    live: u32,
+}
+
+impl<'a> Tracer<'a> {
+    fn new(source: &'a Source, context: &'a Context) -> Self {
+        let bytes = source.bytes();
+        let decoder = Decoder::with_ip(context.mode.bits(), bytes, source.key.rip, *DECODER_OPTIONS);
+        let start = source.start as u32;
+        let trace = Trace { insns: Vec::with_capacity(24), next: source.key.rip, span: (start, start) };
+        Self { source, context, decoder, trace, live: STATUS }
+    }
+
+    fn run(mut self) -> Trace {
+        self.go_to(self.source.key.rip);
+        let single = self.context.mode.step() || self.source.key.second != 0;
+        let max = if single { 1 } else { MAX_INSNS };
+        let mut rounds = 1;
+        while self.trace.insns.len() < max {
+            let Some(mut insn) = self.decode() else { break };
+            self.trace.next = insn.next();
+            insn.onward = self.onward(&insn, &mut rounds);
+            self.settle_flags(&mut insn);
+            self.trace.insns.push(insn);
+            match insn.onward {
+                Some(rip) => self.go_to(rip),
+                None if ends_block(insn.class) => return self.finish(),
+                None => {}
+            }
+        }
+        if !single && let Some(last) = self.trace.insns.last() {
+            let next = last.onward.unwrap_or(last.next());
+            self.trace.next = next;
+            self.live = self.live_at(next);
+        }
+        self.finish()
+    }
+
+    fn finish(mut self) -> Trace {
+        let uses: Vec<_> = self.trace.insns.iter().map(|i| i.flags).collect();
+        for (insn, live) in self.trace.insns.iter_mut().zip(live_before(&uses, self.live)) {
+            insn.live = live;
+        }
+        self.trace
+    }
+
+    /// Position in the source of what lies on the block's page.
+    fn position(&self, rip: u64) -> Option<usize> {
+        let offset = rip.wrapping_sub(self.source.key.rip) as i64 + self.source.start as i64;
+        usize::try_from(offset).ok().filter(|&offset| offset < 4096)
+    }
+
+    fn go_to(&mut self, rip: u64) {
+        if let Some(position) = self.position(rip)
+            && self.decoder.set_position(position).is_ok()
+        {
+            self.decoder.set_ip(rip);
+        }
+    }
+
+    /// The next instruction, if all of it is there.
+    fn decode(&mut self) -> Option<Insn> {
+        if !self.decoder.can_decode() {
+            return None;
+        }
+        let bytes = self.source.bytes();
+        let at = self.decoder.position();
+        let insn = self.decoder.decode();
+        if self.decoder.last_error() == DecoderError::NoMoreBytes && bytes.len() - at < MAX_INSN {
+            return None;
+        }
+        let class = classify(&insn, self.context.mode.bits());
+        let mut copy = [0; MAX_INSN];
+        copy[..insn.len()].copy_from_slice(&bytes[at..at + insn.len()]);
+        let end = (at + insn.len()).min(4096) as u32;
+        self.trace.span = (self.trace.span.0.min(at as u32), self.trace.span.1.max(end));
+        Some(Insn { insn, class, flags: flag_use(&insn, class), live: 0, bytes: copy, onward: None })
+    }
+
+    /// Where the path goes on behind a jump; `None` if it ends there.
+    fn onward(&self, insn: &Insn, rounds: &mut usize) -> Option<u64> {
+        // Limits of code segments are checked by whoever asked, for a path without jumps.
+        if self.context.mode.bits() != 64 || self.context.mode.step() || self.source.key.second != 0 {
+            return None;
+        }
+        let target = insn.insn.near_branch_target();
+        let forward = target > insn.rip() && self.position(target).is_some();
+        match insn.class {
+            Class::Jump if forward => Some(target),
+            Class::JumpIf if target > insn.rip() => self.position(insn.next()).map(|_| insn.next()),
+            Class::Jump | Class::JumpIf if target == self.source.key.rip => {
+                let round = (self.trace.insns.len() + 1) / *rounds;
+                let room = self.trace.insns.len() + 1 + round <= MAX_INSNS;
+                (room && *rounds < MAX_ROUNDS && self.context.mode.grouped()).then(|| {
+                    *rounds += 1;
+                    target
+                })
+            }
+            _ => None,
+        }
+    }
+
+    /// What the instruction needs of the flags, where it leads to included.
+    fn settle_flags(&mut self, insn: &mut Insn) {
+        if self.context.mode.step() {
+            insn.flags = insn.flags.exact();
+            return;
+        }
+        let target = insn.insn.near_branch_target();
+        match (insn.class, insn.onward) {
+            (Class::Jump, Some(_)) => insn.flags = FlagUse::default(),
+            (Class::Jump, None) => insn.flags.reads = self.live_at(target),
+            (Class::JumpIf, Some(onward)) => {
+                let other = if onward == target { insn.next() } else { target };
+                insn.flags.reads = insn.insn.rflags_read() & STATUS | self.live_at(other);
+            }
+            (Class::JumpIf, None) => {
+                let both = self.live_at(target) | self.live_at(insn.next());
+                insn.flags.reads = insn.insn.rflags_read() & STATUS | both;
+            }
+            _ => {}
+        }
+    }
+
+    /// The flags that are live at `rip`, as far as it is known.
+    fn live_at(&mut self, rip: u64) -> u32 {
+        if self.context.mode.bits() != 64 || self.position(rip).is_none() {
+            return STATUS;
+        }
+        let (position, ip) = (self.decoder.position(), self.decoder.ip());
+        self.go_to(rip);
+        let (mut live, mut killed) = (0, 0);
+        for _ in 0..LOOK_AHEAD {
+            let Some(insn) = self.decode() else { break };
+            live |= insn.flags.reads & !killed;
+            killed |= insn.flags.kills;
+            if ends_block(insn.class) || killed == STATUS {
+                break;
+            }
+        }
+        // Back to where the path is: that was a valid position.
+        let _ = self.decoder.set_position(position);
+        self.decoder.set_ip(ip);
+        live | STATUS & !killed
+    }
+}
+
+/// Whether nothing behind the instruction is executed unless a jump leads there.
+fn ends_block(class: Class) -> bool {
+    !matches!(class, Class::Copy | Class::Vector(_) | Class::Nothing | Class::Push | Class::Pop | Class::Leave)
+}
