@@ -4,6 +4,7 @@
 pub mod clock;
 pub mod cpu;
 pub mod debug;
+mod decoded;
 pub mod descriptor;
 pub mod engine;
 pub mod exception;

@@ -13,6 +13,7 @@ use purlin_engine::{Bus, EngineError, Exit, Vcpu};
 use crate::{
     cpu::{Block, Cpu},
     debug,
+    decoded::DecodedCache,
     exception::{Exception, vector},
     interrupt::{self, Event, Shutdown},
     lapic,
@@ -21,7 +22,7 @@ use crate::{
     segment::is_canonical,
     system::emulate,
     timer::WakeTimer,
-    translate::{AccessDesc, Context, ExitDesc, ExitKind, FaultPoint, Found, Stop, classify, source::DECODER_OPTIONS},
+    translate::{AccessDesc, Context, ExitDesc, ExitKind, FaultPoint, Found, Stop, source::DECODER_OPTIONS},
     vm::{BlockPtr, Blocks, Shared},
     xstate,
 };
@@ -39,6 +40,7 @@ pub struct TranslatedVcpu {
     /// Whether every block is to be one instruction, whatever the flags say.
     single: bool,
     timer: WakeTimer,
+    decoded: DecodedCache,
 }
 
 // SAFETY: the block's `Cpu` belongs to whoever holds the vCPU, and all in it may move between threads.
@@ -50,6 +52,8 @@ enum Leave {
     Look,
     /// The same, after at least one instruction.
     Done,
+    /// The next block can be entered at once: nothing but modes may have changed.
+    GoOn,
     /// An exception is to be delivered.
     Raise(Exception),
     /// The code cache is full.
@@ -96,6 +100,7 @@ impl TranslatedVcpu {
             user_vectors: false,
             single: false,
             timer: WakeTimer::default(),
+            decoded: DecodedCache::default(),
         }
     }
 
@@ -142,7 +147,7 @@ impl TranslatedVcpu {
                 continue;
             }
             match self.execute() {
-                Leave::Look | Leave::Done => {}
+                Leave::Look | Leave::Done | Leave::GoOn => {}
                 Leave::Full => self.clear_code(),
                 Leave::Raise(exception) => {
                     if let Err(Shutdown) = self.deliver(Event::Exception(exception)) {
@@ -246,12 +251,11 @@ impl TranslatedVcpu {
         if breakpoints && let Some(exception) = debug::instruction_breakpoint(cpu) {
             return Leave::Raise(exception);
         }
-        // User code keeps the vector registers in the host's once it has used them; supervisor code rarely uses them,
-        // and has them until it next leaves emitted code: saving and loading them costs more than that exit.
-        let user = cpu.cpl == 3;
-        let vectors = if user { self.user_vectors } else { std::mem::take(&mut self.vectors) };
+        let context = self.next_context(step);
         let cpu = self.cpu();
-        let context = cpu.context(vectors, step);
+        // An interrupt that waits for the flag: STI must not pass by.
+        cpu.emitted.waiting = cpu.rflags & rflags::IF == 0
+            && (cpu.lapic.pending().is_some() || cpu.shared.extint.load(Ordering::Acquire));
         // The shadow ends with the instruction that comes now, unless that makes a new one.
         let rip = cpu.rip;
         let before = (std::mem::take(&mut cpu.sti_shadow), std::mem::take(&mut cpu.mov_ss_shadow));
@@ -276,6 +280,15 @@ impl TranslatedVcpu {
         leave
     }
 
+    /// The context that emitted code is entered in.
+    fn next_context(&mut self, step: bool) -> Context {
+        // User code keeps the vector registers in the host's once it has used them; supervisor code rarely uses them,
+        // and has them until it next leaves emitted code: saving and loading them costs more than that exit.
+        let user = self.cpu().cpl == 3;
+        let vectors = if user { self.user_vectors } else { std::mem::take(&mut self.vectors) };
+        self.cpu().context(vectors, step)
+    }
+
     /// Executes one instruction while no other vCPU is in emitted code: a locked access to two pages, which is made in
     /// pieces.
     fn run_alone(&mut self, context: &Context) -> Leave {
@@ -288,8 +301,23 @@ impl TranslatedVcpu {
         leave
     }
 
-    /// Enters emitted code at RIP, and again as long as it leaves only to find the next block.
+    /// Enters emitted code at RIP, and again as long as it leaves only to find the next block, or for an instruction
+    /// behind which nothing else is to be done.
     fn run_emitted(&mut self, context: &Context, step: bool) -> Leave {
+        let mut context = *context;
+        loop {
+            match self.run_in(&context, step) {
+                Leave::GoOn if !step => {}
+                Leave::GoOn => return Leave::Done,
+                leave => return leave,
+            }
+            context = self.next_context(false);
+            self.cpu().rflags &= !rflags::RF;
+        }
+    }
+
+    /// The same in one context.
+    fn run_in(&mut self, context: &Context, step: bool) -> Leave {
         let cpu = self.cpu();
         cpu.emitted.vectors = u32::from(context.mode.vectors());
         cpu.emitted.flag_word = to_flag_word(cpu.rflags);
@@ -465,19 +493,37 @@ impl TranslatedVcpu {
                 16
             }
         };
-        let bytes = &desc.bytes[..usize::from(desc.len)];
-        let insn = Decoder::with_ip(bits, bytes, desc.rip, *DECODER_OPTIONS).decode();
+        let decoded = self.decoded.get(desc, bits);
+        let insn = decoded.insn;
         self.cpu().rip = desc.rip;
-        if let classify::Class::Vector(_) = classify::classify(&insn, bits) {
+        if decoded.vector {
             return self.want_vectors(&insn);
         }
         use iced_x86::Mnemonic::{Int, Int1, Int3, Into, Syscall, Sysenter};
         match emulate(self.cpu(), &insn) {
             // They clear TF, and there is no trap behind them (SDM vol. 3A 6.8.1).
+            Ok(()) if self.may_go_on(insn.mnemonic()) => Leave::GoOn,
             Ok(()) if matches!(insn.mnemonic(), Int | Int1 | Int3 | Into | Syscall | Sysenter) => Leave::Look,
             Ok(()) => Leave::Done,
             Err(exception) => Leave::Raise(exception),
         }
+    }
+
+    /// Whether nothing has to be looked at behind an instruction that was emulated without an exception, but which mode
+    /// its successor is in.
+    fn may_go_on(&mut self, mnemonic: iced_x86::Mnemonic) -> bool {
+        use iced_x86::Mnemonic::{Hlt, In, Insb, Insd, Insw, Out, Outsb, Outsd, Outsw, Wrmsr};
+        // Those that devices, timers or the run loop hear of.
+        if matches!(mnemonic, Hlt | In | Insb | Insd | Insw | Out | Outsb | Outsd | Outsw | Wrmsr) {
+            return false;
+        }
+        let extint = self.shared.extint.load(Ordering::Acquire);
+        let cpu = self.cpu();
+        let shadow = cpu.sti_shadow || cpu.mov_ss_shadow;
+        let debugged = cpu.pending_debug != 0 || cpu.rflags & rflags::TF != 0 || cpu.dr7 & 0xff != 0;
+        let event = cpu.injected.is_some() || cpu.nmi_pending || cpu.leave || cpu.emitted.wants_world;
+        let interrupt = cpu.rflags & rflags::IF != 0 && (extint || cpu.lapic.pending().is_some());
+        !shadow && !debugged && !event && !interrupt && cpu.activity == Activity::Running
     }
 
     /// A vector instruction was met while the vector registers were not in the host's, or not to be used.
@@ -575,7 +621,7 @@ impl TranslatedVcpu {
                 break Ok(None);
             }
             match self.execute() {
-                Leave::Look | Leave::Done => {}
+                Leave::Look | Leave::Done | Leave::GoOn => {}
                 Leave::Full => self.clear_code(),
                 Leave::Raise(exception) => break Ok(Some(exception)),
                 Leave::Fail(reason) => {

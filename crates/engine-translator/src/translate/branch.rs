@@ -207,8 +207,8 @@ impl Emitter<'_> {
     }
 
     /// A push of `size` bytes, which `op` stores.
-    fn stack_push(&mut self, insn: &Insn, size: usize, op: &mut dyn FnMut(&mut Self, Mem)) {
-        let stay = if insn.class == Class::Push { 0 } else { AccessDesc::STAY };
+    pub(super) fn stack_push(&mut self, insn: &Insn, size: usize, op: &mut dyn FnMut(&mut Self, Mem)) {
+        let stay = if matches!(insn.class, Class::Push | Class::Pushf) { 0 } else { AccessDesc::STAY };
         let access = Access { size, flags: AccessDesc::WRITE | stay, segment: STACK };
         let operand = self.stack_top(-(size as i32));
         self.access(insn, &operand, access, &FlagUse::default(), STATUS, &mut |this, mem| {
@@ -242,7 +242,7 @@ impl Emitter<'_> {
     }
 
     /// `[mem] = [from]`; changes R10 and R11.
-    fn store_from(&mut self, mem: Mem, from: Mem, size: usize) {
+    pub(super) fn store_from(&mut self, mem: Mem, from: Mem, size: usize) {
         self.hosts = [None; 2];
         self.asm.lea(reg::R10, mem);
         self.asm.load(reg::R11, from);

@@ -33,6 +33,14 @@ pub enum Class {
     CallIndirect,
     /// A near return.
     Return,
+    /// CLI or STI at CPL 0, SWAPGS there, and PUSHFQ, with code of their own (see [`inlined`]).
+    Cli,
+    /// See [`Self::Cli`].
+    Sti,
+    /// See [`Self::Cli`].
+    Swapgs,
+    /// See [`Self::Cli`].
+    Pushf,
     /// Plain Rust deals with it, or finds that it is undefined.
     Emulate,
 }
@@ -72,6 +80,18 @@ pub fn classify(insn: &Instruction, bits: u32) -> Class {
         EncodingKind::VEX => vex(insn),
         EncodingKind::EVEX => evex(insn),
         _ => Class::Emulate,
+    }
+}
+
+/// The class of an instruction of 64-bit code that is emulated in general, but has emitted code of its own: `kernel` at
+/// CPL 0.
+pub fn inlined(insn: &Instruction, kernel: bool) -> Option<Class> {
+    match insn.code() {
+        Code::Cli if kernel => Some(Class::Cli),
+        Code::Sti if kernel => Some(Class::Sti),
+        Code::Swapgs if kernel => Some(Class::Swapgs),
+        Code::Pushfq => Some(Class::Pushf),
+        _ => None,
     }
 }
 

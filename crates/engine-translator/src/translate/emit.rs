@@ -99,6 +99,8 @@ pub struct Emitter<'a> {
     links: Vec<(Label, Label)>,
     /// How the access of the present instruction is checked.
     pub(super) check: Check,
+    /// The present instruction is the block's last one.
+    pub(super) last: bool,
     /// The groups whose host addresses R10 and R11 hold.
     pub(super) hosts: [Option<u8>; 2],
     /// Which of the two gives way to the next one.
@@ -120,6 +122,7 @@ impl<'a> Emitter<'a> {
             cs_base,
             links: Vec::new(),
             check: Check::Alone,
+            last: false,
             hosts: [None; 2],
             next_host: 0,
         }
@@ -149,6 +152,7 @@ impl<'a> Emitter<'a> {
         for (i, insn) in insns.iter().enumerate() {
             let live_after = insns.get(i + 1).map_or(STATUS, |n| n.live);
             self.check = checks[i];
+            self.last = i + 1 == insns.len();
             open = self.instruction(insn, live_after);
             if !open {
                 break;
@@ -248,6 +252,10 @@ impl<'a> Emitter<'a> {
             Class::Push => self.push(insn),
             Class::Pop => self.pop(insn),
             Class::Leave => self.leave(insn),
+            Class::Cli => self.cli(),
+            Class::Sti => return self.sti(insn),
+            Class::Swapgs => self.swapgs(),
+            Class::Pushf => self.pushf(insn),
             Class::Emulate => {
                 self.emulate(insn);
                 return false;

@@ -27,7 +27,8 @@ pub fn flag_use(insn: &Instruction, class: Class) -> FlagUse {
             let kills = if may_leave_flags(insn) { 0 } else { touches };
             FlagUse { reads: insn.rflags_read() & STATUS, kills, touches }
         }
-        Class::Nothing | Class::Push | Class::Pop | Class::Leave => FlagUse::default(),
+        Class::Nothing | Class::Push | Class::Pop | Class::Leave | Class::Cli | Class::Swapgs => FlagUse::default(),
+        // Where an interrupt waits, it leaves.
         _ => FlagUse { reads: STATUS, kills: 0, touches: 0 },
     }
 }

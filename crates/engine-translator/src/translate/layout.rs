@@ -10,6 +10,7 @@ use crate::{
     cpu::{Block, Cpu, Segment},
     exception::Exception,
     mailbox::Mailbox,
+    msr::Msrs,
     tlb::{Entry, Privilege, SET_ENTRIES, Tlb},
     xstate::XState,
 };
@@ -37,6 +38,8 @@ pub struct EmittedState {
     pub flag_word: u32,
     /// The same, after the copied instruction of a slow access or at a signal.
     pub late_flag_word: u32,
+    /// An interrupt waits for RFLAGS.IF to be set.
+    pub waiting: bool,
     /// Nonzero while vector and x87 registers are in the host's.
     pub vectors: u32,
     /// MXCSR for Rust code.
@@ -87,6 +90,7 @@ impl Default for EmittedState {
             lean: false,
             flag_word: 0,
             late_flag_word: 0,
+            waiting: false,
             vectors: 0,
             host_mxcsr: 0x1f80,
             xsave_mask: 0,
@@ -184,6 +188,9 @@ pub mod at {
 
     pub const FLAG_WORD: Mem = emitted!(flag_word);
     pub const LATE_FLAG_WORD: Mem = emitted!(late_flag_word);
+    pub const WAITING: Mem = emitted!(waiting);
+    pub const RFLAGS: Mem = Mem::gs((CPU + offset_of!(Cpu, rflags)) as i32);
+    pub const KERNEL_GS_BASE: Mem = Mem::gs((CPU + offset_of!(Cpu, msrs) + offset_of!(Msrs, kernel_gs_base)) as i32);
     pub const VECTORS: Mem = emitted!(vectors);
     pub const HOST_MXCSR: Mem = emitted!(host_mxcsr);
     pub const XSAVE_MASK: Mem = emitted!(xsave_mask);

@@ -9,6 +9,7 @@ mod emit;
 mod flags;
 mod groups;
 mod helpers;
+mod interrupt_flag;
 mod jumps;
 mod layout;
 mod masking;

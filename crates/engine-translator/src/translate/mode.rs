@@ -30,6 +30,8 @@ const AVX512: u32 = 1 << 12;
 const STEP: u32 = 1 << 13;
 /// No access is checked together with others.
 const UNGROUPED: u32 = 1 << 14;
+/// 64-bit code at CPL 0.
+const KERNEL: u32 = 1 << 15;
 
 impl Mode {
     /// 16, 32 or 64.
@@ -100,6 +102,11 @@ impl Mode {
         self.0 & STEP != 0
     }
 
+    /// Whether it is 64-bit code at CPL 0.
+    pub fn kernel(self) -> bool {
+        self.0 & KERNEL != 0
+    }
+
     /// Whether accesses may be checked together. Where such a check does not hold, the same code without goes on; it
     /// leads back to code of the plain mode.
     pub fn grouped(self) -> bool {
@@ -127,7 +134,7 @@ impl Cpu {
         let cs = &self.seg[seg::CS];
         let code64 = self.code64();
         if code64 {
-            mode |= CODE64;
+            mode |= CODE64 | if self.cpl == 0 { KERNEL } else { 0 };
         } else if cs.db() {
             mode |= CODE32;
         }

@@ -147,6 +147,9 @@ impl Planner {
 
     /// What the instruction does to the registers that groups depend on.
     fn registers(&mut self, insn: &Insn, factory: &mut InstructionInfoFactory) {
+        if insn.class == Class::Swapgs {
+            self.close(|open| open.key.segment == seg::GS);
+        }
         let moved = adds(insn);
         if let Some((register, by)) = moved {
             for open in &mut self.open {
@@ -221,6 +224,7 @@ fn reference(insn: &Insn, mode: Mode) -> Option<Reference> {
             let size = width(insn);
             (Operand::register(reg::RSP, -(size as i32), STACK), size, true)
         }
+        Class::Pushf => (Operand::register(reg::RSP, -8, STACK), 8, true),
         Class::Pop if insn.insn.op0_kind() == OpKind::Register => {
             let size = width(insn);
             (Operand::register(reg::RSP, 0, STACK), size, false)
@@ -258,7 +262,7 @@ fn adds(insn: &Insn) -> Option<(u8, i64)> {
     };
     let i = &insn.insn;
     match insn.class {
-        Class::Push => return Some((reg::RSP, i64::from(i.stack_pointer_increment()))),
+        Class::Push | Class::Pushf => return Some((reg::RSP, i64::from(i.stack_pointer_increment()))),
         // What is popped replaces what was added.
         Class::Pop if i.op0_kind() == OpKind::Register && i.op0_register().full_register() == Register::RSP => {
             return None;

@@ -32,7 +32,7 @@ pub enum Stop {
 }
 
 /// The host has BMI2.
-static BMI2: LazyLock<bool> = LazyLock::new(|| std::is_x86_feature_detected!("bmi2"));
+pub static BMI2: LazyLock<bool> = LazyLock::new(|| std::is_x86_feature_detected!("bmi2"));
 
 /// The processors of the two vendors decode some prefixes differently; the guest's is of the host's vendor.
 pub static DECODER_OPTIONS: LazyLock<u32> =

@@ -7,11 +7,11 @@
 use iced_x86::{Decoder, DecoderError};
 
 use super::{
-    classify::{Class, classify},
+    classify::{Class, classify, inlined},
     emit::Insn,
     flags::{FlagUse, STATUS, flag_use, live_before},
     jumps::Context,
-    source::{DECODER_OPTIONS, MAX_INSN, Source},
+    source::{BMI2, DECODER_OPTIONS, MAX_INSN, Source},
 };
 
 /// Instructions in a block at most.
@@ -112,12 +112,18 @@ impl<'a> Tracer<'a> {
         if self.decoder.last_error() == DecoderError::NoMoreBytes && bytes.len() - at < MAX_INSN {
             return None;
         }
-        let class = classify(&insn, self.context.mode.bits());
+        let class = self.class(&insn);
         let mut copy = [0; MAX_INSN];
         copy[..insn.len()].copy_from_slice(&bytes[at..at + insn.len()]);
         let end = (at + insn.len()).min(4096) as u32;
         self.trace.span = (self.trace.span.0.min(at as u32), self.trace.span.1.max(end));
         Some(Insn { insn, class, flags: flag_use(&insn, class), live: 0, bytes: copy, onward: None })
+    }
+
+    fn class(&self, insn: &iced_x86::Instruction) -> Class {
+        let mode = self.context.mode;
+        let own = (mode.bits() == 64 && !mode.step() && *BMI2).then(|| inlined(insn, mode.kernel())).flatten();
+        own.unwrap_or_else(|| classify(insn, mode.bits()))
     }
 
     /// Where the path goes on behind a jump; `None` if it ends there.
@@ -190,5 +196,6 @@ impl<'a> Tracer<'a> {
 
 /// Whether nothing behind the instruction is executed unless a jump leads there.
 fn ends_block(class: Class) -> bool {
-    !matches!(class, Class::Copy | Class::Vector(_) | Class::Nothing | Class::Push | Class::Pop | Class::Leave)
+    use Class::{Cli, Copy, Leave, Nothing, Pop, Push, Pushf, Sti, Swapgs, Vector};
+    !matches!(class, Copy | Vector(_) | Nothing | Push | Pop | Leave | Cli | Sti | Swapgs | Pushf)
 }
