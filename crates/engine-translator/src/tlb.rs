@@ -48,7 +48,11 @@ pub struct Entry {
 pub struct Fetch {
     tag: u64,
     host: u64,
+    global: bool,
 }
+
+/// An entry of the fetch side that no address matches.
+const NO_FETCH: Fetch = Fetch { tag: u64::MAX, host: 0, global: false };
 
 /// Entries of the fetch side: for user and supervisor code each.
 const FETCH_ENTRIES: usize = 256;
@@ -182,11 +186,26 @@ impl Tlb {
             self.sets[set as usize][index as usize].invalidate(index as usize);
         }
         self.global.clear();
+        self.forget_fetches();
         self.large = [0; 64];
     }
 
     fn forget_fetches(&mut self) {
-        self.fetch = [[Fetch { tag: u64::MAX, host: 0 }; FETCH_ENTRIES]; 2];
+        self.fetch = [[NO_FETCH; FETCH_ENTRIES]; 2];
+    }
+
+    fn forget_local_fetches(&mut self) {
+        for entry in self.fetch.as_flattened_mut() {
+            if !entry.global {
+                entry.tag = u64::MAX;
+            }
+        }
+    }
+
+    /// Whether the page of `linear`, from which an instruction was fetched just now, is a global one.
+    pub fn is_global_code(&self, privilege: Privilege, linear: u64) -> bool {
+        let entry = &self.fetch[usize::from(privilege != Privilege::User)][index(linear) % FETCH_ENTRIES];
+        entry.tag == linear & !0xfff && entry.global
     }
 
     /// Forgets everything but global pages.
@@ -196,7 +215,7 @@ impl Tlb {
             self.sets[set as usize][index as usize].invalidate(index as usize);
         }
         self.used.clear();
-        self.forget_fetches();
+        self.forget_local_fetches();
     }
 
     /// Forgets the page of `linear` (INVLPG). Returns whether everything had to go.
@@ -289,7 +308,8 @@ impl Cpu {
         };
         if access == Access::Fetch {
             let side = &mut self.tlb.fetch[usize::from(privilege != Privilege::User)];
-            side[index(address) % FETCH_ENTRIES] = Fetch { tag: address & !0xfff, host: page.host as u64 };
+            side[index(address) % FETCH_ENTRIES] =
+                Fetch { tag: address & !0xfff, host: page.host as u64, global: walked.global };
             return Ok(Target::Ram(page.host.wrapping_add((address & 0xfff) as usize)));
         }
         let stores = walked.writable && shared.ram.note_writer(page, self.index);
@@ -306,12 +326,12 @@ impl Cpu {
     /// Forgets all but global ones (MOV to CR3).
     pub fn flush_tlb_non_global(&mut self) {
         self.tlb.flush_non_global();
-        self.emitted.forget_jumps();
+        self.emitted.forget_local_jumps();
     }
 
     /// Forgets one page (INVLPG).
     pub fn flush_tlb_page(&mut self, linear: u64) {
-        self.tlb.flush_page(linear);
-        self.emitted.forget_jumps();
+        let all = self.tlb.flush_page(linear);
+        self.emitted.forget_jumps_to(linear, all);
     }
 }

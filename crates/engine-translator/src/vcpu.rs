@@ -336,7 +336,7 @@ impl TranslatedVcpu {
             if entry == miss || step {
                 entry = match self.cpu().block(context, rip) {
                     Ok(found) => {
-                        self.remember(table, rip, &found);
+                        self.remember(context, rip, &found);
                         found.checked_entry
                     }
                     Err(stop) => return self.stopped(stop),
@@ -375,11 +375,14 @@ impl TranslatedVcpu {
     }
 
     /// Lets indirect jumps to `rip` find `found`.
-    fn remember(&mut self, table: usize, rip: u64, found: &Found) {
+    fn remember(&mut self, context: &Context, rip: u64, found: &Found) {
+        let linear = if context.mode.bits() == 64 { rip } else { context.cs_base.wrapping_add(rip) & 0xffff_ffff };
+        let cpu = self.cpu();
+        let global = cpu.tlb.is_global_code(context.mode.privilege(), linear);
         if found.linkable
-            && let Some(jumps) = self.cpu().emitted.jumps()
+            && let Some(jumps) = cpu.emitted.jumps()
         {
-            jumps.set(table, rip, found.checked_entry, false);
+            jumps.set(context.mode.table(), rip, linear, found.checked_entry, global);
         }
     }
 

@@ -11,7 +11,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use rustc_hash::FxHashMap as HashMap;
+use rustc_hash::{FxHashMap as HashMap, FxHashSet};
 
 use super::{
     asm::Asm,
@@ -65,6 +65,8 @@ struct Inner {
     by_page: HashMap<u64, Vec<u32>>,
     /// Dead blocks that a new one for the same key replaces.
     dead: HashMap<Key, Vec<u32>>,
+    /// Keys without a second page for which there is no block, because not even one instruction is whole without that.
+    crossing: FxHashSet<Key>,
     /// Stores to watched pages so far, by page number modulo the length: what has to stand still while a block is made.
     stores: Vec<u64>,
     /// How often the cache was emptied.
@@ -142,6 +144,11 @@ impl CodeCache {
         }
     }
 
+    /// Whether the last block made for `key` had to have a second page.
+    pub fn crosses(&self, key: &Key) -> bool {
+        self.lock().crossing.contains(key)
+    }
+
     /// How many stores to the watched page of `physical` there were: to be asked once the page is watched, before its
     /// bytes are read.
     pub fn stores(&self, physical: u64) -> u64 {
@@ -199,6 +206,12 @@ impl CodeCache {
         inner.blocks.push(block);
         inner.by_key.insert(key, index);
         inner.by_page.entry(key.physical >> 12).or_default().push(index);
+        let first = Key { second: 0, ..key };
+        if key.second == 0 {
+            inner.crossing.remove(&first)
+        } else {
+            inner.crossing.insert(first)
+        };
         if key.second != 0 && (key.second - 1) >> 12 != key.physical >> 12 {
             inner.by_page.entry((key.second - 1) >> 12).or_default().push(index);
         }
@@ -239,6 +252,9 @@ impl CodeCache {
         self.memory.redirect(block.saved_entry, block.dead_saved_entry);
         self.memory.redirect(block.checked_entry, self.offset(self.stubs.miss_saved));
         inner.by_key.remove(&key);
+        if key.second != 0 {
+            inner.crossing.remove(&Key { second: 0, ..key });
+        }
         inner.dead.entry(key).or_default().push(index);
         for page in [Some(key.physical), key.second.checked_sub(1)].into_iter().flatten() {
             if let Some(blocks) = inner.by_page.get_mut(&(page >> 12)) {

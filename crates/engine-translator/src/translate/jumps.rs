@@ -18,6 +18,17 @@ pub struct JumpTables {
     /// Read by emitted code.
     pub entries: [[u64; TABLE_ENTRIES]; TABLES],
     state: [TableState; TABLES],
+    /// Linear pages that entries lead to, by their number modulo the number of bits, since all entries were forgotten.
+    pages: [u64; PAGE_WORDS],
+}
+
+/// 64 pages each.
+const PAGE_WORDS: usize = 256;
+
+/// Where in [`JumpTables::pages`] the page of a linear address is.
+fn page_bit(linear: u64) -> (usize, u64) {
+    let number = linear >> 12;
+    (number as usize / 64 % PAGE_WORDS, 1 << (number % 64))
 }
 
 #[derive(Default)]
@@ -82,8 +93,16 @@ impl JumpTables {
         self.entries[table][rip as u16 as usize]
     }
 
-    /// Sets the entry for `rip`.
-    pub fn set(&mut self, table: usize, rip: u64, host: u64, global: bool) {
+    /// Whether any entry may lead to code on the page of `linear`.
+    pub fn may_lead_to(&self, linear: u64) -> bool {
+        let (word, bit) = page_bit(linear);
+        self.pages[word] & bit != 0
+    }
+
+    /// Sets the entry for `rip`, which is at `linear`; `global` if that is a global page.
+    pub fn set(&mut self, table: usize, rip: u64, linear: u64, host: u64, global: bool) {
+        let (word, bit) = page_bit(linear);
+        self.pages[word] |= bit;
         let state = &mut self.state[table];
         self.entries[table][rip as u16 as usize] = host;
         let list = if global { &mut state.global } else { &mut state.local };
@@ -96,6 +115,9 @@ impl JumpTables {
 
     /// Empties the tables; those of global pages stay if `keep_global`.
     pub fn forget(&mut self, miss: u64, keep_global: bool) {
+        if !keep_global {
+            self.pages = [0; PAGE_WORDS];
+        }
         for (entries, state) in self.entries.iter_mut().zip(&mut self.state) {
             for index in state.local.drain(..) {
                 entries[index as usize] = miss;

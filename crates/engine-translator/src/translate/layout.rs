@@ -123,6 +123,14 @@ impl EmittedState {
         self.forget(true);
     }
 
+    /// The same for the page of `linear` alone, unless `all` pages changed.
+    pub fn forget_jumps_to(&mut self, linear: u64, all: bool) {
+        let concerned = self.jumps().is_some_and(|jumps| jumps.may_lead_to(linear));
+        if all || concerned {
+            self.forget_jumps();
+        }
+    }
+
     fn forget(&mut self, keep_global: bool) {
         let miss = self.miss;
         if let Some(jumps) = self.jumps() {

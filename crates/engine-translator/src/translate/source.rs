@@ -73,6 +73,12 @@ impl Cpu {
         if let Some(found) = self.shared.code.find(&key) {
             return Ok(found);
         }
+        if linear & 0xfff > (4096 - MAX_INSN) as u64 && self.shared.code.crosses(&key) {
+            let second = self.fetch_page((linear & !0xfff).wrapping_add(0x1000) & address_mask(context))?;
+            if let Some(found) = self.shared.code.find(&Key { second: second.1 + 1, ..key }) {
+                return Ok(found);
+            }
+        }
         loop {
             let mut source = self.source(key, linear, first, None);
             let mut trace = trace::trace(&source, context);
