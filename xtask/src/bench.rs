@@ -8,6 +8,7 @@ mod files;
 mod goals;
 mod report;
 mod rows;
+mod userland;
 
 use std::path::PathBuf;
 
@@ -18,6 +19,7 @@ use self::{
     agent::{Agent, Answer},
     column::{Column, Runner},
     figures::{Figures, Sample},
+    files::Files,
     rows::{ROWS, Row},
 };
 use crate::machine;
@@ -40,6 +42,9 @@ pub struct BenchArgs {
     /// Another purlin to measure, too
     #[arg(long, value_name = "PATH")]
     purlin: Vec<PathBuf>,
+    /// Do not build purlin first: measure what was built before
+    #[arg(long)]
+    no_build: bool,
     /// Where to write all figures
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -73,7 +78,9 @@ impl BenchArgs {
 /// Measures, row by row.
 pub fn run(args: &BenchArgs) -> Result<()> {
     let rows = args.rows()?;
-    machine::build()?;
+    if !args.no_build {
+        machine::build()?;
+    }
     let files = files::prepare()?;
     let mut columns = Vec::new();
     for runner in args.runners() {
@@ -82,7 +89,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let mut figures = Figures::new(&columns);
     println!("{}", report::head(&figures));
     for row in rows {
-        let samples = measure(row, args.rounds, &mut columns)?;
+        let samples = measure(row, args.rounds, &mut columns, &files)?;
         figures.add(row, samples);
         println!("{}", report::line(&figures, row));
     }
@@ -96,12 +103,12 @@ pub fn run(args: &BenchArgs) -> Result<()> {
 }
 
 /// The samples of each column, round by round, in turn.
-fn measure(row: &Row, rounds: u32, columns: &mut [Column]) -> Result<Vec<Vec<Sample>>> {
+fn measure(row: &Row, rounds: u32, columns: &mut [Column], files: &Files) -> Result<Vec<Vec<Sample>>> {
     let mut samples = vec![Vec::new(); columns.len()];
     let mut checksum: Option<String> = None;
     for _ in 0..rounds {
         for (column, samples) in columns.iter_mut().zip(&mut samples) {
-            let Some(sample) = column.measure(row) else { continue };
+            let Some(sample) = column.measure(row, files) else { continue };
             let known = checksum.get_or_insert_with(|| sample.checksum.clone());
             ensure!(
                 *known == sample.checksum,

@@ -2,14 +2,16 @@
 
 use std::{path::PathBuf, process::Command, time::Duration};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use purlin_debian::guest::Guest;
 
-use super::{Agent, Answer, Row, Sample, files::Files};
-use crate::machine::{self, Engine};
+use super::{Agent, Answer, Row, Sample, files::Files, rows::Kind};
+use crate::machine::{self, Boot, Engine};
 
 /// MiB of memory that a guest has.
 pub const MEMORY: u32 = 1024;
+/// What the machine has whose boot is timed: as in `cargo xtask boot`.
+const SMALL_MEMORY: u32 = 512;
 
 /// How far a guest's clock may be from the host's: this part, and the time that a line takes.
 const CLOCK: (f64, Duration) = (0.05, Duration::from_millis(20));
@@ -78,11 +80,12 @@ impl Column {
     }
 
     /// Runs a row, if it can.
-    pub fn measure(&mut self, row: &Row) -> Option<Sample> {
+    pub fn measure(&mut self, row: &Row, files: &Files) -> Option<Sample> {
         if self.failed.is_some() {
             return None;
         }
-        match self.agent.run(row.name) {
+        let answer = if row.kind == Kind::Boot { self.boot(&files.small) } else { self.agent.run(row.name) };
+        match answer {
             Ok(Answer::Done(sample)) => {
                 self.check_clock(row, &sample);
                 Some(sample)
@@ -90,11 +93,19 @@ impl Column {
             Ok(Answer::Unable) => None,
             Err(error) => {
                 let reason = format!("{error:#}");
-                println!("{}: {reason}", self.name);
+                println!("{}: {}: {reason}", self.name, row.name);
                 self.failed = Some(reason);
                 None
             }
         }
+    }
+
+    /// Boots a machine of its own, and takes the time from its start to userspace.
+    fn boot(&self, guest: &Guest) -> Result<Answer> {
+        let Some(command) = self.runner.machine(guest, 1, SMALL_MEMORY) else { return Ok(Answer::Unable) };
+        let boot = Boot::run(command, &format!("bench-{}", self.name))?;
+        let wall = boot.to_userspace.with_context(|| format!("it does not reach userspace: {}", boot.tail()))?;
+        Ok(Answer::Done(Sample { wall, own: wall, checksum: String::new() }))
     }
 
     /// The host's clock counts; a guest's that says something else is worth a word.

@@ -11,6 +11,7 @@ use std::{
 use anyhow::{Context, Result};
 use purlin_debian::{guest::Guest, initramfs::Initramfs};
 
+use super::userland;
 use crate::{
     guests::Kernel,
     shell::{root, run, target},
@@ -32,7 +33,8 @@ pub struct Files {
 pub fn prepare() -> Result<Files> {
     let dir = target().join("xtask/bench");
     let tree = dir.join("root");
-    for sub in ["dev", "proc", "sys", "tmp", "usr/share/bench"] {
+    userland::prepare(&tree)?;
+    for sub in ["dev", "proc", "sys", "tmp"] {
         fs::create_dir_all(tree.join(sub))?;
     }
     compile(&tree.join("bench"))?;

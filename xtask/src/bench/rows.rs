@@ -60,6 +60,10 @@ pub const ROWS: &[Row] = &[
     row("faults", Kind::Kernel),
     row("segv", Kind::Kernel),
     row("futex", Kind::Kernel),
+    row(BOOT, Kind::Boot),
+    row("gzip", Kind::Integer),
+    row("perl", Kind::Integer),
+    row("gcc", Kind::Integer),
 ];
 
 /// All names, for a message.

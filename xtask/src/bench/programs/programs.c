@@ -32,7 +32,7 @@ static void gzip_prepare(void)
 
 static uint64_t gzip_work(void)
 {
-	char *const argv[] = { "/usr/bin/gzip", "-c", NULL };
+	char *const argv[] = { "/programs/gzip", "-cn", NULL };
 	run_program(argv, "/tmp/text", "/tmp/text.gz");
 	return checksum_of_file("/tmp/text.gz");
 }
@@ -44,7 +44,7 @@ static void perl_prepare(void)
 
 static uint64_t perl_work(void)
 {
-	char *const argv[] = { "/usr/bin/perl", "/usr/share/bench/words.pl", NULL };
+	char *const argv[] = { "/programs/perl", "/programs/words.pl", NULL };
 	run_program(argv, "/tmp/text", "/tmp/words");
 	return checksum_of_file("/tmp/words");
 }
@@ -53,9 +53,9 @@ static uint64_t perl_work(void)
 static uint64_t gcc_work(void)
 {
 	char *const compiler[] = {
-		"/usr/share/bench/cc1", "-fpreprocessed", "/usr/share/bench/source.i", "-quiet", "-O2", "-o", "/tmp/source.s", NULL,
+		"/programs/cc1", "-fpreprocessed", "/programs/source.i", "-quiet", "-O2", "-o", "/tmp/source.s", NULL,
 	};
-	char *const assembler[] = { "/usr/bin/as", "-o", "/tmp/source.o", "/tmp/source.s", NULL };
+	char *const assembler[] = { "/programs/as", "-o", "/tmp/source.o", "/tmp/source.s", NULL };
 	run_program(compiler, NULL, NULL);
 	run_program(assembler, NULL, NULL);
 	return checksum_of_file("/tmp/source.s");
