@@ -6,6 +6,9 @@ mod column;
 mod figures;
 mod files;
 mod goals;
+mod json;
+mod machines;
+mod processor;
 mod report;
 mod rows;
 mod userland;
@@ -18,8 +21,9 @@ use clap::Args;
 use self::{
     agent::{Agent, Answer},
     column::{Column, Runner},
-    figures::{Figures, Sample},
+    figures::{Clock, Figures, Sample},
     files::Files,
+    machines::Figure,
     rows::{ROWS, Row},
 };
 use crate::machine;
@@ -45,6 +49,12 @@ pub struct BenchArgs {
     /// Do not build purlin first: measure what was built before
     #[arg(long)]
     no_build: bool,
+    /// Also how much faster two processes are on two vCPUs, by the clock on the wall
+    #[arg(long)]
+    vcpus: bool,
+    /// Have the clock on the wall count, not what a row takes of the host's processors
+    #[arg(long)]
+    wall: bool,
     /// Where to write all figures
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -82,11 +92,13 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         machine::build()?;
     }
     let files = files::prepare()?;
-    let mut columns = Vec::new();
+    let mut columns = Vec::<Column>::new();
     for runner in args.runners() {
-        columns.push(Column::start(runner, &files, columns.len())?);
+        let name = runner.name();
+        let same = columns.iter().filter(|column| column.runner.name() == name).count();
+        columns.push(Column::start(runner, if same == 0 { name } else { format!("{name}-{}", same + 1) }, &files)?);
     }
-    let mut figures = Figures::new(&columns);
+    let mut figures = Figures::new(&columns, if args.wall { Clock::Wall } else { Clock::Processor });
     println!("{}", report::head(&figures));
     for row in rows {
         let samples = measure(row, args.rounds, &mut columns, &files)?;
@@ -94,12 +106,32 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         println!("{}", report::line(&figures, row));
     }
     println!("\n{}", report::summary(&figures));
+    let machines = machines(args, &mut columns, &files)?;
+    for figure in &machines {
+        println!("{}: {:.1} {}", figure.name, figure.value, figure.unit);
+    }
+    if let Some(path) = &args.json {
+        json::write(path, &figures, &machines)?;
+    }
     for column in &columns {
         if let Some(reason) = &column.failed {
             bail!("{}: {reason}; see {}", column.name, column.agent.log().display());
         }
     }
     Ok(())
+}
+
+/// What is told of the machines, once the rows are done.
+fn machines(args: &BenchArgs, columns: &mut [Column], files: &Files) -> Result<Vec<Figure>> {
+    let mut figures = Vec::new();
+    if args.rows.is_empty() {
+        figures.extend(machines::memory(columns)?);
+        figures.extend(machines::idle(columns));
+    }
+    if args.vcpus {
+        figures.extend(machines::two_processors(columns, files, args.rounds)?);
+    }
+    Ok(figures)
 }
 
 /// The samples of each column, round by round, in turn.

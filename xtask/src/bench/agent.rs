@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::figures::Sample;
+use super::{figures::Sample, processor};
 use crate::shell::describe;
 
 /// Far more than a guest's boot or any row takes, also on a loaded machine.
@@ -22,8 +22,24 @@ const PATIENCE: Duration = Duration::from_secs(120);
 pub struct Agent {
     child: Child,
     input: ChildStdin,
-    lines: Receiver<(Instant, String)>,
+    lines: Receiver<(Stamp, String)>,
     log: PathBuf,
+    /// Whether the process is a machine that the agent is in, not the agent itself.
+    is_machine: bool,
+}
+
+/// When a line came.
+#[derive(Clone, Copy)]
+struct Stamp {
+    at: Instant,
+    /// What the process had taken of the host's processors.
+    processor: Duration,
+}
+
+impl Stamp {
+    fn now(process: u32) -> Self {
+        Self { at: Instant::now(), processor: processor::time(process) }
+    }
 }
 
 /// What it answers when it is asked for a row.
@@ -35,8 +51,9 @@ pub enum Answer {
 }
 
 impl Agent {
-    /// Starts it by this command and waits until it is ready. What is said besides goes to logs in `dir`.
-    pub fn start(mut command: Command, name: &str, dir: &Path) -> Result<Self> {
+    /// Starts it by this command, which is that of a machine or of the agent itself, and waits until it is ready. What is
+    /// said besides goes to logs in `dir`.
+    pub fn start(mut command: Command, is_machine: bool, name: &str, dir: &Path) -> Result<Self> {
         let log = dir.join(format!("{name}.log"));
         let messages = File::create(dir.join(format!("{name}.messages")))?;
         let mut child = command
@@ -48,11 +65,12 @@ impl Agent {
         let (input, output) = (child.stdin.take().context("no input")?, child.stdout.take().context("no output")?);
         let (sender, lines) = mpsc::channel();
         let mut transcript = File::create(&log)?;
+        let process = child.id();
         thread::spawn(move || {
             let mut reader = BufReader::new(output);
             let mut line = Vec::new();
             while reader.read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
-                let said = (Instant::now(), String::from_utf8_lossy(&line).into_owned());
+                let said = (Stamp::now(process), String::from_utf8_lossy(&line).into_owned());
                 // Where there is no room for a log there is still a measurement.
                 let _ = transcript.write_all(&line);
                 if sender.send(said).is_err() {
@@ -61,7 +79,7 @@ impl Agent {
                 line.clear();
             }
         });
-        let mut agent = Self { child, input, lines, log };
+        let mut agent = Self { child, input, lines, log, is_machine };
         agent.expect(|said| (said == Said::Ready).then_some(())).context("it does not begin")?;
         Ok(agent)
     }
@@ -72,10 +90,14 @@ impl Agent {
         let mut begin = None;
         loop {
             match self.listen()? {
-                (at, Said::Begin) => begin = Some(at),
-                (at, Said::End { own, checksum }) => {
-                    let begin = begin.context("it ends a row that has not begun")?;
-                    return Ok(Answer::Done(Sample { wall: at - begin, own, checksum }));
+                (stamp, Said::Begin) => begin = Some(stamp),
+                (end, Said::End { own, own_processor, checksum }) => {
+                    let begin: Stamp = begin.context("it ends a row that has not begun")?;
+                    let processor = match self.is_machine {
+                        true => end.processor.saturating_sub(begin.processor),
+                        false => own_processor,
+                    };
+                    return Ok(Answer::Done(Sample { wall: end.at - begin.at, own, processor, checksum }));
                 }
                 (_, Said::Unable) => return Ok(Answer::Unable),
                 (_, Said::Failed(reason)) => bail!("{row}: {reason}"),
@@ -99,15 +121,15 @@ impl Agent {
         wanted(said).context("it says something else")
     }
 
-    fn listen(&mut self) -> Result<(Instant, Said)> {
+    fn listen(&mut self) -> Result<(Stamp, Said)> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             ensure!(!left.is_zero(), "silent for {PATIENCE:?}");
             match self.lines.recv_timeout(left) {
-                Ok((at, line)) => {
+                Ok((stamp, line)) => {
                     if let Some(said) = parse(&line) {
-                        return Ok((at, said));
+                        return Ok((stamp, said));
                     }
                 }
                 Err(mpsc::RecvTimeoutError::Timeout) => {}
@@ -137,7 +159,7 @@ fn tail(log: &Path) -> String {
 enum Said {
     Ready,
     Begin,
-    End { own: Duration, checksum: String },
+    End { own: Duration, own_processor: Duration, checksum: String },
     Unable,
     Failed(String),
 }
@@ -152,8 +174,9 @@ fn parse(line: &str) -> Option<Said> {
         ("unable", Some(_)) => Said::Unable,
         ("failed", Some(_)) => Said::Failed(words.collect::<Vec<_>>().join(" ")),
         ("end", Some(_)) => {
-            let own = Duration::from_nanos(words.next()?.parse().ok()?);
-            Said::End { own, checksum: words.next()?.to_owned() }
+            let mut time = || Some(Duration::from_nanos(words.next()?.parse().ok()?));
+            let (own, own_processor) = (time()?, time()?);
+            Said::End { own, own_processor, checksum: words.next()?.to_owned() }
         }
         _ => return None,
     })
@@ -165,11 +188,12 @@ mod tests {
 
     #[test]
     fn lines_of_the_agent() {
-        let end = Said::End { own: Duration::from_millis(2), checksum: "0af0".into() };
-        assert_eq!(parse("\u{1b}[mbench: end sieve 2000000 0af0\r\n"), Some(end));
+        let [own, own_processor] = [2, 1].map(Duration::from_millis);
+        let end = Said::End { own, own_processor, checksum: "0af0".into() };
+        assert_eq!(parse("\u{1b}[mbench: end sieve 2000000 1000000 0af0\r\n"), Some(end));
         assert_eq!(parse("bench: ready\r\n"), Some(Said::Ready));
         assert_eq!(parse("bench: failed pipe no more: ENFILE\n"), Some(Said::Failed("no more: ENFILE".into())));
-        assert_eq!(parse("bench: end sieve\n"), None);
+        assert_eq!(parse("bench: end sieve 5\n"), None);
         assert_eq!(parse("[    0.1] Linux version 6.1\n"), None);
     }
 }

@@ -41,7 +41,8 @@ impl Runner {
         self.machine(&files.guest, 1, MEMORY).unwrap_or_else(|| native(files))
     }
 
-    fn name(&self) -> String {
+    /// A name, which others may have, too.
+    pub fn name(&self) -> String {
         match self {
             Self::Native => "native".into(),
             Self::Tcg(model) => format!("tcg-{model}"),
@@ -71,11 +72,9 @@ pub struct Column {
 }
 
 impl Column {
-    /// Starts it. `before` counts the columns before this one.
-    pub fn start(runner: Runner, files: &Files, before: usize) -> Result<Self> {
-        let name = runner.name();
-        let log = format!("{before}-{name}");
-        let agent = Agent::start(runner.agent(files), &log, &files.dir)?;
+    /// Starts it under this name.
+    pub fn start(runner: Runner, name: String, files: &Files) -> Result<Self> {
+        let agent = Agent::start(runner.agent(files), !matches!(runner, Runner::Native), &name, &files.dir)?;
         Ok(Self { name, runner, agent, failed: None })
     }
 
@@ -105,7 +104,7 @@ impl Column {
         let Some(command) = self.runner.machine(guest, 1, SMALL_MEMORY) else { return Ok(Answer::Unable) };
         let boot = Boot::run(command, &format!("bench-{}", self.name))?;
         let wall = boot.to_userspace.with_context(|| format!("it does not reach userspace: {}", boot.tail()))?;
-        Ok(Answer::Done(Sample { wall, own: wall, checksum: String::new() }))
+        Ok(Answer::Done(Sample { wall, own: wall, processor: wall, checksum: String::new() }))
     }
 
     /// The host's clock counts; a guest's that says something else is worth a word.

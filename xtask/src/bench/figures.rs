@@ -11,10 +11,12 @@ use crate::figures::median;
 /// One run of a row.
 #[derive(Clone)]
 pub struct Sample {
-    /// By the host's clock: this counts.
+    /// By the host's clock.
     pub wall: Duration,
     /// By the clock of the machine that ran it.
     pub own: Duration,
+    /// What it took of a processor of the host's.
+    pub processor: Duration,
     /// What it computed.
     pub checksum: String,
 }
@@ -30,30 +32,53 @@ pub enum Role {
     Purlin,
 }
 
-/// All figures, in milliseconds.
+/// Which time counts.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Clock {
+    /// A processor's: what others do on the host is not in it.
+    Processor,
+    /// The host's clock on the wall.
+    Wall,
+}
+
+impl Clock {
+    fn milliseconds(self, sample: &Sample) -> f64 {
+        let time = match self {
+            Self::Processor => sample.processor,
+            Self::Wall => sample.wall,
+        };
+        time.as_secs_f64() * 1000.0
+    }
+}
+
+/// All figures.
 pub struct Figures {
     /// The columns' names and roles.
     pub columns: Vec<(String, Role)>,
     /// The rows, each with the rounds of each column; a column that was unable has none.
-    pub rows: Vec<(&'static Row, Vec<Vec<f64>>)>,
+    pub rows: Vec<(&'static Row, Vec<Vec<Sample>>)>,
+    /// Which of their times counts.
+    pub clock: Clock,
 }
 
 impl Figures {
     /// None yet.
-    pub fn new(columns: &[Column]) -> Self {
+    pub fn new(columns: &[Column], clock: Clock) -> Self {
         let role = |column: &Column| match column.runner {
             Runner::Native => Role::Native,
             Runner::Tcg(_) => Role::Tcg,
             Runner::Purlin(_) => Role::Purlin,
         };
-        Self { columns: columns.iter().map(|column| (column.name.clone(), role(column))).collect(), rows: Vec::new() }
+        Self {
+            columns: columns.iter().map(|column| (column.name.clone(), role(column))).collect(),
+            rows: Vec::new(),
+            clock,
+        }
     }
 
     /// Takes a row's.
     pub fn add(&mut self, row: &'static Row, samples: Vec<Vec<Sample>>) {
-        let milliseconds = |sample: Sample| sample.wall.as_secs_f64() * 1000.0;
-        let rounds = samples.into_iter().map(|samples| samples.into_iter().map(milliseconds).collect());
-        self.rows.push((row, rounds.collect()));
+        self.rows.push((row, samples));
     }
 
     /// The places of the columns of a role.
@@ -61,14 +86,22 @@ impl Figures {
         self.columns.iter().enumerate().filter(move |(_, column)| column.1 == role).map(|(place, _)| place)
     }
 
-    fn rounds(&self, row: &Row, column: usize) -> Option<&[f64]> {
+    /// The milliseconds of each round.
+    pub fn rounds(&self, row: &Row, column: usize) -> Option<Vec<f64>> {
         let (_, columns) = self.rows.iter().find(|(known, _)| known.name == row.name)?;
-        columns.get(column).map(Vec::as_slice).filter(|rounds| !rounds.is_empty())
+        let samples = columns.get(column).filter(|samples| !samples.is_empty())?;
+        Some(samples.iter().map(|sample| self.clock.milliseconds(sample)).collect())
+    }
+
+    /// How many times its processor time a column took by the clock on the wall: what the host's other load made of it.
+    pub fn stretch(&self, column: usize) -> Option<f64> {
+        let samples = self.rows.iter().flat_map(|(_, columns)| &columns[column]);
+        geometric_mean(samples.map(|sample| sample.wall.as_secs_f64() / sample.processor.as_secs_f64()))
     }
 
     /// A column's median.
     pub fn median(&self, row: &Row, column: usize) -> Option<f64> {
-        self.rounds(row, column).map(|rounds| median(rounds.to_vec()))
+        self.rounds(row, column).map(|rounds| median(rounds))
     }
 
     /// The faster of QEMU's.
@@ -80,7 +113,7 @@ impl Figures {
     /// How many times faster `column` is than `reference`: the median of the rounds, whose runs are neighbours in time.
     pub fn times_faster(&self, row: &Row, column: usize, reference: usize) -> Option<f64> {
         let (ours, theirs) = (self.rounds(row, column)?, self.rounds(row, reference)?);
-        let ratios: Vec<_> = ours.iter().zip(theirs).map(|(ours, theirs)| theirs / ours).collect();
+        let ratios: Vec<_> = ours.iter().zip(&theirs).map(|(ours, theirs)| theirs / ours).collect();
         Some(median(ratios))
     }
 
@@ -115,12 +148,24 @@ pub fn geometric_mean(figures: impl IntoIterator<Item = f64>) -> Option<f64> {
 pub mod tests {
     use super::{super::rows::ROWS, *};
 
+    fn samples(milliseconds: Vec<f64>) -> Vec<Sample> {
+        let sample = |milliseconds: f64| {
+            let wall = Duration::from_secs_f64(milliseconds / 1000.0);
+            Sample { wall, own: wall, processor: wall / 2, checksum: String::new() }
+        };
+        milliseconds.into_iter().map(sample).collect()
+    }
+
     /// Native, both models of QEMU's and Purlin, with three rounds of the first row, which qemu64 cannot run.
     pub fn some() -> Figures {
         let columns =
             [("native", Role::Native), ("tcg-max", Role::Tcg), ("tcg-qemu64", Role::Tcg), ("purlin", Role::Purlin)];
         let rounds = vec![vec![10.0, 20.0, 12.0], vec![100.0, 160.0, 90.0], vec![], vec![20.0, 40.0, 30.0]];
-        Figures { columns: columns.map(|(name, role)| (name.to_owned(), role)).into(), rows: vec![(&ROWS[0], rounds)] }
+        Figures {
+            columns: columns.map(|(name, role)| (name.to_owned(), role)).into(),
+            rows: vec![(&ROWS[0], rounds.into_iter().map(samples).collect())],
+            clock: Clock::Wall,
+        }
     }
 
     #[test]
@@ -135,9 +180,17 @@ pub mod tests {
     fn the_faster_of_qemus_counts() {
         let (mut figures, row) = (some(), &ROWS[0]);
         assert_eq!(figures.better_tcg(row), Some(1));
-        figures.rows[0].1[2] = vec![80.0, 80.0, 95.0];
+        figures.rows[0].1[2] = samples(vec![80.0, 80.0, 95.0]);
         assert_eq!(figures.better_tcg(row), Some(2));
         assert_eq!(figures.median(&ROWS[1], 0), None);
+    }
+
+    #[test]
+    fn either_clock_counts() {
+        let mut figures = some();
+        assert_eq!(figures.stretch(0), Some(2.0));
+        figures.clock = Clock::Processor;
+        assert_eq!(figures.median(&ROWS[0], 0), Some(6.0));
     }
 
     #[test]

@@ -83,3 +83,18 @@ fn goals(figures: &Figures, column: usize) -> Vec<Goal> {
     }
     goals.into_iter().flatten().collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{super::figures::tests::some, *};
+
+    #[test]
+    fn goals_without_a_figure_are_left_out() {
+        let said = of(&some(), 3);
+        let lines: Vec<_> = said.lines().collect();
+        assert_eq!(lines[0], "purlin: all rows against TCG, mean 4.00x, at least 4.00x: met");
+        assert_eq!(lines[2], "purlin: integer rows against native, mean 50%, at least 65%: NOT met");
+        assert_eq!(lines[3], "purlin: integer rows against native, lowest (integer) 50%, at least 40%: met");
+        assert_eq!(lines.len(), 4, "{said}");
+    }
+}

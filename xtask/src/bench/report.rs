@@ -1,7 +1,7 @@
 //! The table, as it is printed.
 
 use super::{
-    figures::{Figures, Role},
+    figures::{Clock, Figures, Role},
     goals,
     rows::Row,
 };
@@ -9,7 +9,7 @@ use super::{
 const NAME: usize = 12;
 const CELL: usize = 10;
 
-/// The line above the rows. Times are in milliseconds.
+/// The line above the rows. Times are in milliseconds, those of QEMU the better of its two.
 pub fn head(figures: &Figures) -> String {
     let mut cells = vec![];
     if figures.of(Role::Native).next().is_some() {
@@ -21,7 +21,7 @@ pub fn head(figures: &Figures) -> String {
     for column in figures.of(Role::Purlin) {
         cells.extend([figures.columns[column].0.clone(), "x tcg".into(), "% native".into()]);
     }
-    line_of("ms", &cells)
+    line_of(if figures.clock == Clock::Wall { "ms (wall)" } else { "ms (cpu)" }, &cells)
 }
 
 /// A row.
@@ -51,5 +51,28 @@ fn line_of(name: &str, cells: &[String]) -> String {
 /// What is below the rows.
 pub fn summary(figures: &Figures) -> String {
     let purlins = figures.of(Role::Purlin);
-    purlins.map(|column| goals::of(figures, column)).collect::<Vec<_>>().join("\n")
+    let mut text: String = purlins.map(|column| goals::of(figures, column) + "\n").collect();
+    for (column, (name, _)) in figures.columns.iter().enumerate() {
+        if let Some(stretch) = figures.stretch(column) {
+            text += &format!("{name}: {stretch:.2} s on the wall for each of a processor's (mean)\n");
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::{figures::tests::some, rows::ROWS},
+        *,
+    };
+
+    #[test]
+    fn a_row_has_a_cell_for_each_column() {
+        let figures = some();
+        let words = |line: String| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+        assert_eq!(words(line(&figures, &ROWS[0])), ["integer", "12.0", "100.0", "30.0", "4.00", "50"]);
+        assert_eq!(words(line(&figures, &ROWS[1]))[1..], ["-", "-", "-", "-", "-"]);
+        assert_eq!(head(&figures).len(), line(&figures, &ROWS[0]).len());
+    }
 }

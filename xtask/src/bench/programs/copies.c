@@ -18,7 +18,7 @@ static void prepare(void)
 
 static uint64_t copy_sse(void)
 {
-	for (int round = 0; round < 6000; round++) {
+	for (int round = 0; round < 3000; round++) {
 		for (int i = 0; i < SIZE; i += 64)
 			for (int j = i; j < i + 64; j += 16)
 				_mm_store_si128((__m128i *)(to + j), _mm_load_si128((const __m128i *)(from + j)));
@@ -29,7 +29,7 @@ static uint64_t copy_sse(void)
 
 static uint64_t copy_rep(void)
 {
-	for (int round = 0; round < 6000; round++) {
+	for (int round = 0; round < 800; round++) {
 		const char *source = from;
 		char *target = to;
 		size_t count = SIZE;

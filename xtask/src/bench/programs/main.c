@@ -3,9 +3,9 @@
  *
  * It says `bench: ready`. For every name that it then reads, a line each, it answers
  *     bench: begin NAME
- *     bench: end NAME NANOSECONDS CHECKSUM
+ *     bench: end NAME NANOSECONDS CPU CHECKSUM
  * or `bench: unable NAME` where the processor lacks something, or `bench: failed NAME REASON`. The host takes the time
- * between the two lines; the time that is told is by this machine's own clock, and is compared with it.
+ * between the two lines; the times that are told are by this machine's own clock, and of its processor for this row.
  * With `pin` as argument each row stays on the processor on which it begins, as in a guest that has but one.
  */
 #define _GNU_SOURCE
@@ -17,6 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <termios.h>
 #include <time.h>
@@ -116,6 +117,21 @@ static uint64_t now(void)
 	return time.tv_sec * 1000000000ULL + time.tv_nsec;
 }
 
+static uint64_t nanoseconds(struct timeval time)
+{
+	return time.tv_sec * 1000000000ULL + time.tv_usec * 1000ULL;
+}
+
+/* What this process and the children that it has waited for took of a processor. */
+static uint64_t processor_time(void)
+{
+	struct rusage self, children;
+	getrusage(RUSAGE_SELF, &self);
+	getrusage(RUSAGE_CHILDREN, &children);
+	return nanoseconds(self.ru_utime) + nanoseconds(self.ru_stime) + nanoseconds(children.ru_utime) +
+	       nanoseconds(children.ru_stime);
+}
+
 /* A row has a process of its own: what it leaves behind goes with it. */
 static int run(void *argument)
 {
@@ -127,10 +143,10 @@ static int run(void *argument)
 	if (row->prepare)
 		row->prepare();
 	printf("bench: begin %s\n", row->name);
-	uint64_t begin = now();
+	uint64_t begin = now(), begin_processor = processor_time();
 	uint64_t result = row->work();
-	uint64_t end = now();
-	printf("bench: end %s %" PRIu64 " %016" PRIx64 "\n", row->name, end - begin, result);
+	uint64_t time = now() - begin, processor = processor_time() - begin_processor;
+	printf("bench: end %s %" PRIu64 " %" PRIu64 " %016" PRIx64 "\n", row->name, time, processor, result);
 	return 0;
 }
 
