@@ -101,7 +101,7 @@ impl Figures {
 
     /// A column's median.
     pub fn median(&self, row: &Row, column: usize) -> Option<f64> {
-        self.rounds(row, column).map(|rounds| median(rounds))
+        self.rounds(row, column).map(median)
     }
 
     /// The faster of QEMU's.

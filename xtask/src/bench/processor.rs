@@ -1,16 +1,14 @@
 //! Processor time that a process has taken.
 
-use std::{fs, time::Duration};
+use std::time::Duration;
 
-/// All its threads' (the first number of schedstat, Documentation/scheduler/sched-stats.rst). Threads that have ended are
-/// not in it: no machine here has such that did work.
+use nix::{time::clock_getcpuclockid, unistd::Pid};
+
+/// All its threads', those that have ended too, to the nanosecond. (What proc(5) says of a running thread is as old as
+/// the last tick.) None, if it is no more.
 pub fn time(process: u32) -> Duration {
-    let tasks = fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
-    let of = |task: fs::DirEntry| {
-        let text = fs::read_to_string(task.path().join("schedstat")).ok()?;
-        text.split_whitespace().next()?.parse::<u64>().ok()
-    };
-    Duration::from_nanos(tasks.filter_map(of).sum())
+    let pid = Pid::from_raw(process.cast_signed());
+    clock_getcpuclockid(pid).and_then(|clock| clock.now()).map_or(Duration::ZERO, Duration::from)
 }
 
 #[cfg(test)]
@@ -22,5 +20,15 @@ mod tests {
         let before = time(std::process::id());
         assert!(before > Duration::ZERO);
         while time(std::process::id()) < before + Duration::from_millis(5) {}
+    }
+
+    #[test]
+    fn another_process_has_its_own() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let taken = time(child.id());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(taken > Duration::ZERO && taken < Duration::from_secs(1), "{taken:?}");
+        assert_eq!(time(child.id()), Duration::ZERO);
     }
 }

@@ -21,7 +21,7 @@ static void prepare(void)
 /* a = b + s · c, over 3 MiB. */
 static uint64_t triad(void)
 {
-	for (int round = 0; round < 1000; round++) {
+	for (int round = 0; round < 500; round++) {
 		__m128d s = _mm_set1_pd(round);
 		for (int i = 0; i < COUNT; i += 4) {
 			_mm_store_pd(a + i, _mm_add_pd(_mm_load_pd(b + i), _mm_mul_pd(s, _mm_load_pd(c + i))));
@@ -45,7 +45,7 @@ static uint64_t scalar(void)
 }
 
 #define SMALL 2048
-#define ROUNDS 30000
+#define ROUNDS 20000
 
 /* ((x · 0.99 + b) · 0.5 + c · 0.25) over 48 KiB, again and again. */
 static uint64_t sse2(void)
