@@ -11,7 +11,7 @@
 static uint64_t faults_work(void)
 {
 	uint64_t sum = 0;
-	for (int round = 0; round < 40; round++) {
+	for (int round = 0; round < 30; round++) {
 		volatile char *at = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 		if (at == MAP_FAILED)
 			fail("mmap");
@@ -44,7 +44,7 @@ static void segv_prepare(void)
 
 static uint64_t segv_work(void)
 {
-	for (int i = 0; i < 25000; i++) {
+	for (int i = 0; i < 12000; i++) {
 		mprotect((void *)page, PAGE, PROT_NONE);
 		*page = i;
 	}

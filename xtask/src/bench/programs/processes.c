@@ -10,12 +10,12 @@
 static uint64_t getppid_work(void)
 {
 	uint64_t same = 0, parent = getppid();
-	for (int i = 0; i < 800000; i++)
+	for (int i = 0; i < 500000; i++)
 		same += (uint64_t)syscall(SYS_getppid) == parent;
 	return same;
 }
 
-#define MESSAGES 20000
+#define MESSAGES 8000
 
 /* From the parent, and back. */
 static int there[2], back[2];
@@ -60,7 +60,7 @@ static int end(void *unused)
 static uint64_t fork_work(void)
 {
 	uint64_t count = 0;
-	for (; count < 1000; count++)
+	for (; count < 500; count++)
 		wait_for(fork_to(end, NULL));
 	return count;
 }
@@ -70,12 +70,12 @@ static uint64_t exec_work(void)
 {
 	char *const argv[] = { "/bench", "nothing", NULL };
 	uint64_t count = 0;
-	for (; count < 400; count++)
+	for (; count < 200; count++)
 		run_program(argv, NULL, NULL);
 	return count;
 }
 
-#define TURNS 25000
+#define TURNS 20000
 
 static int turn;
 

@@ -27,7 +27,7 @@ static void write_text(const char *path, size_t size)
 
 static void gzip_prepare(void)
 {
-	write_text("/tmp/text", 3 << 20);
+	write_text("/tmp/text", 2 << 20);
 }
 
 static uint64_t gzip_work(void)
@@ -39,7 +39,7 @@ static uint64_t gzip_work(void)
 
 static void perl_prepare(void)
 {
-	write_text("/tmp/text", 2 << 20);
+	write_text("/tmp/text", 3 << 18);
 }
 
 static uint64_t perl_work(void)

@@ -38,7 +38,7 @@ uint64_t sieve_work(unsigned rounds)
 
 static uint64_t work(void)
 {
-	return sieve_work(25);
+	return sieve_work(20);
 }
 
 const struct row row_sieve = { .name = "sieve", .prepare = prepare, .work = work };

@@ -153,5 +153,4 @@ size NAME##_distance(const T *one, size m, const T *other, size n) \
 	CODE(T, NAME##_largest, key + 1, LESS, BY_LARGEST)
 
 INTEGER(int, of_int)
-INTEGER(long, of_long)
 FLOATING(double, of_double)
