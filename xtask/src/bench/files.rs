@@ -32,7 +32,7 @@ pub struct Files {
 /// Compiles and packs what has changed.
 pub fn prepare() -> Result<Files> {
     let dir = target().join("xtask/bench");
-    let tree = dir.join("root");
+    let tree = dir.join(userland::ENTRY);
     userland::prepare(&tree)?;
     for sub in ["dev", "proc", "sys", "tmp"] {
         fs::create_dir_all(tree.join(sub))?;

@@ -14,9 +14,11 @@ use crate::{
     shell::{root, run},
 };
 
-/// The packages, and the entry of the cache that keeps them.
+/// The packages.
 const PACKAGES: [&str; 4] = ["binutils", "cpp", "gzip", "perl-base"];
-const ENTRY: &str = "bench-userland-1";
+
+/// The entry of the cache that keeps them, and the tree that is made of it: a new one for another list.
+pub const ENTRY: &str = "bench-userland-1";
 
 /// The programs: their files in the packages end so, and where they are then found in `/programs`.
 const PROGRAMS: [(&str, &str); 4] =
