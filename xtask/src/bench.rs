@@ -105,7 +105,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         figures.add(row, samples);
         println!("{}", report::line(&figures, row));
     }
-    println!("\n{}", report::summary(&figures));
+    println!("\n{}", report::summary(&figures).trim());
     let machines = machines(args, &mut columns, &files)?;
     for figure in &machines {
         println!("{}: {:.1} {}", figure.name, figure.value, figure.unit);
