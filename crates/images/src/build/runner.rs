@@ -24,7 +24,7 @@ pub struct Runner<'a> {
     last: VecDeque<String>,
 }
 
-/// How many packages are to be installed and how many are.
+/// How many packages are to be installed in this step, and how many are.
 #[derive(Default)]
 struct Packages {
     all: usize,
@@ -77,6 +77,7 @@ impl<'a> Runner<'a> {
     fn line(&mut self, line: &str) {
         if let Some(step) = line.strip_prefix("purlin: step ") {
             self.progress.step(step);
+            self.packages = Packages::default();
         } else if let Some(count) =
             line.split_once(" newly installed").and_then(|(before, _)| before.rsplit(' ').next())
         {
@@ -173,6 +174,15 @@ mod tests {
         run(script, &listener).unwrap();
         assert_eq!(*listener.steps.lock().unwrap(), ["one"]);
         assert!(listener.fractions.lock().unwrap().iter().all(|f| (0.0..=1.0).contains(f)));
+    }
+
+    #[test]
+    fn each_step_is_counted_by_itself() {
+        let listener = Listener::default();
+        let round = "echo '0 upgraded, 1 newly installed, 0 to remove.'; echo 'Unpacking x'; echo 'Setting up x'";
+        run(&format!("echo 'purlin: step a'; {round}; echo 'purlin: step b'; {round}"), &listener).unwrap();
+        assert_eq!(*listener.steps.lock().unwrap(), ["a", "b"]);
+        assert_eq!(*listener.fractions.lock().unwrap(), [0.5, 1.0, 0.5, 1.0]);
     }
 
     #[test]
