@@ -161,7 +161,7 @@ fn open_output(
     prompt: Option<&Arc<Prompt>>,
 ) -> Result<Box<dyn Write + Send>> {
     let Target::File(path) = target else {
-        let output = Output(stop.clone());
+        let output = Output::new(stop.clone());
         return Ok(match prompt {
             Some(prompt) => Box::new(Watched(output, prompt.clone())),
             None => Box::new(output),
