@@ -13,6 +13,8 @@ mod vsock;
 use std::{
     fs::File,
     io::Write,
+    net::SocketAddr,
+    path::Path,
     sync::{Arc, OnceLock},
 };
 
@@ -196,8 +198,16 @@ fn at_odds(args: &RunArgs, net: &Net) -> Option<&'static str> {
 /// Tells how to reach the guest.
 fn say_ssh(boot: &Boot, network: &Connected) {
     let (Some(machine), Some(ssh)) = (&boot.machine, network.ssh) else { return };
-    let identity = machine.identity.as_ref().map(|path| format!(" -i {}", path.display())).unwrap_or_default();
-    terminal::say(&format!("the guest's ssh: ssh{identity} -p {} root@{}", ssh.port(), ssh.ip()));
+    terminal::say(&format!("the guest's ssh: {}", ssh_command(machine.identity.as_deref(), ssh)));
+}
+
+/// A command that works in each run: the guest makes its host keys anew, and the port is often that of the run before,
+/// so ssh is not to remember or compare them. There is nothing to compare: a port of this host's own that leads to a
+/// machine of one run.
+fn ssh_command(identity: Option<&Path>, address: SocketAddr) -> String {
+    let identity = identity.map(|path| format!(" -i {}", path.display())).unwrap_or_default();
+    let options = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null";
+    format!("ssh{identity} {options} -p {} root@{}", address.port(), address.ip())
 }
 
 fn config(args: &RunArgs, boot: &Boot, network: &Connected, engine: Arc<dyn purlin_engine::Engine>) -> RunConfig {
@@ -298,5 +308,18 @@ fn stopped(stop: &Stop) -> Ended {
         }
         Some(Reason::GuestPanicked) => Ended::Crashed(PANICKED.into()),
         Some(Reason::Quit) | None => Ended::Well,
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ssh_command_does_not_remember_host_keys() {
+        let address = "127.0.0.1:2222".parse().unwrap();
+        let options = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -p 2222 root@127.0.0.1";
+        assert_eq!(ssh_command(None, address), format!("ssh {options}"));
+        assert_eq!(ssh_command(Some(Path::new("/k")), address), format!("ssh -i /k {options}"));
+    }
+}
     }
 }
