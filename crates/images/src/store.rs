@@ -75,6 +75,11 @@ impl Store {
         if dir.exists() { Image::read(name, dir) } else { Err(Error::NoImage(name.into())) }
     }
 
+    /// Whether there is such an image, be it a damaged one.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.path(name).is_ok_and(|dir| dir.exists())
+    }
+
     /// All images in the order of their names, those that are damaged as errors.
     pub fn list(&self) -> Result<Vec<Result<Image, Error>>, Error> {
         let dir = self.entries.dir();

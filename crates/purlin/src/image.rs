@@ -79,13 +79,14 @@ fn list(store: &Store, args: &List) -> Result<(), Error> {
 }
 
 fn info(store: &Store, args: &Info) -> Result<(), Error> {
-    let image = store.get(&args.name)?;
+    let image = store.get(build::image_name(store, &args.name))?;
     table::print(&if args.json { table::json(&image).to_string() } else { table::of_one(&image) });
     Ok(())
 }
 
 fn delete(store: &Store, args: &Delete, stop: &Arc<Stop>) -> Result<(), Error> {
-    args.names.iter().try_for_each(|name| store.delete(name, &Shown::new(stop.clone())))
+    let mut names = args.names.iter().map(|name| build::image_name(store, name));
+    names.try_for_each(|name| store.delete(name, &Shown::new(stop.clone())))
 }
 
 fn convert(store: &Store, args: &Convert, stop: &Arc<Stop>) -> Result<(), Error> {

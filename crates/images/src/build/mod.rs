@@ -83,6 +83,14 @@ pub fn build(
     store: &Store,
     recipe: Recipe,
     name: &str,
+/// The name of the image that a user means by `name`: one of the store's, or what it was built as (`debian`).
+pub fn image_name<'a>(store: &Store, name: &'a str) -> &'a str {
+    match Recipe::of_name(name) {
+        Ok(recipe) if !store.has(name) && store.has(recipe.image) => recipe.image,
+        _ => name,
+    }
+}
+
     rebuild: bool,
     progress: &dyn Progress,
 ) -> Result<Image, Error> {
