@@ -193,6 +193,7 @@ mod tests {
         store.delete("b", &Silent).unwrap();
         assert!(matches!(store.get("b"), Err(Error::NoImage(_))));
         assert!(matches!(store.delete("b", &Silent), Err(Error::NoImage(_))));
+        assert!(!dir.path().join("images/b.lock").exists());
     }
 
     #[test]
@@ -206,7 +207,8 @@ mod tests {
         });
         assert!(matches!(failed, Err(Error::NoRelease)));
         assert!(store.list().unwrap().is_empty());
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "the lock's file");
+        drop(lock);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]
