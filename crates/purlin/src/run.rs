@@ -67,18 +67,15 @@ pub fn run(args: RunArgs, signals: Signals) -> Result<Ended> {
     let interactive = args.port_on_stdio().is_some() && terminal::is_interactive();
     // A server flushes its line until somebody is logged in.
     let prompt = (is_image(&args) && !interactive).then(|| Arc::new(Prompt::default()));
+    let network = net.connect(args.cpus, &args.publish, &boot::guest_name(&args)?, is_image(&args))?;
+    let vsock = args.vsock.as_ref().map(vsock::Vsock::open).transpose()?;
     let output = open_output(&args.serial(), "--serial", &stop, prompt.as_ref())?;
     let console = open_console(&args.console, interactive, &stop, prompt.as_ref())?;
     let boot = match Boot::prepare(&args, interactive, &stop) {
         Err(_) if stop.reason().is_some() => return Ok(stopped(&stop)),
-        Err(error) if is_unknown_image(&error) => return Ok(Ended::WrongUsage(error.to_string())),
+        Err(error) if is_wrong_image(&error) => return Ok(Ended::WrongUsage(error.to_string())),
         other => other?,
     };
-    let host_name = boot.machine.as_ref().map_or("", |machine| &machine.host_name);
-    let network = net.connect(args.cpus, &args.publish, host_name, boot.machine.is_some())?;
-
-    let vsock = args.vsock.as_ref().map(vsock::Vsock::open).transpose()?;
-
     let raw = interactive.then(Raw::enter).transpose().map_err(|e| anyhow!("cannot make the terminal raw: {e}"))?;
     if let Some(raw) = &raw {
         let _ = raw_modes.set(raw.modes());
@@ -239,9 +236,10 @@ fn devices(args: &RunArgs, boot: &Boot) -> Vec<OptionalDevice> {
     args.device.iter().copied().chain(of_image).collect()
 }
 
-fn is_unknown_image(error: &anyhow::Error) -> bool {
-    use purlin_images::Error::{Name, NoImage, UnknownBuild};
-    matches!(error.downcast_ref(), Some(Name(_) | NoImage(_) | UnknownBuild(_)))
+/// Whether there is no such image, or none that could be as the command line wants it.
+fn is_wrong_image(error: &anyhow::Error) -> bool {
+    use purlin_images::Error::{DiskSize, Name, NoImage, UnknownBuild};
+    matches!(error.downcast_ref(), Some(Name(_) | NoImage(_) | UnknownBuild(_) | DiskSize { .. }))
 }
 
 /// Whether no machine could be as the command line wants it.
@@ -308,6 +306,8 @@ fn stopped(stop: &Stop) -> Ended {
         }
         Some(Reason::GuestPanicked) => Ended::Crashed(PANICKED.into()),
         Some(Reason::Quit) | None => Ended::Well,
+    }
+}
 
 #[cfg(test)]
 mod tests {
@@ -319,7 +319,5 @@ mod tests {
         let options = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -p 2222 root@127.0.0.1";
         assert_eq!(ssh_command(None, address), format!("ssh {options}"));
         assert_eq!(ssh_command(Some(Path::new("/k")), address), format!("ssh -i /k {options}"));
-    }
-}
     }
 }
