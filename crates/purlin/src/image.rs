@@ -41,7 +41,9 @@ pub fn image(args: &ImageArgs, signals: Signals) -> Result<Ended> {
     };
     match (done, stop.reason()) {
         (Err(_), Some(Reason::Signal(signal))) => Ok(Ended::Signalled(*signal)),
-        (Err(error @ (Error::Name(_) | Error::UnknownBuild(_))), _) => Ok(Ended::WrongUsage(error.to_string())),
+        (Err(error @ (Error::Name(_) | Error::UnknownBuild(_) | Error::Scheme(_))), _) => {
+            Ok(Ended::WrongUsage(error.to_string()))
+        }
         (Err(error), _) => Err(error.into()),
         (Ok(()), _) => Ok(Ended::Well),
     }
