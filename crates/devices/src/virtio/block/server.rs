@@ -234,9 +234,11 @@ mod tests {
 
     #[test]
     fn failures_for_the_user() {
-        let text = failure(Path::new("/a"), Errno::NOSPC.into(), 4);
-        assert!(text.starts_with("'/a': ") && text.contains(": the guest was given an error (4 so far);"), "{text}");
-        assert!(text.ends_with("--on-io-error pause would pause it instead"), "{text}");
+        assert_eq!(
+            failure(Path::new("/a"), Errno::NOSPC.into(), 4),
+            "'/a': No space left on device: the guest was given an error (4 so far); --on-io-error pause would pause it \
+             instead"
+        );
         assert!(failure(Path::new("/a"), Errno::INVAL.into(), 1).ends_with("(1 so far)"));
     }
 }
