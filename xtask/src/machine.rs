@@ -54,23 +54,35 @@ pub fn program() -> PathBuf {
 
 /// `purlin run` with this guest.
 pub fn purlin(guest: &Guest, cpus: u32, engine: Engine) -> Command {
-    let mut command = Command::new(program());
-    command.args(["run", "--no-reboot", "--engine", engine.name(), "--cmdline", CMDLINE, "--memory", "512M"]);
-    command.arg("--cpus").arg(cpus.to_string());
+    purlin_with(&program(), engine, guest, cpus, MEMORY)
+}
+
+/// The same by another `purlin`, with so many MiB of memory.
+pub fn purlin_with(program: &Path, engine: Engine, guest: &Guest, cpus: u32, memory: u32) -> Command {
+    let mut command = Command::new(program);
+    command.args(["run", "--no-reboot", "--engine", engine.name(), "--cmdline", CMDLINE]);
+    command.arg("--memory").arg(format!("{memory}M")).arg("--cpus").arg(cpus.to_string());
     command.arg("--kernel").arg(&guest.kernel).arg("--initrd").arg(&guest.initrd);
     command
 }
 
 /// QEMU with as few devices as it has.
 pub fn qemu(guest: &Guest, cpus: u32, engine: Engine) -> Command {
+    qemu_with(&engine.qemu_arguments(), guest, cpus, MEMORY)
+}
+
+/// The same with another accelerator or processor, and so many MiB of memory.
+pub fn qemu_with(accelerator: &[&str], guest: &Guest, cpus: u32, memory: u32) -> Command {
     let mut command = Command::new("qemu-system-x86_64");
-    command.args(engine.qemu_arguments()).args(["-m", "512", "-nodefaults", "-no-user-config", "-no-reboot"]);
+    command.args(accelerator).args(["-nodefaults", "-no-user-config", "-no-reboot"]);
     command.args(["-display", "none", "-serial", "stdio", "-append", CMDLINE]);
-    command.arg("-smp").arg(cpus.to_string());
+    command.arg("-m").arg(memory.to_string()).arg("-smp").arg(cpus.to_string());
     command.arg("-kernel").arg(&guest.kernel).arg("-initrd").arg(&guest.initrd);
     command
 }
 
+/// MiB of memory, if not said otherwise.
+const MEMORY: u32 = 512;
 const CMDLINE: &str = "console=ttyS0";
 
 /// Builds [`program`].

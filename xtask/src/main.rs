@@ -1,6 +1,7 @@
 //! Chores of the project, one file for each: `cargo xtask test` does all that a change must pass.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod boot;
 mod boot_nested;
 mod debian;
@@ -68,6 +69,8 @@ enum Chore {
     Net(net::NetArgs),
     /// The disk of that image under fio: verified, or measured against QEMU's
     Disk(disk::DiskArgs),
+    /// How fast guests run: natively, under QEMU's TCG and under the translator, in turn
+    Bench(bench::BenchArgs),
     /// Fuzz what reads a guest's or the network's bytes
     Fuzz(fuzz::FuzzArgs),
     /// Move Debian's boot to new machines at random moments, under the translator
@@ -87,6 +90,7 @@ fn main() -> ExitCode {
         Chore::Import(args) => import::run(&args),
         Chore::Net(args) => net::run(&args),
         Chore::Disk(args) => disk::run(&args),
+        Chore::Bench(args) => bench::run(&args),
         Chore::Fuzz(args) => fuzz::run_all(&args),
         Chore::Midboot(args) => midboot::run(&args),
     };

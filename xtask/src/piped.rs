@@ -1,7 +1,10 @@
 //! README's `… | purlin run shell`: the shell gets what is piped in, all of it, on the serial port and on virtio-console,
 //! and the run ends well; or, where the guest's kernel panics, it says so.
 
-use std::process::Command;
+use std::{
+    fs::{self, File},
+    process::Command,
+};
 
 use anyhow::{Context, Result, ensure};
 
@@ -28,6 +31,7 @@ pub fn run() -> Result<()> {
     ensure!(serial.transcript.contains("reboot: Power down"), "the guest did not power off");
     let console = shell(&["--console", "stdio"], CONSOLE_INPUT, "piped-console")?;
     check_console(&console).context("virtio-console; see target/xtask/boot/piped-console.log")?;
+    check_devices()?;
     let more = ["--on-panic", "exit"];
     let exit = shell(&more, PANIC, "panic-exit")?;
     check_panic(&exit).context("--on-panic exit; see target/xtask/boot/panic-exit.log")?;
@@ -38,6 +42,29 @@ pub fn run() -> Result<()> {
 
 /// What panics Linux (Documentation/admin-guide/sysrq.rst).
 const PANIC: &str = "echo c >/proc/sysrq-trigger\n";
+
+/// The guest has drivers for what `purlin run` can give it.
+const DEVICES_INPUT: &str = "ls -d /dev/vda /sys/class/net/eth0 /dev/vsock\necho $(nproc) processors\n\
+    grep SigIgn /proc/self/status\npoweroff\n";
+
+fn check_devices() -> Result<()> {
+    let (disk, socket) = (target().join("xtask/piped.raw"), target().join("xtask/piped.sock"));
+    fs::create_dir_all(target().join("xtask"))?;
+    File::create(&disk)?.set_len(1 << 20)?;
+    let (disk, socket) = (format!("{},format=raw", disk.display()), socket.display().to_string());
+    let boot = shell(&["--disk", &disk, "--net", "user", "--vsock", &socket], DEVICES_INPUT, "piped-devices")?;
+    let has = |path: &&str| boot.transcript.lines().any(|line| line.trim_end() == *path);
+    let missing: Vec<_> =
+        ["/dev/vda", "/sys/class/net/eth0", "/dev/vsock"].into_iter().filter(|path| !has(path)).collect();
+    check(&boot)
+        .and_then(|()| ensure_none(&missing))
+        .context("disk, network and vsock; see target/xtask/boot/piped-devices.log")
+}
+
+fn ensure_none(missing: &[&str]) -> Result<()> {
+    ensure!(missing.is_empty(), "the guest has no {}", missing.join(", "));
+    Ok(())
+}
 
 fn shell(more: &[&str], input: &str, name: &str) -> Result<Boot> {
     let mut purlin = Command::new(machine::program());

@@ -7,7 +7,7 @@ use anyhow::{Result, bail, ensure};
 use crate::shell::{is_installed, run};
 
 /// A program and the Debian package that has it.
-const PROGRAMS: [(&str, &str); 7] = [
+const PROGRAMS: [(&str, &str); 8] = [
     ("qemu-system-x86_64", "qemu-system-x86"), // to compare with, and the test bed for KVM
     ("iasl", "acpica-tools"),                  // the oracle for ACPI tables
     ("cpio", "cpio"),                          // the oracle for initramfs archives
@@ -15,6 +15,7 @@ const PROGRAMS: [(&str, &str); 7] = [
     ("ssh", "openssh-client"),  // into Debian's image
     ("qemu-img", "qemu-utils"), // the oracle for disk images
     ("mmdebstrap", "mmdebstrap"),
+    ("gcc", "gcc"), // compiles the rows of the benchmark
 ];
 
 /// Installs what is missing, and what that has pushed out: packages of one source that come from two releases (a

@@ -93,6 +93,23 @@ impl<'a> PrivateApt<'a> {
         packages.iter().map(|package| self.file_of(package)).collect()
     }
 
+    /// Downloads packages with all that they depend on, and returns the files in the order of their names.
+    pub fn download_with_dependencies(&self, packages: &[&str]) -> Result<Vec<PathBuf>, Error> {
+        let what = packages.join(", ");
+        self.progress.step(&format!("fetching {what} and what they need"));
+        let install = ["--yes", "--no-install-recommends", "--download-only", "install"];
+        let ended = self.run("apt-get", &[&install, packages].concat())?;
+        if !ended.success {
+            return Err(self.failure(&what, ended.complaint));
+        }
+        let archives = self.dir.join("archives");
+        let found = fs::read_dir(&archives).map_err(Error::file("read", &archives))?.flatten();
+        let mut files: Vec<_> = found.map(|entry| entry.path()).collect();
+        files.retain(|path| path.extension().is_some_and(|extension| extension == "deb"));
+        files.sort();
+        Ok(files)
+    }
+
     /// The error for `what` that apt's complaint amounts to.
     pub fn failure(&self, what: &str, complaint: Option<String>) -> Error {
         let reason = complaint.unwrap_or_else(|| "apt-get failed without a reason".into());

@@ -148,7 +148,7 @@ mod tests {
         let entry = cache.entry("e", &["kernel"], &Listener::default(), write("k")).unwrap();
         assert_eq!(fs::read(entry.join("kernel")).unwrap(), b"k");
         assert_eq!(cache.entry("e", &["kernel"], &Listener::default(), never).unwrap(), entry);
-        assert_eq!(names(&dir.path().join("a/b")), ["e", "e.lock"]);
+        assert_eq!(names(&dir.path().join("a/b")), ["e"]);
     }
 
     #[test]
@@ -162,7 +162,7 @@ mod tests {
             cache.entry("e", &["kernel"], &listener, write("whole")).unwrap();
             assert_eq!(fs::read(entry.join("kernel")).unwrap(), b"whole");
             assert!(listener.notes.lock().unwrap()[0].contains("damaged"));
-            assert_eq!(names(dir.path()), ["e", "e.lock"]);
+            assert_eq!(names(dir.path()), ["e"]);
         }
     }
 
@@ -192,7 +192,7 @@ mod tests {
         };
         let error = cache.entry("e", &["kernel"], &Listener::default(), fail).unwrap_err();
         assert!(matches!(error, Error::DiskFull(path) if path == dir.path()));
-        assert_eq!(names(dir.path()), ["e.lock"]);
+        assert_eq!(names(dir.path()), [] as [&str; 0]);
     }
 
     #[test]
@@ -200,7 +200,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir_all(dir.path().join("e.tmp-dead/work")).unwrap();
         Cache::at(dir.path()).entry("e", &["kernel"], &Listener::default(), write("k")).unwrap();
-        assert_eq!(names(dir.path()), ["e", "e.lock"]);
+        assert_eq!(names(dir.path()), ["e"]);
     }
 
     #[test]

@@ -1,12 +1,12 @@
 //! Directories that are made whole or not at all, by one process at a time.
 //!
 //! An entry `name` is a directory `name/`; `name.lock` is held by the process that makes or removes it, in `name.tmp-…`
-//! until it is whole.
+//! until it is whole. The lock's file is there as long as the lock: its holder, and nobody else, removes it.
 
 use std::{
     fs::{self, File},
     io,
-    os::unix::ffi::OsStrExt,
+    os::unix::{ffi::OsStrExt, fs::MetadataExt},
     path::{Path, PathBuf},
     thread,
     time::Duration,
@@ -45,14 +45,13 @@ impl Entries {
     pub fn lock<'a>(&'a self, name: &'a str, waiting: &str, progress: &dyn Progress) -> Result<Locked<'a>, Error> {
         fs::create_dir_all(&self.dir).map_err(Error::file("create", &self.dir))?;
         let path = self.dir.join(format!("{name}.lock"));
-        let file = File::options().create(true).append(true).open(&path).map_err(Error::file("create", &path))?;
         let mut told = false;
         loop {
-            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => return Ok(Locked { entries: self, name, _file: file }),
-                Err(Errno::WOULDBLOCK) if progress.cancelled() => return Err(Error::Cancelled),
-                Err(Errno::WOULDBLOCK | Errno::INTR) => {}
-                Err(error) => return Err(Error::file("lock", &path)(error.into())),
+            if let Some(file) = try_lock(&path)? {
+                return Ok(Locked { entries: self, name, path, _file: file });
+            }
+            if progress.cancelled() {
+                return Err(Error::Cancelled);
             }
             if !told {
                 progress.note(waiting);
@@ -63,11 +62,41 @@ impl Entries {
     }
 }
 
+/// The locked file at `path`, which is made if need be; `None` if another process has it.
+fn try_lock(path: &Path) -> Result<Option<File>, Error> {
+    let file = File::options().create(true).append(true).open(path).map_err(Error::file("create", path))?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        // Its holder may have removed it since it was opened; a lock on it would then keep nobody out.
+        Ok(()) => Ok(is_at(&file, path).map_err(Error::file("lock", path))?.then_some(file)),
+        Err(Errno::WOULDBLOCK | Errno::INTR) => Ok(None),
+        Err(error) => Err(Error::file("lock", path)(error.into())),
+    }
+}
+
+/// Whether it is this file that `path` leads to.
+fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    let open = file.metadata()?;
+    match fs::metadata(path) {
+        Ok(found) => Ok((found.dev(), found.ino()) == (open.dev(), open.ino())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// An entry that this process alone may change.
 pub struct Locked<'a> {
     entries: &'a Entries,
     name: &'a str,
+    /// The lock's file.
+    path: PathBuf,
     _file: File,
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        // Still locked. If it stays, it is found unlocked by the next.
+        let _ = fs::remove_file(&self.path);
+    }
 }
 
 impl Locked<'_> {
@@ -141,4 +170,64 @@ fn sync_files(dir: &Path) -> io::Result<()> {
 
 fn sync(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+
+    struct Silent;
+
+    impl Progress for Silent {
+        fn step(&self, _what: &str) {}
+        fn fraction(&self, _done: f64) {}
+        fn note(&self, _what: &str) {}
+    }
+
+    #[test]
+    fn a_lock_leaves_no_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let entries = Entries::at(dir.path());
+        let lock = entries.lock("e", "", &Silent).unwrap();
+        assert!(dir.path().join("e.lock").exists());
+        drop(lock);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_lock_on_a_file_that_is_gone_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("e.lock");
+        let stale = File::create(&path).unwrap();
+        assert!(is_at(&stale, &path).unwrap());
+        fs::remove_file(&path).unwrap();
+        assert!(!is_at(&stale, &path).unwrap());
+        let other = try_lock(&path).unwrap().unwrap();
+        assert!(!is_at(&stale, &path).unwrap() && is_at(&other, &path).unwrap());
+        assert!(try_lock(&path).unwrap().is_none());
+    }
+
+    #[test]
+    fn one_at_a_time_has_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (entries, holders) = (Entries::at(dir.path()), AtomicU32::new(0));
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..200 {
+                        // Without the pause of one that waits its turn, so that they meet.
+                        let Some(file) = try_lock(&dir.path().join("e.lock")).unwrap() else { continue };
+                        let lock =
+                            Locked { entries: &entries, name: "e", path: dir.path().join("e.lock"), _file: file };
+                        assert_eq!(holders.fetch_add(1, Ordering::SeqCst), 0);
+                        thread::yield_now();
+                        assert_eq!(holders.fetch_sub(1, Ordering::SeqCst), 1);
+                        drop(lock);
+                    }
+                });
+            }
+        });
+    }
 }

@@ -31,6 +31,15 @@ load() {
 load pvpanic pvpanic-mmio
 if grep -q 0x1af4 /sys/bus/pci/devices/*/vendor 2>/dev/null; then
     load virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci virtio_console
+    # The others only where there is such a device (virtio 1.3, 5, "Device Types"): a module takes its time.
+    for device in /sys/bus/virtio/devices/*/device; do
+        case $(cat "$device") in
+            0x0001) load failover net_failover virtio_net ;;
+            0x0002) load virtio_blk ;;
+            0x0005) load virtio_balloon ;;
+            0x0013) load vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport ;;
+        esac
+    done
     # A console that only came with its module is opened now, and stays open: a last close would throw away what has
     # been typed. (Where there is none, a failed exec would be this shell's end.)
     [ -s /sys/class/tty/console/active ] && exec </dev/console >/dev/console 2>&1

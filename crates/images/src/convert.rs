@@ -5,7 +5,7 @@ use std::path::Path;
 use purlin_debian::{Error as HostError, Progress};
 use purlin_storage::{Conversion, Format, SourceFormat};
 
-use crate::{Error, store::Store};
+use crate::{Error, build, store::Store};
 
 /// Writes the disk of `source`, an image in the store or a file, to the new file `target`.
 pub fn convert(
@@ -15,7 +15,11 @@ pub fn convert(
     format: Format,
     progress: &dyn Progress,
 ) -> Result<(), Error> {
-    let (path, source_format) = match store.get(source) {
+    // Before anything is said, or done for nothing.
+    if target.try_exists().map_err(HostError::file("create", target))? {
+        return Err(Error::TargetExists(target.to_owned()));
+    }
+    let (path, source_format) = match store.get(build::image_name(store, source)) {
         Ok(image) => (image.disk(), SourceFormat::Disk(image.format)),
         Err(Error::NoImage(_) | Error::Name(_)) if Path::new(source).exists() => {
             (source.into(), SourceFormat::of_content(Path::new(source))?)

@@ -3,7 +3,7 @@
 use std::{io, path::PathBuf};
 
 use purlin_debian::Error as HostError;
-use purlin_storage::{ConvertError, IoError, OpenError};
+use purlin_storage::{ConvertError, IoError, OpenError, SourceFormat};
 
 /// What failed, why, and what to do: one line each.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +44,17 @@ pub enum Error {
         name: String,
         /// What is wrong.
         reason: String,
+    },
+    /// The file to be made is there.
+    #[error("'{}' is there already, and is not overwritten: remove it, or name another file", .0.display())]
+    TargetExists(PathBuf),
+    /// A disk cannot be made smaller than its image.
+    #[error("--disk-size {} is less than the image's own {}: say more, or leave it out", mebibytes(*wanted), mebibytes(*image))]
+    DiskSize {
+        /// What the user asked for, in bytes.
+        wanted: u64,
+        /// What the image has.
+        image: u64,
     },
     /// Nothing of this name can be built.
     #[error("'{0}' cannot be built: what can is 'debian' or 'debian:12'")]
@@ -94,6 +105,20 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// Fetched by nothing here.
+    #[error("'{0}' cannot be fetched: only http and https are; fetch it with another program, then import the file")]
+    Scheme(String),
+    /// A file that is not what it is called.
+    #[error(
+        "'{source_name}' is no {format} image: its name says {format}, but it does not begin as one; fetch it anew, or \
+         say --format raw if it is a raw disk"
+    )]
+    Misnamed {
+        /// File or URL.
+        source_name: String,
+        /// What its name says.
+        format: SourceFormat,
+    },
     /// Not what the user expected.
     #[error(
         "{what} has the SHA-256 checksum {found}, not {wanted}: it is damaged or another version; nothing was kept"
@@ -124,6 +149,14 @@ pub enum Error {
         /// What is missing, or wrong, and what to do.
         reason: String,
     },
+    /// The user's own file cannot be read.
+    #[error("cannot open '{}': {source}", path.display())]
+    Open {
+        /// Which.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
     /// A file for cloud-init makes no sense.
     #[error("{} is no user-data for cloud-init: {reason}", path.display())]
     UserData {
@@ -137,4 +170,9 @@ pub enum Error {
         "'{0}' is no host name: it is up to 63 letters, digits and '-', and begins and ends with a letter or digit"
     )]
     HostName(String),
+}
+
+/// `512M`, as sizes are given on the command line; rounded down.
+fn mebibytes(bytes: u64) -> String {
+    format!("{}M", bytes >> 20)
 }

@@ -31,6 +31,7 @@ pub struct Import<'a> {
 impl Import<'_> {
     /// Makes the image.
     pub fn run(&self, store: &Store, progress: &dyn Progress) -> Result<Image, Error> {
+        self.check_scheme()?;
         let lock = store.lock(self.name, progress)?;
         match store.get(self.name) {
             Err(Error::NoImage(_)) => {}
@@ -61,6 +62,7 @@ impl Import<'_> {
         };
         if format == SourceFormat::Disk(Format::Raw) {
             refuse_compressed(file)?;
+            self.check_name()?;
         }
         progress.step(&format!("converting from {format}"));
         let disk = new.join(disk_name(Format::Qcow2));
@@ -75,6 +77,30 @@ impl Import<'_> {
         Ok(metadata.map_err(HostError::file("read", &disk))?)
     }
 
+    /// A URL of another kind is no file's name that has a misprint.
+    fn check_scheme(&self) -> Result<(), Error> {
+        let looks_like_url = self.source.contains("://") && !Path::new(self.source).exists();
+        if looks_like_url && !is_url(self.source) {
+            return Err(Error::Scheme(public_part(self.source)));
+        }
+        Ok(())
+    }
+
+    /// A raw disk that is called otherwise is mostly a download of something else, such as a page that says why not. (Of
+    /// VMDKs, the files with the data are raw.)
+    fn check_name(&self) -> Result<(), Error> {
+        let source = if is_url(self.source) { public_part(self.source) } else { self.source.to_owned() };
+        let named = Path::new(&source).extension().and_then(|e| e.to_str()?.to_lowercase().parse().ok());
+        match named {
+            Some(format @ (SourceFormat::Disk(Format::Qcow2) | SourceFormat::Vhdx | SourceFormat::Vdi))
+                if self.format.is_none() =>
+            {
+                Err(Error::Misnamed { source_name: source, format })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Without what may be secret in a URL.
     fn origin(&self) -> String {
         if !is_url(self.source) {
@@ -86,7 +112,8 @@ impl Import<'_> {
 }
 
 fn is_url(source: &str) -> bool {
-    ["http://", "https://"].iter().any(|scheme| source.starts_with(scheme))
+    let scheme = source.split_once("://").map_or("", |(scheme, _)| scheme);
+    ["http", "https"].iter().any(|known| scheme.eq_ignore_ascii_case(known))
 }
 
 /// A URL without a query, a user's name and a password.
@@ -246,5 +273,19 @@ mod tests {
             assert!(error.contains("disk.img.xz") && !error.contains('\n'), "{error}");
         }
         assert!(import(dir.path(), "/nowhere/x", None).unwrap_err().to_string().contains("/nowhere/x"));
+        assert!(matches!(import(dir.path(), "ftp://x.test/disk.img", None), Err(Error::Scheme(_))));
+        assert_eq!(fs::read_dir(dir.path().join("images")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_name_that_the_content_belies() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("disk.qcow2");
+        fs::write(&file, [b'<'; 512]).unwrap();
+        let source = file.to_str().unwrap();
+        let error = import(dir.path(), source, None).unwrap_err().to_string();
+        assert!(error.contains("its name says qcow2, but it does not begin as one"), "{error}");
+        let raw = Import { source, name: "x", format: Some(SourceFormat::Disk(Format::Raw)), sha256: None };
+        raw.run(&Store::at(dir.path().join("images")), &Silent).unwrap();
     }
 }

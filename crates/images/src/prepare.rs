@@ -50,8 +50,6 @@ pub struct Prepared {
     pub initrds: Vec<PathBuf>,
     /// The kernel's command line.
     pub cmdline: String,
-    /// The guest's host name.
-    pub host_name: String,
     /// The private key to name to ssh with -i, where ssh does not find one by itself.
     pub identity: Option<PathBuf>,
     _dir: RunDir,
@@ -61,18 +59,15 @@ pub struct Prepared {
 pub fn prepare_run(store: &Store, request: &Request, progress: &dyn Progress) -> Result<Prepared, Error> {
     // What the user said wrong is told before anything long begins.
     let user_data = request.user_data.map(seed::read_user_data).transpose()?;
-    let host_name = host_name(request)?;
-    let image = find_or_build(store, request.image, progress)?;
+    let host_name = request.guest_name()?;
+    let image = find_or_build(store, request, progress)?;
+    check_size(request, image.metadata.virtual_size)?;
     let keys = ssh::keys_of_user()?;
     let dir = RunDir::new()?;
 
     let disk = dir.path().join("disk.qcow2");
     let overlay = NewImage::overlay(&disk, image.disk(), image.format);
-    let overlay = match request.disk_size {
-        Some(size) => overlay.size(size.max(image.metadata.virtual_size)),
-        None => overlay,
-    };
-    overlay.create()?;
+    request.disk_size.into_iter().fold(overlay, NewImage::size).create()?;
     let files = boot::read(&open_read_only(&disk, Some(Format::Qcow2))?, &image.name)?;
     let kernel = dir.write("kernel", &files.kernel)?;
     let initrds = files.initrds.iter().enumerate();
@@ -81,33 +76,49 @@ pub fn prepare_run(store: &Store, request: &Request, progress: &dyn Progress) ->
 
     let instance_id = instance_id();
     let hostname_argument = format!("systemd.hostname={host_name}");
-    let seed = Seed { instance_id, host_name: host_name.clone(), ssh_keys: keys.public, user_data };
+    let seed = Seed { instance_id, host_name, ssh_keys: keys.public, user_data };
     let seed_path = dir.path().join("seed.img");
     let seed = dir.write("seed.img", &seed.to_disk().map_err(HostError::file("make", &seed_path))?)?;
     // The name is there before cloud-init is.
     let words = [Some(files.cmdline.as_str()), Some(hostname_argument.as_str()), request.arguments];
     let cmdline = words.into_iter().flatten().filter(|w| !w.is_empty()).collect::<Vec<_>>().join(" ");
-    Ok(Prepared { image, disk, seed, kernel, initrds, cmdline, host_name, identity: keys.identity, _dir: dir })
+    Ok(Prepared { image, disk, seed, kernel, initrds, cmdline, identity: keys.identity, _dir: dir })
 }
 
 /// The image in the store of that name, or that which can be built of it.
-fn find_or_build(store: &Store, name: &str, progress: &dyn Progress) -> Result<Image, Error> {
-    match (store.get(name), Recipe::of_name(name)) {
-        (Err(Error::NoImage(_) | Error::Name(_)), Ok(recipe)) => build(store, recipe, recipe.image, false, progress),
+fn find_or_build(store: &Store, request: &Request, progress: &dyn Progress) -> Result<Image, Error> {
+    match (store.get(request.image), Recipe::of_name(request.image)) {
+        (Err(Error::NoImage(_) | Error::Name(_)), Ok(recipe)) => {
+            if !store.has(recipe.image) {
+                check_size(request, recipe.disk_size())?;
+            }
+            build(store, recipe, recipe.image, false, progress)
+        }
         (Ok(image), Ok(recipe)) => Ok(image).inspect(|image| recipe.compare(image, progress)),
         (found, _) => found,
     }
 }
 
-fn host_name(request: &Request) -> Result<String, Error> {
-    if let Some(name) = request.host_name {
-        seed::check_host_name(name)?;
-        return Ok(name.to_owned());
+impl Request<'_> {
+    /// The guest's host name.
+    pub fn guest_name(&self) -> Result<String, Error> {
+        if let Some(name) = self.host_name {
+            seed::check_host_name(name)?;
+            return Ok(name.to_owned());
+        }
+        // debian:12 → debian.
+        let name: String = self.image.split(':').next().unwrap_or_default().replace(['.', '_'], "-");
+        let name = name.trim_matches('-');
+        Ok(if seed::check_host_name(name).is_ok() { name.to_owned() } else { "purlin".to_owned() })
     }
-    // debian:12 → debian.
-    let name: String = request.image.split(':').next().unwrap_or_default().replace(['.', '_'], "-");
-    let name = name.trim_matches('-');
-    Ok(if seed::check_host_name(name).is_ok() { name.to_owned() } else { "purlin".to_owned() })
+}
+
+/// A disk can be larger than its image, but not smaller: the file system in it would be cut off.
+fn check_size(request: &Request, image: u64) -> Result<(), Error> {
+    match request.disk_size {
+        Some(wanted) if wanted < image => Err(Error::DiskSize { wanted, image }),
+        _ => Ok(()),
+    }
 }
 
 /// No other machine has it: cloud-init does its first-boot work for each new one.
@@ -207,6 +218,6 @@ mod tests {
     }
 
     fn host_name_of(image: &str, wanted: Option<&str>) -> Result<String, Error> {
-        host_name(&Request { image, host_name: wanted, ..Request::default() })
+        Request { image, host_name: wanted, ..Request::default() }.guest_name()
     }
 }

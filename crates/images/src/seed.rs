@@ -75,11 +75,12 @@ impl Seed {
 /// Reads a user-data file and sees whether cloud-init will know what it is.
 pub fn read_user_data(path: &Path) -> Result<Vec<u8>, Error> {
     let wrong = |reason: String| Error::UserData { path: path.to_owned(), reason };
-    let size = fs::metadata(path).map_err(|e| wrong(e.to_string()))?.len();
+    let cannot_open = |source| Error::Open { path: path.to_owned(), source };
+    let size = fs::metadata(path).map_err(cannot_open)?.len();
     if size > MAX_USER_DATA {
         return Err(wrong(format!("it is larger than {} KiB", MAX_USER_DATA >> 10)));
     }
-    let data = fs::read(path).map_err(|e| wrong(e.to_string()))?;
+    let data = fs::read(path).map_err(cannot_open)?;
     check_user_data(&data).map_err(wrong)?;
     Ok(data)
 }
@@ -101,6 +102,9 @@ fn check_user_data(data: &[u8]) -> Result<(), String> {
         Err(_) if data.starts_with(&[0x1f, 0x8b]) => return Ok(()),
         Err(_) => return Err("it is not UTF-8 text".into()),
     };
+    if text.trim().is_empty() {
+        return Err("it is empty".into());
+    }
     let first = text.lines().next().unwrap_or_default().trim_end();
     if first == "#cloud-config" {
         return check_cloud_config(text);
@@ -200,6 +204,17 @@ mod tests {
         }
         assert!(check_user_data(b"#cloud-config\n\xff").is_err());
         assert!(check_user_data(b"#cloud-config\na: 1\nb: [\n").unwrap_err().contains("line"));
+    }
+
+    #[test]
+    fn user_data_that_is_not_there_or_empty() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("nosuch.yaml");
+        let text = read_user_data(&path).unwrap_err().to_string();
+        assert!(text.starts_with(&format!("cannot open '{}': No such file", path.display())), "{text}");
+        fs::write(&path, "\n").unwrap();
+        let text = read_user_data(&path).unwrap_err().to_string();
+        assert!(text.ends_with("nosuch.yaml is no user-data for cloud-init: it is empty"), "{text}");
     }
 
     #[test]

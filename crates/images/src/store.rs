@@ -75,6 +75,11 @@ impl Store {
         if dir.exists() { Image::read(name, dir) } else { Err(Error::NoImage(name.into())) }
     }
 
+    /// Whether there is such an image, be it a damaged one.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.path(name).is_ok_and(|dir| dir.exists())
+    }
+
     /// All images in the order of their names, those that are damaged as errors.
     pub fn list(&self) -> Result<Vec<Result<Image, Error>>, Error> {
         let dir = self.entries.dir();
@@ -188,6 +193,7 @@ mod tests {
         store.delete("b", &Silent).unwrap();
         assert!(matches!(store.get("b"), Err(Error::NoImage(_))));
         assert!(matches!(store.delete("b", &Silent), Err(Error::NoImage(_))));
+        assert!(!dir.path().join("images/b.lock").exists());
     }
 
     #[test]
@@ -201,7 +207,8 @@ mod tests {
         });
         assert!(matches!(failed, Err(Error::NoRelease)));
         assert!(store.list().unwrap().is_empty());
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "the lock's file");
+        drop(lock);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]

@@ -23,7 +23,17 @@ use crate::{
 const ESCAPE_HELP: &str = "Ctrl-A x ends the run, Ctrl-A c lets a guest go on that a failed disk has paused, Ctrl-A h shows this, Ctrl-A Ctrl-A sends Ctrl-A to the guest";
 
 /// Standard output. The guest is stopped where it is lost: nobody could see what the guest does.
-pub struct Output(pub Arc<Stop>);
+pub struct Output {
+    stop: Arc<Stop>,
+    is_shared: bool,
+}
+
+impl Output {
+    /// `stop` is asked for the end where the output is lost, and ends its waiting.
+    pub fn new(stop: Arc<Stop>) -> Self {
+        Self { stop, is_shared: terminal::is_shared() }
+    }
+}
 
 /// A pipe that is ready takes this much without blocking (POSIX, PIPE_BUF).
 const CHUNK: usize = 4096;
@@ -34,7 +44,7 @@ impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let chunk = bytes.get(..CHUNK).unwrap_or(bytes);
         loop {
-            if self.0.reason().is_some() {
+            if self.stop.reason().is_some() {
                 return Ok(bytes.len());
             }
             if !is_ready(stdout(), PollFlags::OUT) {
@@ -43,8 +53,13 @@ impl Write for Output {
             match write(stdout(), chunk) {
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 // Said at the end of the run, which this is.
-                Err(errno) => self.0.request(Reason::OutputLost(errno.into())),
-                Ok(count) => return Ok(count),
+                Err(errno) => self.stop.request(Reason::OutputLost(errno.into())),
+                Ok(count) => {
+                    if self.is_shared {
+                        terminal::guest_wrote(&chunk[..count]);
+                    }
+                    return Ok(count);
+                }
             }
         }
     }

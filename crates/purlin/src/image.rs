@@ -41,7 +41,9 @@ pub fn image(args: &ImageArgs, signals: Signals) -> Result<Ended> {
     };
     match (done, stop.reason()) {
         (Err(_), Some(Reason::Signal(signal))) => Ok(Ended::Signalled(*signal)),
-        (Err(error @ (Error::Name(_) | Error::UnknownBuild(_))), _) => Ok(Ended::WrongUsage(error.to_string())),
+        (Err(error @ (Error::Name(_) | Error::UnknownBuild(_) | Error::Scheme(_))), _) => {
+            Ok(Ended::WrongUsage(error.to_string()))
+        }
         (Err(error), _) => Err(error.into()),
         (Ok(()), _) => Ok(Ended::Well),
     }
@@ -79,13 +81,14 @@ fn list(store: &Store, args: &List) -> Result<(), Error> {
 }
 
 fn info(store: &Store, args: &Info) -> Result<(), Error> {
-    let image = store.get(&args.name)?;
+    let image = store.get(build::image_name(store, &args.name))?;
     table::print(&if args.json { table::json(&image).to_string() } else { table::of_one(&image) });
     Ok(())
 }
 
 fn delete(store: &Store, args: &Delete, stop: &Arc<Stop>) -> Result<(), Error> {
-    args.names.iter().try_for_each(|name| store.delete(name, &Shown::new(stop.clone())))
+    let mut names = args.names.iter().map(|name| build::image_name(store, name));
+    names.try_for_each(|name| store.delete(name, &Shown::new(stop.clone())))
 }
 
 fn convert(store: &Store, args: &Convert, stop: &Arc<Stop>) -> Result<(), Error> {

@@ -13,6 +13,8 @@ mod vsock;
 use std::{
     fs::File,
     io::Write,
+    net::SocketAddr,
+    path::Path,
     sync::{Arc, OnceLock},
 };
 
@@ -65,18 +67,15 @@ pub fn run(args: RunArgs, signals: Signals) -> Result<Ended> {
     let interactive = args.port_on_stdio().is_some() && terminal::is_interactive();
     // A server flushes its line until somebody is logged in.
     let prompt = (is_image(&args) && !interactive).then(|| Arc::new(Prompt::default()));
+    let network = net.connect(args.cpus, &args.publish, &boot::guest_name(&args)?, is_image(&args))?;
+    let vsock = args.vsock.as_ref().map(vsock::Vsock::open).transpose()?;
     let output = open_output(&args.serial(), "--serial", &stop, prompt.as_ref())?;
     let console = open_console(&args.console, interactive, &stop, prompt.as_ref())?;
     let boot = match Boot::prepare(&args, interactive, &stop) {
         Err(_) if stop.reason().is_some() => return Ok(stopped(&stop)),
-        Err(error) if is_unknown_image(&error) => return Ok(Ended::WrongUsage(error.to_string())),
+        Err(error) if is_wrong_image(&error) => return Ok(Ended::WrongUsage(error.to_string())),
         other => other?,
     };
-    let host_name = boot.machine.as_ref().map_or("", |machine| &machine.host_name);
-    let network = net.connect(args.cpus, &args.publish, host_name, boot.machine.is_some())?;
-
-    let vsock = args.vsock.as_ref().map(vsock::Vsock::open).transpose()?;
-
     let raw = interactive.then(Raw::enter).transpose().map_err(|e| anyhow!("cannot make the terminal raw: {e}"))?;
     if let Some(raw) = &raw {
         let _ = raw_modes.set(raw.modes());
@@ -161,7 +160,7 @@ fn open_output(
     prompt: Option<&Arc<Prompt>>,
 ) -> Result<Box<dyn Write + Send>> {
     let Target::File(path) = target else {
-        let output = Output(stop.clone());
+        let output = Output::new(stop.clone());
         return Ok(match prompt {
             Some(prompt) => Box::new(Watched(output, prompt.clone())),
             None => Box::new(output),
@@ -196,8 +195,16 @@ fn at_odds(args: &RunArgs, net: &Net) -> Option<&'static str> {
 /// Tells how to reach the guest.
 fn say_ssh(boot: &Boot, network: &Connected) {
     let (Some(machine), Some(ssh)) = (&boot.machine, network.ssh) else { return };
-    let identity = machine.identity.as_ref().map(|path| format!(" -i {}", path.display())).unwrap_or_default();
-    terminal::say(&format!("the guest's ssh: ssh{identity} -p {} root@{}", ssh.port(), ssh.ip()));
+    terminal::say(&format!("the guest's ssh: {}", ssh_command(machine.identity.as_deref(), ssh)));
+}
+
+/// A command that works in each run: the guest makes its host keys anew, and the port is often that of the run before,
+/// so ssh is not to remember or compare them. There is nothing to compare: a port of this host's own that leads to a
+/// machine of one run.
+fn ssh_command(identity: Option<&Path>, address: SocketAddr) -> String {
+    let identity = identity.map(|path| format!(" -i {}", path.display())).unwrap_or_default();
+    let options = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null";
+    format!("ssh{identity} {options} -p {} root@{}", address.port(), address.ip())
 }
 
 fn config(args: &RunArgs, boot: &Boot, network: &Connected, engine: Arc<dyn purlin_engine::Engine>) -> RunConfig {
@@ -229,9 +236,10 @@ fn devices(args: &RunArgs, boot: &Boot) -> Vec<OptionalDevice> {
     args.device.iter().copied().chain(of_image).collect()
 }
 
-fn is_unknown_image(error: &anyhow::Error) -> bool {
-    use purlin_images::Error::{Name, NoImage, UnknownBuild};
-    matches!(error.downcast_ref(), Some(Name(_) | NoImage(_) | UnknownBuild(_)))
+/// Whether there is no such image, or none that could be as the command line wants it.
+fn is_wrong_image(error: &anyhow::Error) -> bool {
+    use purlin_images::Error::{DiskSize, Name, NoImage, UnknownBuild};
+    matches!(error.downcast_ref(), Some(Name(_) | NoImage(_) | UnknownBuild(_) | DiskSize { .. }))
 }
 
 /// Whether no machine could be as the command line wants it.
@@ -298,5 +306,18 @@ fn stopped(stop: &Stop) -> Ended {
         }
         Some(Reason::GuestPanicked) => Ended::Crashed(PANICKED.into()),
         Some(Reason::Quit) | None => Ended::Well,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ssh_command_does_not_remember_host_keys() {
+        let address = "127.0.0.1:2222".parse().unwrap();
+        let options = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -p 2222 root@127.0.0.1";
+        assert_eq!(ssh_command(None, address), format!("ssh {options}"));
+        assert_eq!(ssh_command(Some(Path::new("/k")), address), format!("ssh -i /k {options}"));
     }
 }

@@ -1,9 +1,15 @@
 //! Signals that ask for the end, received by a thread instead of a handler.
 
-use std::{process, thread};
+use std::{
+    process, thread,
+    time::{Duration, Instant},
+};
 
 use nix::sys::signal::SigSet;
 pub use nix::sys::signal::Signal;
+
+/// Signals that come closer together are one request: timeout(1) sends its own twice, to the process and to its group.
+const ONE_REQUEST: Duration = Duration::from_secs(1);
 
 /// The signals of interest, blocked in this thread and all that it starts. (Programs that the process starts do not
 /// inherit this: the standard library unblocks signals there.)
@@ -20,8 +26,8 @@ impl Signals {
     }
 
     /// Starts a thread that calls `on_end` at the first signal that asks for the end, `on_continue` when the process goes
-    /// on after having been stopped, and `on_resize` when the terminal has another size. The second signal that asks for
-    /// the end is obeyed on the spot.
+    /// on after having been stopped, and `on_resize` when the terminal has another size. A second signal that asks for
+    /// the end, after a second, is obeyed on the spot.
     pub fn watch(
         self,
         on_end: impl Fn(Signal) + Send + 'static,
@@ -29,16 +35,19 @@ impl Signals {
         on_resize: impl Fn() + Send + 'static,
     ) {
         thread::spawn(move || {
-            let mut asked = false;
+            let mut asked: Option<Instant> = None;
             while let Ok(signal) = self.0.wait() {
                 match signal {
                     Signal::SIGCONT => on_continue(),
                     Signal::SIGWINCH => on_resize(),
-                    signal if asked => process::exit(128 + signal as i32),
-                    signal => {
-                        asked = true;
-                        on_end(signal);
-                    }
+                    signal => match asked {
+                        Some(first) if first.elapsed() < ONE_REQUEST => {}
+                        Some(_) => process::exit(128 + signal as i32),
+                        None => {
+                            asked = Some(Instant::now());
+                            on_end(signal);
+                        }
+                    },
                 }
             }
         });

@@ -1,7 +1,7 @@
 //! The user's terminal: raw while a guest has it, and given back however the process ends.
 
 use std::{
-    env,
+    env, fmt,
     io::{self, Read, Write},
     os::{fd::AsFd, unix::process::CommandExt},
     process::{Child, Command, ExitCode, Stdio},
@@ -10,17 +10,39 @@ use std::{
 
 use nix::sys::signal::SigSet;
 use rustix::{
-    stdio::{stderr, stdin},
+    stdio::{stderr, stdin, stdout},
     termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr},
 };
-use tracing::level_filters::LevelFilter;
+use tracing::{Event, Level, Subscriber, level_filters::LevelFilter};
+use tracing_subscriber::{
+    fmt::{
+        FmtContext,
+        format::{FormatEvent, FormatFields, Writer},
+    },
+    registry::LookupSpan,
+};
 
 /// Whether [`Raw`] is in force: lines then need a carriage return.
 static IS_RAW: AtomicBool = AtomicBool::new(false);
+/// Whether the guest has left the terminal's cursor in the midst of a line.
+static IS_IN_LINE: AtomicBool = AtomicBool::new(false);
 
 /// Whether the user is at a terminal.
 pub fn is_interactive() -> bool {
     isatty(stdin())
+}
+
+/// Whether the guest's output and our messages come together on a terminal.
+pub fn is_shared() -> bool {
+    isatty(stdout()) && isatty(stderr())
+}
+
+/// The guest has written this to a terminal that is shared.
+pub fn guest_wrote(bytes: &[u8]) {
+    if let Some(last) = bytes.last() {
+        // After a carriage return alone, the line may have something in it.
+        IS_IN_LINE.store(*last != b'\n', Ordering::Relaxed);
+    }
 }
 
 /// Columns and lines of the user's terminal, where they are known.
@@ -50,16 +72,41 @@ pub fn say(line: &str) {
 /// Sends the program's log to standard error: warnings, or what `PURLIN_LOG` says (`error`, `info`, `debug`, `trace`).
 pub fn log_to_stderr() {
     let level = env::var("PURLIN_LOG").ok().and_then(|level| level.parse().ok()).unwrap_or(LevelFilter::WARN);
-    tracing_subscriber::fmt().with_max_level(level).without_time().with_ansi(false).with_writer(|| Lines).init();
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_ansi(false)
+        .event_format(LikeMessages)
+        .with_writer(|| Lines)
+        .init();
 }
 
-/// Standard error, with the line ends that the terminal needs now.
+/// Warnings are for the user, in the manner of [`say`]. What `PURLIN_LOG` adds is for us: it says where it comes from.
+struct LikeMessages;
+
+impl<S, N> FormatEvent<S, N> for LikeMessages
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(&self, context: &FmtContext<'_, S, N>, mut line: Writer<'_>, event: &Event<'_>) -> fmt::Result {
+        let metadata = event.metadata();
+        write!(line, "purlin: ")?;
+        if *metadata.level() > Level::WARN {
+            write!(line, "{} {}: ", metadata.level().as_str().to_lowercase(), metadata.target())?;
+        }
+        context.field_format().format_fields(line.by_ref(), event)?;
+        writeln!(line)
+    }
+}
+
+/// Standard error, with the line breaks that the terminal needs now. What is written at once is lines.
 struct Lines;
 
 impl Write for Lines {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut text = Vec::with_capacity(bytes.len() + 2);
-        for &byte in bytes {
+        let mut text = Vec::with_capacity(bytes.len() + 4);
+        let ends_guests_line = IS_IN_LINE.swap(false, Ordering::Relaxed).then_some(&b'\n');
+        for &byte in ends_guests_line.into_iter().chain(bytes) {
             if byte == b'\n' && IS_RAW.load(Ordering::Relaxed) {
                 text.push(b'\r');
             }
@@ -174,4 +221,36 @@ pub fn keep() -> ExitCode {
     let _ = io::stdin().read(&mut [0]);
     modes.restore(stderr());
     ExitCode::SUCCESS
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Text(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Text {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn warnings_are_like_messages() {
+        let text = Text::default();
+        let writer = text.clone();
+        let log = tracing_subscriber::fmt().with_max_level(Level::DEBUG).event_format(LikeMessages);
+        tracing::subscriber::with_default(log.with_writer(move || writer.clone()).finish(), || {
+            tracing::warn!("'/a': it is full");
+            tracing::debug!("a packet");
+        });
+        let text = String::from_utf8(text.0.lock().unwrap().clone()).unwrap();
+        assert_eq!(text, format!("purlin: '/a': it is full\npurlin: debug {}: a packet\n", module_path!()));
+    }
 }

@@ -4,7 +4,7 @@ mod support;
 
 use std::{fs, path::PathBuf, process::Output};
 
-use support::{assert_one_line, purlin};
+use support::{assert_one_line, purlin, stderr};
 use tempfile::TempDir;
 
 fn run(arguments: &str) -> Output {
@@ -143,10 +143,24 @@ fn a_socket_that_cannot_be() {
 }
 
 #[test]
-fn a_disk_that_is_not_there_is_told_before_a_guest_is_fetched() {
-    let home = tempfile::tempdir().unwrap();
-    let arguments = ["run", "shell", "--disk", "/no/such/disk"];
-    let output = purlin().env("PURLIN_HOME", home.path()).args(arguments).output().unwrap();
-    assert_one_line(&output, 1, &["/no/such/disk", "No such file"]);
-    assert_eq!(fs::read_dir(home.path()).unwrap().count(), 0);
+fn what_is_wrong_is_told_before_a_guest_is_fetched_or_built() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let publish = format!("{}:80", taken.local_addr().unwrap().port());
+    for (arguments, status, words) in [
+        (&["shell", "--disk", "/no/such/disk"][..], 1, &["/no/such/disk", "No such file"][..]),
+        // (Where there is no TAP at all, or none for this user, that is what is told.)
+        (&["shell", "--net", "tap=nosuch"], 1, &["TAP|interface|/dev/net/tun"]),
+        (&["shell", "--net", "user", "--publish", &publish], 1, &["in use by another program"]),
+        (&["shell", "--vsock", "/no/such/directory/x"], 1, &["/no/such/directory/x", "No such file"]),
+        (&["debian", "--user-data", "/no/such.yaml"], 1, &["cannot open '/no/such.yaml': No such file"]),
+        (&["debian", "--disk-size", "1M"], 2, &["--disk-size 1M", "10240M"]),
+    ] {
+        let home = tempfile::tempdir().unwrap();
+        let output = purlin().env("PURLIN_HOME", home.path()).arg("run").args(arguments).output().unwrap();
+        let line = stderr(&output).join("\n");
+        let words: Vec<_> =
+            words.iter().map(|any| any.split('|').find(|word| line.contains(word)).unwrap_or(any)).collect();
+        assert_one_line(&output, status, &words);
+        assert_eq!(fs::read_dir(home.path()).unwrap().count(), 0, "{arguments:?}");
+    }
 }

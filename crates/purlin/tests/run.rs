@@ -148,6 +148,20 @@ fn signals_end_the_run() {
     }
 }
 
+/// As timeout(1) does, which signals the process and its group: the second one must not cut the end short.
+#[test]
+fn two_signals_at_once_are_one() {
+    for _ in 0..5 {
+        let kernel = Kernel::new();
+        let run = Piped::start(&mut kernel.run());
+        run.signal(Signal::TERM);
+        thread::sleep(Duration::from_millis(2));
+        run.signal(Signal::TERM);
+        let (ended, lines) = run.end();
+        assert_eq!((ended.code(), lines), (Some(143), vec!["purlin: ended by SIGTERM".to_owned()]));
+    }
+}
+
 #[test]
 fn a_signal_ends_a_run_whose_output_nobody_reads() {
     let kernel = Kernel::new();

@@ -47,8 +47,14 @@ impl Run {
 
     /// Reads until `text` has come, and forgets what came before it.
     fn expect(&mut self, text: &str) {
+        self.read_until(|seen| seen.contains(text), text);
+        let end = self.seen.find(text).unwrap() + text.len();
+        self.seen.drain(..end);
+    }
+
+    fn read_until(&mut self, has_come: impl Fn(&str) -> bool, text: &str) {
         let start = Instant::now();
-        while !self.seen.contains(text) {
+        while !has_come(&self.seen) {
             assert!(start.elapsed() < Duration::from_secs(60), "no '{text}' in: {}", self.seen);
             let timeout = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
             if poll(&mut [PollFd::new(&self.terminal, PollFlags::IN)], Some(&timeout)).unwrap() > 0 {
@@ -57,8 +63,13 @@ impl Run {
                 self.seen.push_str(&String::from_utf8_lossy(&buffer[..count]));
             }
         }
-        let end = self.seen.find(text).unwrap() + text.len();
-        self.seen.drain(..end);
+    }
+
+    /// Waits until `text` comes, and nothing before it.
+    fn expect_next(&mut self, text: &str) {
+        self.read_until(|seen| seen.len() >= text.len(), text);
+        assert!(self.seen.starts_with(text), "not '{text}' but {:?}", self.seen);
+        self.seen.drain(..text.len());
     }
 
     fn type_keys(&mut self, keys: &[u8]) {
@@ -103,6 +114,30 @@ fn keys() {
     run.expect("\x01");
     run.type_keys(b"\x01x");
     assert_eq!(run.end(), Some(0));
+}
+
+#[test]
+fn a_message_has_a_line_of_its_own() {
+    let mut run = Run::start();
+    run.type_keys(b"ab");
+    run.expect("ab");
+    run.type_keys(b"\x01h");
+    run.expect_next("\r\npurlin: Ctrl-A x ends the run");
+    run.expect("\r\n");
+    // The message has ended its line itself, and so does the guest.
+    run.type_keys(b"\x01h");
+    run.expect_next("purlin: Ctrl-A");
+    run.expect("\r\n");
+    run.type_keys(b"c\n");
+    run.expect_next("c\n");
+    run.type_keys(b"\x01h");
+    run.expect_next("purlin: Ctrl-A");
+    run.expect("\r\n");
+    run.type_keys(b"d");
+    run.expect_next("d");
+    kill_process(Pid::from_child(&run.child.0), Signal::TERM).unwrap();
+    run.expect_next("\r\npurlin: ended by SIGTERM\r\n");
+    assert_eq!(run.end(), Some(143));
 }
 
 #[test]

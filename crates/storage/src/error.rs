@@ -128,9 +128,15 @@ fn in_use_advice(writable: bool) -> &'static str {
 
 /// Why a request failed. Everything else on the disk stays as it was; the same request may be made again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{errno}")]
+#[error("{}", words(*errno))]
 pub struct IoError {
     errno: Errno,
+}
+
+/// `No space left on device`, without the number, which tells the user nothing.
+fn words(errno: Errno) -> String {
+    let text = errno.to_string();
+    text.split(" (os error").next().unwrap_or_default().to_owned()
 }
 
 impl IoError {

@@ -42,6 +42,7 @@ pub const FILES: &[(&str, &str)] = &[
     ("etc/profile.d/purlin-console.sh", include_str!("guest/etc/profile.d/purlin-console.sh")),
     ("etc/ssh/sshd_config.d/purlin.conf", include_str!("guest/etc/ssh/sshd_config.d/purlin.conf")),
     ("etc/systemd/network/80-ethernet.network", include_str!("guest/etc/systemd/network/80-ethernet.network")),
+    ("etc/systemd/system.conf.d/purlin.conf", include_str!("guest/etc/systemd/system.conf.d/purlin.conf")),
     ("etc/systemd/system/cloud-init-local.service", include_str!("guest/etc/systemd/system/cloud-init-local.service")),
     ("etc/systemd/system/cloud-init.service", include_str!("guest/etc/systemd/system/cloud-init.service")),
     (

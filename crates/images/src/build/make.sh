@@ -8,11 +8,12 @@ set -eu
 umask 022
 root=$PWD/root
 
-echo "purlin: step installing packages"
+echo "purlin: step installing the base system"
 mmdebstrap --verbose --mode="$MODE" --variant=apt --format=directory --architectures=amd64 \
     --include="$PACKAGES" \
     --aptopt="$PWD/apt.conf" --dpkgopt='force-unsafe-io' \
     --essential-hook='cp -a files/. "$1"/' \
+    --essential-hook='echo "purlin: step installing packages"' \
     --customize-hook="$PWD/customize.sh" \
     "$SUITE" "$root" "$PWD"/sources/*.sources
 

@@ -45,6 +45,11 @@ impl Recipe {
         }
     }
 
+    /// The size of its disk, in bytes.
+    pub fn disk_size(&self) -> u64 {
+        SIZE
+    }
+
     /// A checksum of what Purlin itself puts into the image, and of how. Another Purlin's may differ.
     pub fn digest(&self) -> String {
         let mut hash = Sha256::new();
@@ -77,6 +82,14 @@ impl Recipe {
 const SIZE: u64 = 10 << 30;
 /// The file system's, so that two builds of the same packages are the same.
 const UUID: &str = "5b0f2e1c-0d5c-4c1e-9a54-8d3f6f1c0b12";
+
+/// The name of the image that a user means by `name`: one of the store's, or what it was built as (`debian`).
+pub fn image_name<'a>(store: &Store, name: &'a str) -> &'a str {
+    match Recipe::of_name(name) {
+        Ok(recipe) if !store.has(name) && store.has(recipe.image) => recipe.image,
+        _ => name,
+    }
+}
 
 /// The image of `recipe` called `name`; made if it is not there yet, or if `rebuild`.
 pub fn build(

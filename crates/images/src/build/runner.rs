@@ -24,7 +24,7 @@ pub struct Runner<'a> {
     last: VecDeque<String>,
 }
 
-/// How many packages are to be installed and how many are.
+/// How many packages are to be installed in this step, and how many are.
 #[derive(Default)]
 struct Packages {
     all: usize,
@@ -44,10 +44,12 @@ impl<'a> Runner<'a> {
         command.env("LC_ALL", "C.UTF-8").env("DEBIAN_FRONTEND", "noninteractive").process_group(0);
         let program = command.get_program().to_string_lossy().into_owned();
         let mut child = command.spawn().map_err(tools::not_started(&program))?;
+        let watch = Watch::over(&child).inspect_err(|_| kill(&child))?;
         let followed = self.follow(&mut child);
         if followed.is_err() {
             kill(&child);
         }
+        drop(watch);
         let status = child.wait().map_err(tools::not_started(&program))?;
         followed?;
         if status.success() { Ok(()) } else { Err(self.failure()) }
@@ -77,6 +79,7 @@ impl<'a> Runner<'a> {
     fn line(&mut self, line: &str) {
         if let Some(step) = line.strip_prefix("purlin: step ") {
             self.progress.step(step);
+            self.packages = Packages::default();
         } else if let Some(count) =
             line.split_once(" newly installed").and_then(|(before, _)| before.rsplit(' ').next())
         {
@@ -123,6 +126,32 @@ fn kill(child: &Child) {
     }
 }
 
+/// A process that kills a group at the end of this process, however violent: the group's would go on otherwise, and write
+/// into a directory that the next build removes.
+struct Watch {
+    process: Child,
+}
+
+impl Watch {
+    fn over(group: &Child) -> Result<Self, Error> {
+        // The pipe ends when this process does.
+        let script = "read -r _; kill -s KILL -- \"-$1\"";
+        let mut command = Command::new("sh");
+        command.args(["-c", script, "sh", &group.id().to_string()]);
+        // What kills this process's group spares it.
+        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
+        Ok(Self { process: command.spawn().map_err(tools::not_started("sh"))? })
+    }
+}
+
+impl Drop for Watch {
+    /// The group has ended: from here on its number may be another's.
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
 fn pass_lines(pipe: impl Read + Send + 'static, lines: Sender<String>) {
     thread::spawn(move || {
         let mut reader = BufReader::new(pipe);
@@ -138,7 +167,7 @@ fn pass_lines(pipe: impl Read + Send + 'static, lines: Sender<String>) {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
+    use std::{os::unix::process::ExitStatusExt, sync::Mutex};
 
     use super::*;
 
@@ -176,10 +205,30 @@ mod tests {
     }
 
     #[test]
+    fn each_step_is_counted_by_itself() {
+        let listener = Listener::default();
+        let round = "echo '0 upgraded, 1 newly installed, 0 to remove.'; echo 'Unpacking x'; echo 'Setting up x'";
+        run(&format!("echo 'purlin: step a'; {round}; echo 'purlin: step b'; {round}"), &listener).unwrap();
+        assert_eq!(*listener.steps.lock().unwrap(), ["a", "b"]);
+        assert_eq!(*listener.fractions.lock().unwrap(), [0.5, 1.0, 0.5, 1.0]);
+    }
+
+    #[test]
     fn the_first_error_is_the_reason() {
         let error = run("echo 'E: Failed to fetch x' >&2; echo 'E: apt-get failed' >&2; exit 3", &Listener::default());
         let text = error.unwrap_err().to_string();
         assert!(text.contains("Failed to fetch x; check the network"), "{text}");
+    }
+
+    #[test]
+    fn what_is_watched_dies_with_this_process() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "sleep 1000 & sleep 1000"]).process_group(0);
+        let mut child = command.spawn().unwrap();
+        let mut watch = Watch::over(&child).unwrap();
+        // As the kernel closes it then.
+        drop(watch.process.stdin.take());
+        assert_eq!(child.wait().unwrap().signal(), Some(9));
     }
 
     #[test]

@@ -86,7 +86,7 @@ pub struct List {
 #[derive(Args)]
 #[command(after_help = "Examples:\n  purlin image info debian-12\n  purlin image info debian-12 --json")]
 pub struct Info {
-    /// The image's name
+    /// The image's name (what is built as 'debian' goes by that, too)
     pub name: String,
 
     /// As JSON
@@ -98,7 +98,7 @@ pub struct Info {
 #[derive(Args)]
 #[command(after_help = "Example:\n  purlin image delete debian-12")]
 pub struct Delete {
-    /// The images' names
+    /// The images' names (what is built as 'debian' goes by that, too)
     #[arg(required = true, value_name = "NAME")]
     pub names: Vec<String>,
 }

@@ -105,7 +105,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE", conflicts_with = "kernel")]
     pub user_data: Option<PathBuf>,
 
-    /// The size of an image's own disk, if it is to be larger than the image
+    /// The size of an image's own disk, if it is to be larger than the image (it cannot be smaller)
     #[arg(long, value_name = "SIZE", value_parser = parse_size, conflicts_with = "kernel")]
     pub disk_size: Option<u64>,
 

@@ -67,13 +67,7 @@ impl Boot {
         // Its own command line names the serial port.
         let console = (args.port_on_stdio() == Some(Port::Console)).then(|| console(args));
         let arguments = join(&[console.as_deref(), environment.as_deref(), args.cmdline.as_deref()]);
-        let request = Request {
-            image,
-            host_name: args.hostname.as_deref(),
-            user_data: args.user_data.as_deref(),
-            disk_size: args.disk_size,
-            arguments: Some(&arguments),
-        };
+        let request = Request { arguments: Some(&arguments), ..request(image, args) };
         let machine = prepare_run(&Store::of_user()?, &request, &Shown::new(stop.clone()))?;
         let disk = DiskSpec::new(&machine.disk).format(Format::Qcow2);
         let seed = DiskSpec::new(&machine.seed).format(Format::Raw).read_only();
@@ -84,6 +78,24 @@ impl Boot {
             disks: vec![disk, seed],
             machine: Some(machine),
         })
+    }
+}
+
+fn request<'a>(image: &'a str, args: &'a RunArgs) -> Request<'a> {
+    Request {
+        image,
+        host_name: args.hostname.as_deref(),
+        user_data: args.user_data.as_deref(),
+        disk_size: args.disk_size,
+        arguments: None,
+    }
+}
+
+/// The host name of an image's guest; others have none that is known.
+pub fn guest_name(args: &RunArgs) -> Result<String> {
+    match args.guest.as_deref() {
+        Some(image) if image != SHELL => Ok(request(image, args).guest_name()?),
+        _ => Ok(String::new()),
     }
 }
 

@@ -39,6 +39,7 @@ impl Current {
         if self.disk_failed.swap(false, Ordering::SeqCst)
             && let Some(running) = self.get()
         {
+            terminal::say("the guest goes on");
             // If it fails the run is over.
             let _ = running.resume();
         }

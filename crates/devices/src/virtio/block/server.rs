@@ -1,5 +1,7 @@
 //! A queue's thread.
 
+use std::path::Path;
+
 use purlin_memory::LogSlice;
 use purlin_storage::{Completion, Disk, IoError, Queue, Request};
 use rustix::event::{PollFd, PollFlags};
@@ -209,12 +211,34 @@ impl<'s, 'm> Server<'s, 'm> {
     fn report(&mut self, error: IoError) {
         self.failures += 1;
         if self.failures.is_power_of_two() {
-            let path = self.disk.path().display();
-            tracing::warn!("a request to '{path}' failed: {error} ({} so far on this queue)", self.failures);
+            tracing::warn!("{}", failure(self.disk.path(), error, self.failures));
         }
     }
 }
 
+/// For the user. A pause is advised where what the guest has asked for can be done once the host is well again.
+fn failure(path: &Path, error: IoError, count: u64) -> String {
+    let advice = if error.is_the_hosts() { "; --on-io-error pause would pause it instead" } else { "" };
+    format!("'{}': {error}: the guest was given an error ({count} so far){advice}", path.display())
+}
+
 fn modifies(request: &Request<'_, LogSlice>) -> bool {
     matches!(request, Request::Write { .. } | Request::Discard { .. } | Request::WriteZeroes { .. })
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::io::Errno;
+
+    use super::*;
+
+    #[test]
+    fn failures_for_the_user() {
+        assert_eq!(
+            failure(Path::new("/a"), Errno::NOSPC.into(), 4),
+            "'/a': No space left on device: the guest was given an error (4 so far); --on-io-error pause would pause it \
+             instead"
+        );
+        assert!(failure(Path::new("/a"), Errno::INVAL.into(), 1).ends_with("(1 so far)"));
+    }
 }

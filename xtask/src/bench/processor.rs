@@ -1,0 +1,34 @@
+//! Processor time that a process has taken.
+
+use std::time::Duration;
+
+use nix::{time::clock_getcpuclockid, unistd::Pid};
+
+/// All its threads', those that have ended too, to the nanosecond. (What proc(5) says of a running thread is as old as
+/// the last tick.) None, if it is no more.
+pub fn time(process: u32) -> Duration {
+    let pid = Pid::from_raw(process.cast_signed());
+    clock_getcpuclockid(pid).and_then(|clock| clock.now()).map_or(Duration::ZERO, Duration::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_grows_with_work() {
+        let before = time(std::process::id());
+        assert!(before > Duration::ZERO);
+        while time(std::process::id()) < before + Duration::from_millis(5) {}
+    }
+
+    #[test]
+    fn another_process_has_its_own() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let taken = time(child.id());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(taken > Duration::ZERO && taken < Duration::from_secs(1), "{taken:?}");
+        assert_eq!(time(child.id()), Duration::ZERO);
+    }
+}
