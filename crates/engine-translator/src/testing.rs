@@ -136,7 +136,7 @@ fn shared() -> Arc<Shared> {
     let memory = memory::create(&[(0, MEMORY)]).expect("guest memory");
     Arc::new(Shared {
         ram: Ram::new(Arc::new(memory)),
-        code: CodeCache::new(1 << 16).expect("code cache"),
+        code: CodeCache::new(1 << 20).expect("code cache"),
         blocks: Default::default(),
         extint: Default::default(),
         clock: VmClock::new(1_000_000),

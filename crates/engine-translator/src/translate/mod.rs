@@ -17,6 +17,8 @@ mod memory;
 mod mode;
 pub mod offered;
 mod operands;
+#[cfg(test)]
+mod pinned;
 mod plan;
 mod signals;
 pub mod source;
