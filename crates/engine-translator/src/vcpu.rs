@@ -376,13 +376,15 @@ impl TranslatedVcpu {
 
     /// Lets indirect jumps to `rip` find `found`.
     fn remember(&mut self, context: &Context, rip: u64, found: &Found) {
-        let linear = if context.mode.bits() == 64 { rip } else { context.cs_base.wrapping_add(rip) & 0xffff_ffff };
+        let wide = context.mode.bits() == 64;
+        let within = |linear: u64| if wide { linear } else { linear & 0xffff_ffff };
+        let first = within(context.cs_base.wrapping_add(rip));
+        let second = if found.linkable { first } else { within((first & !0xfff).wrapping_add(0x1000)) };
         let cpu = self.cpu();
-        let global = cpu.tlb.is_global_code(context.mode.privilege(), linear);
-        if found.linkable
-            && let Some(jumps) = cpu.emitted.jumps()
-        {
-            jumps.set(context.mode.table(), rip, linear, found.checked_entry, global);
+        let privilege = context.mode.privilege();
+        let global = [first, second].iter().all(|&linear| cpu.tlb.is_global_code(privilege, linear));
+        if let Some(jumps) = cpu.emitted.jumps() {
+            jumps.set(context.mode.table(), rip, [first, second], found.checked_entry, global);
         }
     }
 

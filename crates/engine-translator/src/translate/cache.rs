@@ -43,7 +43,7 @@ pub struct Found {
     pub saved_entry: u64,
     /// Host address of the entry for linked jumps with the flags in the host's.
     pub entry: u64,
-    /// Whether jump tables and links may lead to it: it lies on one page.
+    /// Whether links may lead to it: it lies on one page. (Jump tables know of both.)
     pub linkable: bool,
 }
 

@@ -15,6 +15,7 @@ use super::{
     mode::Mode,
     operands::{Operand, keeps_hosts},
     plan::{Check, plan},
+    source::MAX_INSN,
     stubs::Stubs,
 };
 use crate::segment::is_canonical;
@@ -390,7 +391,9 @@ impl<'a> Emitter<'a> {
 
     /// Jumps to `rip`. `backward`: the jump may close a loop.
     pub(super) fn jump(&mut self, rip: u64, backward: bool) {
-        let same_page = self.cs_base.wrapping_add(rip) >> 12 == self.page;
+        let linear = self.cs_base.wrapping_add(rip);
+        // What begins at the end of the page may go on on the next one: no link leads there (see `CodeCache::link`).
+        let same_page = linear >> 12 == self.page && linear & 0xfff <= (0x1000 - MAX_INSN) as u64;
         if self.mode.step() || !same_page {
             if self.mode.bits() == 64 && !is_canonical(rip) {
                 self.asm.store_imm(at::BRANCH, 0, 8);

@@ -99,10 +99,12 @@ impl JumpTables {
         self.pages[word] & bit != 0
     }
 
-    /// Sets the entry for `rip`, which is at `linear`; `global` if that is a global page.
-    pub fn set(&mut self, table: usize, rip: u64, linear: u64, host: u64, global: bool) {
-        let (word, bit) = page_bit(linear);
-        self.pages[word] |= bit;
+    /// Sets the entry for `rip`, whose block has its bytes on the pages of these linear addresses; `global` if these are
+    /// global ones.
+    pub fn set(&mut self, table: usize, rip: u64, linear: [u64; 2], host: u64, global: bool) {
+        for (word, bit) in linear.map(page_bit) {
+            self.pages[word] |= bit;
+        }
         let state = &mut self.state[table];
         self.entries[table][rip as u16 as usize] = host;
         let list = if global { &mut state.global } else { &mut state.local };
