@@ -20,7 +20,7 @@ use crate::{
     reset,
     segment::is_canonical,
     system::emulate,
-    timer::WakeTimer,
+    timer::{SampleTimer, WakeTimer},
     translate::{AccessDesc, Context, ExitDesc, ExitKind, FaultPoint, Found, Stop, classify, source::DECODER_OPTIONS},
     vm::{BlockPtr, Blocks, Shared},
     xstate,
@@ -39,6 +39,7 @@ pub struct TranslatedVcpu {
     /// Whether every block is to be one instruction, whatever the flags say.
     single: bool,
     timer: WakeTimer,
+    samples: SampleTimer,
 }
 
 // SAFETY: the block's `Cpu` belongs to whoever holds the vCPU, and all in it may move between threads.
@@ -96,6 +97,7 @@ impl TranslatedVcpu {
             user_vectors: false,
             single: false,
             timer: WakeTimer::default(),
+            samples: SampleTimer::default(),
         }
     }
 
@@ -166,6 +168,9 @@ impl TranslatedVcpu {
     fn handle(&mut self, requests: u32) -> bool {
         if requests & request::SAFE_POINT != 0 {
             self.safe_point();
+        }
+        if requests & request::SAMPLE != 0 {
+            self.shared.code.sampled(self.mailbox().sample.load(Ordering::Relaxed));
         }
         let cpu = self.cpu();
         lapic::take_requests(cpu, requests);
@@ -605,7 +610,9 @@ impl Vcpu for TranslatedVcpu {
         crate::clock::refresh(self.cpu());
         set_gs_base(self.block.0.as_ptr() as u64);
         self.timer.start();
+        self.samples.start(self.mailbox());
         let result = self.go();
+        self.samples.stop();
         self.timer.stop();
         self.cpu().bus = None;
         result

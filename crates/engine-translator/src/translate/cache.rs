@@ -4,14 +4,20 @@
 //! no vCPU is inside emitted code. A block whose source was written to is *dead*: its entries are redirected to the run
 //! loop, and, once the same place has been translated anew, to the new block.
 //!
+//! Most code is executed a few times: its blocks are short. What samples find executing is *hot*, and translated anew,
+//! at length (see `trace.rs`).
+//!
 //! Lock order: `Shared::world` before `CodeCache::inner`. Nothing is waited for with `inner` held.
 
 use std::{
     io,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
-use rustc_hash::FxHashMap as HashMap;
+use rustc_hash::{FxHashMap as HashMap, FxHashSet as HashSet};
 
 use super::{
     asm::Asm,
@@ -54,6 +60,8 @@ pub struct CodeCache {
     pub stubs: Stubs,
     stubs_end: u32,
     inner: Mutex<Inner>,
+    /// Everything counts as hot.
+    all_hot: AtomicBool,
 }
 
 #[derive(Default)]
@@ -67,6 +75,8 @@ struct Inner {
     dead: HashMap<Key, Vec<u32>>,
     /// Stores to watched pages so far, by page number modulo the length: what has to stand still while a block is made.
     stores: Vec<u64>,
+    /// What was found executing.
+    hot: HashSet<Key>,
     /// How often the cache was emptied.
     generation: u64,
 }
@@ -106,6 +116,9 @@ pub enum NotAdded {
 /// Counters of stores to watched pages.
 const STORE_COUNTERS: usize = 256;
 
+/// Hot places at most; the set begins anew when it is full.
+const MAX_HOT: usize = 1 << 16;
+
 /// Room that a block may need at most.
 const BLOCK_ROOM: u32 = 256 << 10;
 
@@ -120,7 +133,7 @@ impl CodeCache {
         let stubs_end = (bytes.len() as u32).next_multiple_of(64);
         super::signals::register(memory.base(), memory.len() as u64, stubs.signal);
         let inner = Mutex::new(Inner { used: stubs_end, stores: vec![0; STORE_COUNTERS], ..Inner::default() });
-        Ok(Self { memory, stubs, stubs_end, inner })
+        Ok(Self { memory, stubs, stubs_end, inner, all_hot: AtomicBool::new(false) })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -250,6 +263,50 @@ impl CodeCache {
         }
     }
 
+    /// A sample found emitted code executing at `address`: its block is hot.
+    pub fn sampled(&self, address: u64) {
+        let mut inner = self.lock();
+        let offset = address.checked_sub(self.memory.base()).and_then(|o| u32::try_from(o).ok());
+        if let Some(offset) = offset.filter(|&o| o >= self.stubs_end && o < inner.used)
+            && let Some(block) = inner.block_at(offset)
+        {
+            let key = block.key;
+            self.heat(&mut inner, key);
+        }
+    }
+
+    /// What is at `key` is hot.
+    pub fn make_hot(&self, key: Key) {
+        if !self.all_hot.load(Ordering::Relaxed) {
+            self.heat(&mut self.lock(), key);
+        }
+    }
+
+    /// The block for `key` gives way to one that is made for speed.
+    fn heat(&self, inner: &mut Inner, key: Key) {
+        if !key.context.mode.grouped() || key.second != 0 {
+            return;
+        }
+        if inner.hot.len() >= MAX_HOT {
+            inner.hot.clear();
+        }
+        if inner.hot.insert(key)
+            && let Some(&index) = inner.by_key.get(&key)
+        {
+            self.kill(inner, index);
+        }
+    }
+
+    /// Whether what is at `key` is to be translated for speed.
+    pub fn is_hot(&self, key: &Key) -> bool {
+        self.all_hot.load(Ordering::Relaxed) || self.lock().hot.contains(key)
+    }
+
+    /// From here on everything counts as hot, or only what is.
+    pub fn set_all_hot(&self, all: bool) {
+        self.all_hot.store(all, Ordering::Relaxed);
+    }
+
     fn offset(&self, address: u64) -> u32 {
         (address - self.memory.base()) as u32
     }
@@ -296,6 +353,7 @@ impl CodeCache {
         *inner = Inner {
             used: self.stubs_end,
             stores: std::mem::take(&mut inner.stores),
+            hot: std::mem::take(&mut inner.hot),
             generation: inner.generation + 1,
             ..Inner::default()
         };

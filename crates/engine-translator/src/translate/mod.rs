@@ -28,4 +28,5 @@ pub use emit::FaultPoint;
 pub use helpers::helpers;
 pub use jumps::{Context, JumpTables};
 pub use layout::{EmittedState, ExitKind};
+pub use signals::in_emitted_code;
 pub use source::Stop;
