@@ -96,9 +96,7 @@ struct Block {
     code_len: u32,
     checked_entry: u32,
     entry: u32,
-    dead_entry: u32,
     saved_entry: u32,
-    dead_saved_entry: u32,
     /// The bytes of its first page that it depends on: offsets of the first, and behind the last.
     span: (u32, u32),
     faults: Vec<FaultPoint>,
@@ -195,9 +193,7 @@ impl CodeCache {
             code_len: emitted.code_len,
             checked_entry: start + emitted.checked_entry,
             entry: start + emitted.entry,
-            dead_entry: start + emitted.dead_entry,
             saved_entry: start + emitted.saved_entry,
-            dead_saved_entry: start + emitted.dead_saved_entry,
             span,
             faults: emitted.faults,
         };
@@ -248,8 +244,8 @@ impl CodeCache {
     fn kill(&self, inner: &mut Inner, index: u32) {
         let block = &inner.blocks[index as usize];
         let key = block.key;
-        self.memory.redirect(block.entry, block.dead_entry);
-        self.memory.redirect(block.saved_entry, block.dead_saved_entry);
+        self.memory.redirect_call(block.entry, self.offset(self.stubs.dead));
+        self.memory.redirect_call(block.saved_entry, self.offset(self.stubs.dead_saved));
         self.memory.redirect(block.checked_entry, self.offset(self.stubs.miss_saved));
         inner.by_key.remove(&key);
         inner.dead.entry(key).or_default().push(index);
@@ -316,20 +312,26 @@ impl CodeCache {
         self.lock().generation
     }
 
-    /// Makes the direct jump whose rel32 field is at host address `field` lead to `entry`, unless the cache has been
+    /// The RIP of the block that the code before host address `address` belongs to, living or dead.
+    pub fn rip_of(&self, address: u64) -> u64 {
+        let inner = self.lock();
+        inner.block_at(self.offset(address) - 1).map_or(0, |block| block.key.rip)
+    }
+
+    /// Makes the direct jump at host address `from` lead to `entry`, unless the cache has been
     /// emptied since `generation`.
     ///
     /// Both must lie on the same physical page: the page's mapping may have changed since the jump's own block was
     /// entered, and other address spaces that have the old page there would follow the link.
-    pub fn link(&self, field: u64, entry: u64, generation: u64) {
+    pub fn link(&self, from: u64, entry: u64, generation: u64) {
         let inner = self.lock();
         if inner.generation != generation {
             return;
         }
-        let (field, entry) = (self.offset(field), self.offset(entry));
+        let (from, entry) = (self.offset(from), self.offset(entry));
         let page = |offset| inner.block_at(offset).map(|b| b.key.physical >> 12);
-        if page(field) == page(entry) {
-            self.memory.patch32(field, entry.wrapping_sub(field + 4));
+        if page(from) == page(entry) {
+            self.memory.redirect(from, entry);
         }
     }
 

@@ -23,7 +23,7 @@ mod stubs;
 mod trace;
 
 pub use cache::{CodeCache, Found};
-pub use desc::{AccessDesc, ExitDesc};
+pub use desc::{AccessDesc, ExitDesc, LinkDesc, RefillDesc};
 pub use emit::FaultPoint;
 pub use helpers::helpers;
 pub use jumps::{Context, JumpTables};
