@@ -22,7 +22,7 @@ use crate::{
     system::emulate,
     timer::{SampleTimer, WakeTimer},
     translate::{
-        AccessDesc, Context, ExitDesc, ExitKind, FaultPoint, Found, LinkDesc, RefillDesc, Stop, classify,
+        AccessDesc, Context, ExitDesc, ExitKind, FaultPoint, Found, LinkDesc, Origin, RefillDesc, Stop, classify,
         source::DECODER_OPTIONS,
     },
     vm::{BlockPtr, Blocks, Shared},
@@ -78,8 +78,8 @@ enum Left {
         flags: u8,
         /// Where it is; `None` if it is to stay as it is.
         from: Option<u64>,
-        /// That of the code cache at the time.
-        generation: u64,
+        /// What it was translated from.
+        origin: Origin,
     },
     /// An instruction to be emulated.
     Emulate(ExitDesc),
@@ -335,7 +335,7 @@ impl TranslatedVcpu {
                     }
                     entry = miss;
                 }
-                Left::Link { rip, flags, from, generation } => {
+                Left::Link { rip, flags, from, origin } => {
                     self.cpu().rip = rip;
                     if let Some(exception) = self.cpu().refill_fault() {
                         self.look();
@@ -348,7 +348,7 @@ impl TranslatedVcpu {
                             let saved = flags & LinkDesc::SAVED != 0;
                             if let Some(from) = from.filter(|_| found.linkable) {
                                 let entry = if saved { found.saved_entry } else { found.entry };
-                                self.shared.code.link(from, entry, generation);
+                                self.shared.code.link(from, &origin, entry, &found);
                             }
                             entry = found.checked_entry;
                         }
@@ -554,16 +554,17 @@ impl TranslatedVcpu {
             ExitKind::Link => {
                 // SAFETY: such a descriptor follows the call of this exit, of five bytes.
                 let desc = unsafe { LinkDesc::read(value as *const u8) };
-                let rip = desc.rip(code.rip_of(value));
-                Left::Link { rip, flags: desc.flags, from: Some(value - 5), generation: code.generation() }
+                let origin = code.origin(value);
+                Left::Link { rip: desc.rip(origin.rip), flags: desc.flags, from: Some(value - 5), origin }
             }
             ExitKind::Apart => {
                 // SAFETY: such a descriptor follows the call of this exit.
                 let desc = unsafe { RefillDesc::read(value as *const u8) };
-                let rip = desc.rip(code.rip_of(value));
-                Left::Link { rip, flags: LinkDesc::SAVED | LinkDesc::UNGROUPED, from: None, generation: 0 }
+                let origin = code.origin(value);
+                let flags = LinkDesc::SAVED | LinkDesc::UNGROUPED;
+                Left::Link { rip: desc.rip(origin.rip), flags, from: None, origin }
             }
-            ExitKind::Dead => Left::Miss(code.rip_of(value)),
+            ExitKind::Dead => Left::Miss(code.origin(value).rip),
             ExitKind::Emulate => Left::Emulate(exit_desc()),
             ExitKind::Fault => Left::Fault(access_desc()),
             ExitKind::After => Left::After(access_desc()),

@@ -49,8 +49,21 @@ pub struct Found {
     pub saved_entry: u64,
     /// Host address of the entry for linked jumps with the flags in the host's.
     pub entry: u64,
+    /// Its physical page.
+    pub page: u64,
     /// Whether jump tables and links may lead to it: it lies on one page.
     pub linkable: bool,
+}
+
+/// What emitted code was translated from.
+#[derive(Clone, Copy, Debug)]
+pub struct Origin {
+    /// RIP of its block.
+    pub rip: u64,
+    /// Physical page of its block.
+    pub page: u64,
+    /// How often the cache had been emptied.
+    pub generation: u64,
 }
 
 /// The translations of one VM.
@@ -68,6 +81,8 @@ pub struct CodeCache {
 struct Inner {
     used: u32,
     blocks: Vec<Block>,
+    /// For each granule of the cache the block that its first byte belongs to.
+    granules: Vec<u32>,
     by_key: HashMap<Key, u32>,
     /// Blocks with bytes on a physical page (its number), living ones only.
     by_page: HashMap<u64, Vec<u32>>,
@@ -84,8 +99,14 @@ struct Inner {
 impl Inner {
     /// The block that the byte at `offset` of the cache belongs to, living or dead.
     fn block_at(&self, offset: u32) -> Option<&Block> {
-        let i = self.blocks.partition_point(|b| b.start <= offset).checked_sub(1)?;
-        self.blocks.get(i)
+        let first = *self.granules.get(offset as usize / GRANULE)? as usize;
+        self.blocks.get(first..)?.iter().take_while(|b| b.start <= offset).last()
+    }
+
+    /// Takes note of the block that was just added, up to `used`.
+    fn fill_granules(&mut self) {
+        let last = (self.blocks.len() as u32).saturating_sub(1);
+        self.granules.resize((self.used as usize).div_ceil(GRANULE), last);
     }
 }
 
@@ -116,6 +137,9 @@ const STORE_COUNTERS: usize = 256;
 
 /// Hot places at most; the set begins anew when it is full.
 const MAX_HOT: usize = 1 << 16;
+
+/// Bytes of a granule: some blocks.
+const GRANULE: usize = 512;
 
 /// Room that a block may need at most.
 const BLOCK_ROOM: u32 = 256 << 10;
@@ -149,6 +173,7 @@ impl CodeCache {
             checked_entry: self.memory.base() + u64::from(block.checked_entry),
             saved_entry: self.memory.base() + u64::from(block.saved_entry),
             entry: self.memory.base() + u64::from(block.entry),
+            page: block.key.physical >> 12,
             linkable: block.key.second == 0,
         }
     }
@@ -206,6 +231,7 @@ impl CodeCache {
         }
         let index = inner.blocks.len() as u32;
         inner.blocks.push(block);
+        inner.fill_granules();
         inner.by_key.insert(key, index);
         inner.by_page.entry(key.physical >> 12).or_default().push(index);
         if key.second != 0 && (key.second - 1) >> 12 != key.physical >> 12 {
@@ -307,31 +333,24 @@ impl CodeCache {
         (address - self.memory.base()) as u32
     }
 
-    /// How often the cache was emptied.
-    pub fn generation(&self) -> u64 {
-        self.lock().generation
-    }
-
-    /// The RIP of the block that the code before host address `address` belongs to, living or dead.
-    pub fn rip_of(&self, address: u64) -> u64 {
+    /// What the code before host address `address` belongs to: RIP and physical page of its block, living or dead, and
+    /// the generation of the cache.
+    pub fn origin(&self, address: u64) -> Origin {
         let inner = self.lock();
-        inner.block_at(self.offset(address) - 1).map_or(0, |block| block.key.rip)
+        let (rip, page) =
+            inner.block_at(self.offset(address) - 1).map_or((0, u64::MAX), |b| (b.key.rip, b.key.physical >> 12));
+        Origin { rip, page, generation: inner.generation }
     }
 
-    /// Makes the direct jump at host address `from` lead to `entry`, unless the cache has been
-    /// emptied since `generation`.
+    /// Makes the direct jump at host address `from`, in code from `origin`, lead to host address `entry` of `to`, unless
+    /// the cache has been emptied since.
     ///
     /// Both must lie on the same physical page: the page's mapping may have changed since the jump's own block was
     /// entered, and other address spaces that have the old page there would follow the link.
-    pub fn link(&self, from: u64, entry: u64, generation: u64) {
+    pub fn link(&self, from: u64, origin: &Origin, entry: u64, to: &Found) {
         let inner = self.lock();
-        if inner.generation != generation {
-            return;
-        }
-        let (from, entry) = (self.offset(from), self.offset(entry));
-        let page = |offset| inner.block_at(offset).map(|b| b.key.physical >> 12);
-        if page(from) == page(entry) {
-            self.memory.redirect(from, entry);
+        if inner.generation == origin.generation && origin.page == to.page {
+            self.memory.redirect(self.offset(from), self.offset(entry));
         }
     }
 

@@ -22,7 +22,7 @@ pub mod source;
 mod stubs;
 mod trace;
 
-pub use cache::{CodeCache, Found};
+pub use cache::{CodeCache, Found, Origin};
 pub use desc::{AccessDesc, ExitDesc, LinkDesc, RefillDesc};
 pub use emit::FaultPoint;
 pub use helpers::helpers;
