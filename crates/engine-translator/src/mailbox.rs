@@ -27,6 +27,8 @@ pub mod request {
     pub const TIMER: u32 = 1 << 6;
     /// Stores to some page must be noticed from now on, or the code cache is to be flushed: pass a safe point.
     pub const SAFE_POINT: u32 = 1 << 7;
+    /// A sample was taken of what emitted code executes.
+    pub const SAMPLE: u32 = 1 << 8;
 }
 
 /// Loads from here fault: the first page of the address space is never mapped.
@@ -48,6 +50,8 @@ pub struct Mailbox {
     pub sipi_vector: AtomicU32,
     /// Even while the vCPU is outside of emitted code, odd inside; only its own thread writes it.
     pub inside: AtomicU64,
+    /// Where in the code cache the last sample was taken; with [`request::SAMPLE`].
+    pub sample: AtomicU64,
     /// Host pages that may no longer be stored to unnoticed; with [`request::SAFE_POINT`].
     pub forbidden: Mutex<Vec<u64>>,
     asleep: Mutex<bool>,
@@ -65,6 +69,7 @@ impl Default for Mailbox {
             address: Default::default(),
             sipi_vector: AtomicU32::new(0),
             inside: AtomicU64::new(0),
+            sample: AtomicU64::new(0),
             forbidden: Mutex::default(),
             asleep: Mutex::new(false),
             wake: Condvar::new(),

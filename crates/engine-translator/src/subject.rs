@@ -47,6 +47,11 @@ impl Subject {
         self.vcpu.forget_vectors();
     }
 
+    /// From here on what is translated is translated for speed, or for what has not been executed yet.
+    pub fn all_hot(&mut self, all: bool) {
+        self.vm.shared.code.set_all_hot(all);
+    }
+
     /// Runs blocks until an exception. `None` if it was kicked.
     pub fn run(&mut self) -> Result<Option<Exception>, EngineError> {
         self.vcpu.run_to_exception(false, &mut |_| true)

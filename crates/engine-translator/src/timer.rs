@@ -1,12 +1,17 @@
-//! A timer that signals the vCPU's own thread when its local APIC's timer is due.
+//! Timers that signal the vCPU's own thread: when its local APIC's timer is due, and for samples of what it executes.
 //!
-//! The signal's handler only leaves a request in the mailbox; it costs the guest a microsecond and needs no other
-//! thread.
+//! The signals' handlers only leave requests in the mailbox; they cost the guest a microsecond and need no other thread.
 #![allow(unsafe_code)]
 
-use std::sync::Once;
+use std::sync::{Once, atomic::Ordering};
 
-use crate::mailbox::{Mailbox, request};
+use crate::{
+    mailbox::{Mailbox, request},
+    translate::in_emitted_code,
+};
+
+/// The processor's time that a vCPU uses between two samples, in ns. (Many hosts count it in ticks of 4 ms.)
+const SAMPLE_PERIOD: i64 = 1_000_000;
 
 /// The timer of one vCPU. It exists while the vCPU runs.
 #[derive(Default)]
@@ -17,11 +22,17 @@ pub struct WakeTimer {
     wanted: bool,
 }
 
-fn signal() -> i32 {
+/// The signal of [`WakeTimer`].
+fn wake_signal() -> i32 {
     libc::SIGRTMIN() + 3
 }
 
-extern "C" fn handler(_signal: i32, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
+/// The signal of [`SampleTimer`].
+fn sample_signal() -> i32 {
+    libc::SIGRTMIN() + 4
+}
+
+extern "C" fn wake(_signal: i32, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
     // SAFETY: the value is the mailbox that the timer was created with; timers are deleted before their mailboxes.
     unsafe {
         if (*info).si_code == libc::SI_TIMER {
@@ -31,16 +42,50 @@ extern "C" fn handler(_signal: i32, info: *mut libc::siginfo_t, _context: *mut l
     }
 }
 
+extern "C" fn sample(_signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    // SAFETY: as in `wake`; the context is the interrupted thread's.
+    unsafe {
+        let rip = (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs[libc::REG_RIP as usize] as u64;
+        if (*info).si_code == libc::SI_TIMER && in_emitted_code(rip) {
+            let mailbox = (*info).si_value().sival_ptr.cast::<Mailbox>();
+            (*mailbox).sample.store(rip, Ordering::Relaxed);
+            (*mailbox).request_from_signal(request::SAMPLE);
+        }
+    }
+}
+
 fn install() {
     static ONCE: Once = Once::new();
-    // SAFETY: the action is fully initialised; the handler only touches atomics.
-    ONCE.call_once(|| unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = handler as *const () as usize;
-        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
-        libc::sigemptyset(&mut action.sa_mask);
-        libc::sigaction(signal(), &action, std::ptr::null_mut());
+    type Handler = extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void);
+    let handle = |signal: i32, handler: Handler| {
+        // SAFETY: the action is fully initialised; the handlers only touch atomics.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = handler as *const () as usize;
+            action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
+            // One at a time: two frames may be more than the signal stack holds.
+            libc::sigfillset(&mut action.sa_mask);
+            libc::sigaction(signal, &action, std::ptr::null_mut());
+        }
+    };
+    ONCE.call_once(|| {
+        handle(wake_signal(), wake);
+        handle(sample_signal(), sample);
     });
+}
+
+/// A timer of `clock` that sends `signal` to this thread, which outlives it.
+fn create(clock: libc::clockid_t, signal: i32, mailbox: *const Mailbox) -> Option<libc::timer_t> {
+    // SAFETY: the event is fully initialised.
+    unsafe {
+        let mut event: libc::sigevent = std::mem::zeroed();
+        event.sigev_notify = libc::SIGEV_THREAD_ID;
+        event.sigev_signo = signal;
+        event.sigev_value.sival_ptr = mailbox.cast_mut().cast();
+        event.sigev_notify_thread_id = libc::gettid();
+        let mut timer: libc::timer_t = std::mem::zeroed();
+        (libc::timer_create(clock, &mut event, &mut timer) == 0).then_some(timer)
+    }
 }
 
 impl WakeTimer {
@@ -55,7 +100,10 @@ impl WakeTimer {
         if deadline == self.armed || !self.wanted {
             return;
         }
-        let Some(timer) = self.timer.or_else(|| self.create(mailbox)) else { return };
+        if self.timer.is_none() {
+            self.timer = create(libc::CLOCK_MONOTONIC, wake_signal(), mailbox);
+        }
+        let Some(timer) = self.timer else { return };
         self.armed = deadline;
         // A deadline of zero would turn it off.
         let ns = deadline.map_or(0, |d| d.max(1));
@@ -65,23 +113,6 @@ impl WakeTimer {
             spec.it_value.tv_sec = (ns / 1_000_000_000) as i64;
             spec.it_value.tv_nsec = (ns % 1_000_000_000) as i64;
             libc::timer_settime(timer, libc::TIMER_ABSTIME, &spec, std::ptr::null_mut());
-        }
-    }
-
-    fn create(&mut self, mailbox: *const Mailbox) -> Option<libc::timer_t> {
-        // SAFETY: the event is fully initialised; the thread is this one, which outlives the timer (see `stop`).
-        unsafe {
-            let mut event: libc::sigevent = std::mem::zeroed();
-            event.sigev_notify = libc::SIGEV_THREAD_ID;
-            event.sigev_signo = signal();
-            event.sigev_value.sival_ptr = mailbox.cast_mut().cast();
-            event.sigev_notify_thread_id = libc::gettid();
-            let mut timer: libc::timer_t = std::mem::zeroed();
-            if libc::timer_create(libc::CLOCK_MONOTONIC, &mut event, &mut timer) != 0 {
-                return None;
-            }
-            self.timer = Some(timer);
-            Some(timer)
         }
     }
 
@@ -106,3 +137,43 @@ impl Drop for WakeTimer {
 
 // SAFETY: a timer id may be used by any thread of the process.
 unsafe impl Send for WakeTimer {}
+
+/// Has samples taken of what one vCPU executes, for as long as it runs. While it is idle it uses no time, and is left
+/// alone.
+#[derive(Default)]
+pub struct SampleTimer(Option<libc::timer_t>);
+
+impl SampleTimer {
+    /// The vCPU begins to run on this thread.
+    pub fn start(&mut self, mailbox: *const Mailbox) {
+        install();
+        self.stop();
+        self.0 = create(libc::CLOCK_THREAD_CPUTIME_ID, sample_signal(), mailbox);
+        let Some(timer) = self.0 else { return };
+        let period = libc::timespec { tv_sec: 0, tv_nsec: SAMPLE_PERIOD };
+        let spec = libc::itimerspec { it_interval: period, it_value: period };
+        // SAFETY: `timer` exists; the specification is a valid structure.
+        unsafe {
+            libc::timer_settime(timer, 0, &spec, std::ptr::null_mut());
+        }
+    }
+
+    /// The vCPU does not run any more, or not on this thread.
+    pub fn stop(&mut self) {
+        if let Some(timer) = self.0.take() {
+            // SAFETY: it exists, and is forgotten here.
+            unsafe {
+                libc::timer_delete(timer);
+            }
+        }
+    }
+}
+
+impl Drop for SampleTimer {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+// SAFETY: a timer id may be used by any thread of the process.
+unsafe impl Send for SampleTimer {}

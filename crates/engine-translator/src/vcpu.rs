@@ -21,8 +21,11 @@ use crate::{
     reset,
     segment::is_canonical,
     system::emulate,
-    timer::WakeTimer,
-    translate::{AccessDesc, Context, ExitDesc, ExitKind, FaultPoint, Found, Stop, source::DECODER_OPTIONS},
+    timer::{SampleTimer, WakeTimer},
+    translate::{
+        AccessDesc, Context, ExitDesc, ExitKind, FaultPoint, Found, LinkDesc, Origin, RefillDesc, Stop,
+        source::DECODER_OPTIONS,
+    },
     vm::{BlockPtr, Blocks, Shared},
     xstate,
 };
@@ -41,6 +44,7 @@ pub struct TranslatedVcpu {
     single: bool,
     timer: WakeTimer,
     decoded: DecodedCache,
+    samples: SampleTimer,
 }
 
 // SAFETY: the block's `Cpu` belongs to whoever holds the vCPU, and all in it may move between threads.
@@ -73,11 +77,13 @@ enum Left {
     /// A direct jump that is not linked yet.
     Link {
         /// Where it leads.
-        desc: ExitDesc,
-        /// Address of the rel32 field.
-        field: u64,
-        /// That of the code cache at the time.
-        generation: u64,
+        rip: u64,
+        /// See [`LinkDesc`].
+        flags: u8,
+        /// Where it is; `None` if it is to stay as it is.
+        from: Option<u64>,
+        /// What it was translated from.
+        origin: Origin,
     },
     /// An instruction to be emulated.
     Emulate(ExitDesc),
@@ -101,6 +107,7 @@ impl TranslatedVcpu {
             single: false,
             timer: WakeTimer::default(),
             decoded: DecodedCache::default(),
+            samples: SampleTimer::default(),
         }
     }
 
@@ -171,6 +178,9 @@ impl TranslatedVcpu {
     fn handle(&mut self, requests: u32) -> bool {
         if requests & request::SAFE_POINT != 0 {
             self.safe_point();
+        }
+        if requests & request::SAMPLE != 0 {
+            self.shared.code.sampled(self.mailbox().sample.load(Ordering::Relaxed));
         }
         let cpu = self.cpu();
         lapic::take_requests(cpu, requests);
@@ -353,16 +363,20 @@ impl TranslatedVcpu {
                     }
                     entry = miss;
                 }
-                Left::Link { desc, field, generation } => {
-                    self.cpu().rip = desc.rip;
-                    let ungrouped = desc.link & ExitDesc::UNGROUPED != 0;
+                Left::Link { rip, flags, from, origin } => {
+                    self.cpu().rip = rip;
+                    if let Some(exception) = self.cpu().refill_fault() {
+                        self.look();
+                        return Leave::Raise(exception);
+                    }
+                    let ungrouped = flags & LinkDesc::UNGROUPED != 0;
                     let context = if ungrouped { context.ungrouped() } else { *context };
-                    match self.cpu().block(&context, desc.rip) {
+                    match self.cpu().block(&context, rip) {
                         Ok(found) => {
-                            let saved = desc.link & ExitDesc::SAVED != 0;
-                            if found.linkable {
+                            let saved = flags & LinkDesc::SAVED != 0;
+                            if let Some(from) = from.filter(|_| found.linkable) {
                                 let entry = if saved { found.saved_entry } else { found.entry };
-                                self.shared.code.link(field, entry, generation);
+                                self.shared.code.link(from, &origin, entry, &found);
                             }
                             entry = found.checked_entry;
                         }
@@ -575,19 +589,33 @@ impl TranslatedVcpu {
         let code64 = self.cpu().code64();
         let emitted = &self.cpu().emitted;
         let (kind, value, address) = (ExitKind::from_raw(emitted.exit_kind), emitted.exit_value, emitted.signal.2);
+        let branch = emitted.branch;
         // SAFETY: for these kinds emitted code passes the address of such a descriptor.
-        let (exit_desc, access_desc) = unsafe { (|| *(value as *const ExitDesc), || *(value as *const AccessDesc)) };
+        let (exit_desc, access_desc) =
+            unsafe { (|| ExitDesc::read(value as *const u8), || *(value as *const AccessDesc)) };
+        let code = &self.shared.code;
         match kind {
-            ExitKind::Miss => match emitted.branch as *const ExitDesc {
-                // SAFETY: emitted code has stored the descriptor's address on its way here.
-                branch if code64 && !is_canonical(value) && !branch.is_null() => Left::Astray(unsafe { *branch }),
+            ExitKind::Miss => match branch as *const u8 {
+                branch if code64 && !is_canonical(value) && !branch.is_null() => {
+                    // SAFETY: emitted code has stored the descriptor's address on its way here.
+                    Left::Astray(unsafe { ExitDesc::read(branch) })
+                }
                 _ => Left::Miss(value),
             },
             ExitKind::Link => {
-                let desc = exit_desc();
-                let code = &self.shared.code;
-                Left::Link { desc, field: value - u64::from(desc.patch_back), generation: code.generation() }
+                // SAFETY: such a descriptor follows the call of this exit, of five bytes.
+                let desc = unsafe { LinkDesc::read(value as *const u8) };
+                let origin = code.origin(value);
+                Left::Link { rip: desc.rip(origin.rip), flags: desc.flags, from: Some(value - 5), origin }
             }
+            ExitKind::Apart => {
+                // SAFETY: such a descriptor follows the call of this exit.
+                let desc = unsafe { RefillDesc::read(value as *const u8) };
+                let origin = code.origin(value);
+                let flags = LinkDesc::SAVED | LinkDesc::UNGROUPED;
+                Left::Link { rip: desc.rip(origin.rip), flags, from: None, origin }
+            }
+            ExitKind::Dead => Left::Miss(code.origin(value).rip),
             ExitKind::Emulate => Left::Emulate(exit_desc()),
             ExitKind::Fault => Left::Fault(access_desc()),
             ExitKind::After => Left::After(access_desc()),
@@ -656,7 +684,9 @@ impl Vcpu for TranslatedVcpu {
         crate::clock::refresh(self.cpu());
         set_gs_base(self.block.0.as_ptr() as u64);
         self.timer.start();
+        self.samples.start(self.mailbox());
         let result = self.go();
+        self.samples.stop();
         self.timer.stop();
         self.cpu().bus = None;
         result

@@ -153,6 +153,8 @@ impl Translated {
             self.load_code(case);
             self.subject.cpu().flush_tlb_all();
             self.subject.forget_vectors();
+            // Both ways of translating get their share.
+            self.subject.all_hot(case.code.len().is_multiple_of(2));
         }
         load(self.subject.cpu(), case, &area);
         let mut steps = Vec::new();

@@ -220,6 +220,13 @@ impl Asm {
         }
     }
 
+    /// Nops, if need be, so that five bytes from here on are within eight aligned ones: they can be replaced by one store.
+    pub fn align_patch(&mut self) {
+        if (self.origin as usize + self.code().len()) % 8 > 3 {
+            self.align(8, 0);
+        }
+    }
+
     /// An instruction with a ModRM memory operand.
     fn op_mem(&mut self, prefix: Option<u8>, wide: bool, opcode: &[u8], reg: u8, mem: Mem) {
         if mem.gs {
@@ -324,6 +331,11 @@ impl Asm {
     pub fn store_sized(&mut self, mem: Mem, src: u8, size: usize) {
         let prefix = (size == 2).then_some(0x66);
         self.op_mem(prefix, size == 8, &[0x89], src, mem);
+    }
+
+    /// `movzx dst32, word [mem]`
+    pub fn load16(&mut self, dst: u8, mem: Mem) {
+        self.op_mem(None, false, &[0x0f, 0xb7], dst, mem);
     }
 
     /// `mov dst, [mem]` of `size` bytes (2: the rest is kept; 4: zero-extended; 8).
@@ -478,13 +490,7 @@ impl Asm {
         self.imm32(0);
     }
 
-    /// A rel32 field that refers to `label`.
-    pub fn rel32_label(&mut self, label: Label) {
-        self.rel32(label);
-    }
-
-    /// A rel32 field that refers to an address.
-    pub fn rel32_to(&mut self, target: u64) {
+    fn rel32_to(&mut self, target: u64) {
         let at = self.code().len() as u32;
         self.far_uses.push((self.current, at, target));
         self.imm32(0);
@@ -494,6 +500,17 @@ impl Asm {
     pub fn jmp_to(&mut self, target: u64) {
         self.code().push(0xe9);
         self.rel32_to(target);
+    }
+
+    /// `jcc target`
+    pub fn jcc_to(&mut self, cc: u8, target: u64) {
+        self.bytes(&[0x0f, 0x80 | cc]);
+        self.rel32_to(target);
+    }
+
+    /// `jmp reg`
+    pub fn jmp_reg(&mut self, r: u8) {
+        self.op_rr(false, &[0xff], 4, r);
     }
 
     /// `call target`

@@ -5,7 +5,7 @@ use iced_x86::{Instruction, OpKind};
 use super::{
     asm::{Mem, Section, cc, reg},
     classify::Class,
-    desc::{AccessDesc, ExitDesc},
+    desc::AccessDesc,
     emit::{Access, Emitter, Insn},
     flags::{FlagUse, STATUS},
     layout::{at, gpr, pinned},
@@ -179,7 +179,10 @@ impl Emitter<'_> {
     /// instruction that led there has to be known.
     fn jump_indirect(&mut self, insn: &Insn) {
         if self.mode.bits() == 64 {
-            let desc = self.data(&ExitDesc::emulate(insn.rip(), &insn.bytes[..insn.insn.len()]).to_bytes());
+            let section = self.asm.section(Section::Data);
+            let desc = self.asm.label_here();
+            self.exit_desc(insn);
+            self.asm.section(section);
             self.asm.lea_label(reg::R10, desc);
             self.asm.store(at::BRANCH, reg::R10);
         }

@@ -4,14 +4,20 @@
 //! no vCPU is inside emitted code. A block whose source was written to is *dead*: its entries are redirected to the run
 //! loop, and, once the same place has been translated anew, to the new block.
 //!
+//! Most code is executed a few times: its blocks are short. What samples find executing is *hot*, and translated anew,
+//! at length (see `trace.rs`).
+//!
 //! Lock order: `Shared::world` before `CodeCache::inner`. Nothing is waited for with `inner` held.
 
 use std::{
     io,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
-use rustc_hash::{FxHashMap as HashMap, FxHashSet};
+use rustc_hash::{FxHashMap as HashMap, FxHashSet as HashSet};
 
 use super::{
     asm::Asm,
@@ -43,8 +49,21 @@ pub struct Found {
     pub saved_entry: u64,
     /// Host address of the entry for linked jumps with the flags in the host's.
     pub entry: u64,
+    /// Its physical page.
+    pub page: u64,
     /// Whether links may lead to it: it lies on one page. (Jump tables know of both.)
     pub linkable: bool,
+}
+
+/// What emitted code was translated from.
+#[derive(Clone, Copy, Debug)]
+pub struct Origin {
+    /// RIP of its block.
+    pub rip: u64,
+    /// Physical page of its block.
+    pub page: u64,
+    /// How often the cache had been emptied.
+    pub generation: u64,
 }
 
 /// The translations of one VM.
@@ -54,21 +73,27 @@ pub struct CodeCache {
     pub stubs: Stubs,
     stubs_end: u32,
     inner: Mutex<Inner>,
+    /// Everything counts as hot.
+    all_hot: AtomicBool,
 }
 
 #[derive(Default)]
 struct Inner {
     used: u32,
     blocks: Vec<Block>,
+    /// For each granule of the cache the block that its first byte belongs to.
+    granules: Vec<u32>,
     by_key: HashMap<Key, u32>,
     /// Blocks with bytes on a physical page (its number), living ones only.
     by_page: HashMap<u64, Vec<u32>>,
     /// Dead blocks that a new one for the same key replaces.
     dead: HashMap<Key, Vec<u32>>,
     /// Keys without a second page for which there is no block, because not even one instruction is whole without that.
-    crossing: FxHashSet<Key>,
+    crossing: HashSet<Key>,
     /// Stores to watched pages so far, by page number modulo the length: what has to stand still while a block is made.
     stores: Vec<u64>,
+    /// What was found executing.
+    hot: HashSet<Key>,
     /// How often the cache was emptied.
     generation: u64,
 }
@@ -76,8 +101,14 @@ struct Inner {
 impl Inner {
     /// The block that the byte at `offset` of the cache belongs to, living or dead.
     fn block_at(&self, offset: u32) -> Option<&Block> {
-        let i = self.blocks.partition_point(|b| b.start <= offset).checked_sub(1)?;
-        self.blocks.get(i)
+        let first = *self.granules.get(offset as usize / GRANULE)? as usize;
+        self.blocks.get(first..)?.iter().take_while(|b| b.start <= offset).last()
+    }
+
+    /// Takes note of the block that was just added, up to `used`.
+    fn fill_granules(&mut self) {
+        let last = (self.blocks.len() as u32).saturating_sub(1);
+        self.granules.resize((self.used as usize).div_ceil(GRANULE), last);
     }
 }
 
@@ -88,9 +119,7 @@ struct Block {
     code_len: u32,
     checked_entry: u32,
     entry: u32,
-    dead_entry: u32,
     saved_entry: u32,
-    dead_saved_entry: u32,
     /// The bytes of its first page that it depends on: offsets of the first, and behind the last.
     span: (u32, u32),
     faults: Vec<FaultPoint>,
@@ -108,6 +137,12 @@ pub enum NotAdded {
 /// Counters of stores to watched pages.
 const STORE_COUNTERS: usize = 256;
 
+/// Hot places at most; the set begins anew when it is full.
+const MAX_HOT: usize = 1 << 16;
+
+/// Bytes of a granule: some blocks.
+const GRANULE: usize = 512;
+
 /// Room that a block may need at most.
 const BLOCK_ROOM: u32 = 256 << 10;
 
@@ -122,7 +157,7 @@ impl CodeCache {
         let stubs_end = (bytes.len() as u32).next_multiple_of(64);
         super::signals::register(memory.base(), memory.len() as u64, stubs.signal);
         let inner = Mutex::new(Inner { used: stubs_end, stores: vec![0; STORE_COUNTERS], ..Inner::default() });
-        Ok(Self { memory, stubs, stubs_end, inner })
+        Ok(Self { memory, stubs, stubs_end, inner, all_hot: AtomicBool::new(false) })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -140,6 +175,7 @@ impl CodeCache {
             checked_entry: self.memory.base() + u64::from(block.checked_entry),
             saved_entry: self.memory.base() + u64::from(block.saved_entry),
             entry: self.memory.base() + u64::from(block.entry),
+            page: block.key.physical >> 12,
             linkable: block.key.second == 0,
         }
     }
@@ -189,9 +225,7 @@ impl CodeCache {
             code_len: emitted.code_len,
             checked_entry: start + emitted.checked_entry,
             entry: start + emitted.entry,
-            dead_entry: start + emitted.dead_entry,
             saved_entry: start + emitted.saved_entry,
-            dead_saved_entry: start + emitted.dead_saved_entry,
             span,
             faults: emitted.faults,
         };
@@ -204,6 +238,7 @@ impl CodeCache {
         }
         let index = inner.blocks.len() as u32;
         inner.blocks.push(block);
+        inner.fill_granules();
         inner.by_key.insert(key, index);
         inner.by_page.entry(key.physical >> 12).or_default().push(index);
         let first = Key { second: 0, ..key };
@@ -248,8 +283,8 @@ impl CodeCache {
     fn kill(&self, inner: &mut Inner, index: u32) {
         let block = &inner.blocks[index as usize];
         let key = block.key;
-        self.memory.redirect(block.entry, block.dead_entry);
-        self.memory.redirect(block.saved_entry, block.dead_saved_entry);
+        self.memory.redirect_call(block.entry, self.offset(self.stubs.dead));
+        self.memory.redirect_call(block.saved_entry, self.offset(self.stubs.dead_saved));
         self.memory.redirect(block.checked_entry, self.offset(self.stubs.miss_saved));
         inner.by_key.remove(&key);
         if key.second != 0 {
@@ -266,29 +301,72 @@ impl CodeCache {
         }
     }
 
+    /// A sample found emitted code executing at `address`: its block is hot.
+    pub fn sampled(&self, address: u64) {
+        let mut inner = self.lock();
+        let offset = address.checked_sub(self.memory.base()).and_then(|o| u32::try_from(o).ok());
+        if let Some(offset) = offset.filter(|&o| o >= self.stubs_end && o < inner.used)
+            && let Some(block) = inner.block_at(offset)
+        {
+            let key = block.key;
+            self.heat(&mut inner, key);
+        }
+    }
+
+    /// What is at `key` is hot.
+    pub fn make_hot(&self, key: Key) {
+        if !self.all_hot.load(Ordering::Relaxed) {
+            self.heat(&mut self.lock(), key);
+        }
+    }
+
+    /// The block for `key` gives way to one that is made for speed.
+    fn heat(&self, inner: &mut Inner, key: Key) {
+        if !key.context.mode.grouped() || key.second != 0 {
+            return;
+        }
+        if inner.hot.len() >= MAX_HOT {
+            inner.hot.clear();
+        }
+        if inner.hot.insert(key)
+            && let Some(&index) = inner.by_key.get(&key)
+        {
+            self.kill(inner, index);
+        }
+    }
+
+    /// Whether what is at `key` is to be translated for speed.
+    pub fn is_hot(&self, key: &Key) -> bool {
+        self.all_hot.load(Ordering::Relaxed) || self.lock().hot.contains(key)
+    }
+
+    /// From here on everything counts as hot, or only what is.
+    pub fn set_all_hot(&self, all: bool) {
+        self.all_hot.store(all, Ordering::Relaxed);
+    }
+
     fn offset(&self, address: u64) -> u32 {
         (address - self.memory.base()) as u32
     }
 
-    /// How often the cache was emptied.
-    pub fn generation(&self) -> u64 {
-        self.lock().generation
+    /// What the code before host address `address` belongs to: RIP and physical page of its block, living or dead, and
+    /// the generation of the cache.
+    pub fn origin(&self, address: u64) -> Origin {
+        let inner = self.lock();
+        let (rip, page) =
+            inner.block_at(self.offset(address) - 1).map_or((0, u64::MAX), |b| (b.key.rip, b.key.physical >> 12));
+        Origin { rip, page, generation: inner.generation }
     }
 
-    /// Makes the direct jump whose rel32 field is at host address `field` lead to `entry`, unless the cache has been
-    /// emptied since `generation`.
+    /// Makes the direct jump at host address `from`, in code from `origin`, lead to host address `entry` of `to`, unless
+    /// the cache has been emptied since.
     ///
     /// Both must lie on the same physical page: the page's mapping may have changed since the jump's own block was
     /// entered, and other address spaces that have the old page there would follow the link.
-    pub fn link(&self, field: u64, entry: u64, generation: u64) {
+    pub fn link(&self, from: u64, origin: &Origin, entry: u64, to: &Found) {
         let inner = self.lock();
-        if inner.generation != generation {
-            return;
-        }
-        let (field, entry) = (self.offset(field), self.offset(entry));
-        let page = |offset| inner.block_at(offset).map(|b| b.key.physical >> 12);
-        if page(field) == page(entry) {
-            self.memory.patch32(field, entry.wrapping_sub(field + 4));
+        if inner.generation == origin.generation && origin.page == to.page {
+            self.memory.redirect(self.offset(from), self.offset(entry));
         }
     }
 
@@ -312,6 +390,7 @@ impl CodeCache {
         *inner = Inner {
             used: self.stubs_end,
             stores: std::mem::take(&mut inner.stores),
+            hot: std::mem::take(&mut inner.hot),
             generation: inner.generation + 1,
             ..Inner::default()
         };

@@ -1,5 +1,7 @@
-//! Descriptors: what emitted code tells Rust of the place at which it calls or leaves. They lie beside the code, are
-//! position-independent and read-only.
+//! Descriptors: what emitted code tells Rust of the place at which it calls or leaves. They are position-independent
+//! and read-only. There are many of them, so all but [`AccessDesc`] are packed: they follow the call of a stub, which finds
+//! them by its return address.
+#![allow(unsafe_code)]
 
 use super::masking::Masking;
 
@@ -11,7 +13,7 @@ pub struct AccessDesc {
     pub rip: u64,
     /// Offset in CS of the next instruction.
     pub next: u64,
-    /// Bytes accessed: at most 64, or with [`Self::GROUP`] those of all accesses of the group.
+    /// Bytes accessed: at most 64.
     pub size: u16,
     /// See the constants.
     pub flags: u16,
@@ -42,10 +44,6 @@ impl AccessDesc {
     pub const X87: u16 = 1 << 7;
     /// A locked read-modify-write.
     pub const LOCK: u16 = 1 << 8;
-    /// It stands for several accesses: all on one page of memory, or each has to be checked by itself.
-    pub const GROUP: u16 = 1 << 9;
-    /// One of them stores.
-    pub const GROUP_WRITE: u16 = 1 << 10;
 
     /// A descriptor.
     pub fn new(rip: u64, next: u64, size: usize, flags: u16, segment: usize, masking: Masking) -> Self {
@@ -65,52 +63,145 @@ impl AccessDesc {
     }
 }
 
-/// A place where emitted code is left.
-#[repr(C, align(8))]
+/// A direct jump that is not linked yet, to the page that its block begins on.
+#[derive(Clone, Copy, Debug)]
+pub struct LinkDesc {
+    /// Where it leads, from the block's RIP.
+    delta: i16,
+    /// See the constants.
+    pub flags: u8,
+}
+
+impl LinkDesc {
+    /// The jump has the flags in `flag_word`.
+    pub const SAVED: u8 = 1 << 0;
+    /// It leads to code in which each access is checked by itself.
+    pub const UNGROUPED: u8 = 1 << 1;
+
+    /// A jump from the block for `from` to `rip`.
+    pub fn new(from: u64, rip: u64, flags: u8) -> Self {
+        Self { delta: delta(from, rip), flags }
+    }
+
+    /// As bytes.
+    pub fn to_bytes(self) -> [u8; 3] {
+        let [low, high] = self.delta.to_ne_bytes();
+        [low, high, self.flags]
+    }
+
+    /// From emitted code.
+    ///
+    /// # Safety
+    /// One of these is at `at`.
+    pub unsafe fn read(at: *const u8) -> Self {
+        // SAFETY: as the caller vouches.
+        let [low, high, flags] = unsafe { at.cast::<[u8; 3]>().read() };
+        Self { delta: i16::from_ne_bytes([low, high]), flags }
+    }
+
+    /// Where it leads from the block for `from`.
+    pub fn rip(self, from: u64) -> u64 {
+        from.wrapping_add(self.delta as u64)
+    }
+}
+
+/// An access, or several that are checked together, that the TLB did not answer, in code that has no more than that to
+/// say. Behind it may come a jump to code in which each access is checked by itself.
+#[derive(Clone, Copy, Debug)]
+pub struct RefillDesc {
+    /// Bytes, and the constants.
+    word: u16,
+    /// Where the instruction is, from the block's RIP.
+    delta: i16,
+}
+
+impl RefillDesc {
+    /// The bytes, in the first word.
+    pub const SIZE: u16 = 0x7ff;
+    /// The access stores. (One that does not may still be for a group in which another one does.)
+    pub const STORE: u16 = 1 << 13;
+    /// A page fault is not necessarily what it raises.
+    pub const EXACT: u16 = 1 << 14;
+    /// The jump is there.
+    pub const LINKED: u16 = 1 << 15;
+    /// Length of the structure.
+    pub const LEN: i32 = 4;
+
+    /// `size` bytes for the instruction at `rip` in the block for `from`.
+    pub fn new(from: u64, rip: u64, size: u16, flags: u16) -> Self {
+        debug_assert!(size <= Self::SIZE);
+        Self { word: size | flags, delta: delta(from, rip) }
+    }
+
+    /// As bytes.
+    pub fn to_bytes(self) -> [u8; Self::LEN as usize] {
+        let ([a, b], [c, d]) = (self.word.to_ne_bytes(), self.delta.to_ne_bytes());
+        [a, b, c, d]
+    }
+
+    /// From emitted code.
+    ///
+    /// # Safety
+    /// One of these is at `at`.
+    pub unsafe fn read(at: *const u8) -> Self {
+        // SAFETY: as the caller vouches.
+        let [a, b, c, d] = unsafe { at.cast::<[u8; 4]>().read() };
+        Self { word: u16::from_ne_bytes([a, b]), delta: i16::from_ne_bytes([c, d]) }
+    }
+
+    /// Whether the access stores.
+    pub fn stores(self) -> bool {
+        self.word & Self::STORE != 0
+    }
+
+    /// Whether a page fault is all that it can raise.
+    pub fn is_plain(self) -> bool {
+        self.word & Self::EXACT == 0
+    }
+
+    /// Where the instruction is in the block for `from`.
+    pub fn rip(self, from: u64) -> u64 {
+        from.wrapping_add(self.delta as u64)
+    }
+}
+
+/// What lies on one page is not far from each other.
+fn delta(from: u64, to: u64) -> i16 {
+    let delta = to.wrapping_sub(from) as i64;
+    debug_assert_eq!(delta, i64::from(delta as i16));
+    delta as i16
+}
+
+/// An instruction to emulate, or that may have to be looked at again.
 #[derive(Clone, Copy, Debug)]
 pub struct ExitDesc {
-    /// Offset in CS at which execution goes on (link) or of the instruction (emulate).
+    /// Offset in CS of the instruction.
     pub rip: u64,
-    /// Link: offset of the rel32 field to patch, from the descriptor's own address backwards; 0 for none.
-    pub patch_back: u32,
-    /// Emulate: the instruction's length and bytes.
+    /// Its length and bytes.
     pub len: u8,
     /// See `len`.
     pub bytes: [u8; 15],
-    /// Link: see the constants.
-    pub link: u32,
 }
 
 impl ExitDesc {
-    /// The jump has the flags in `flag_word`.
-    pub const SAVED: u32 = 1 << 0;
-    /// It leads to code in which each access is checked by itself.
-    pub const UNGROUPED: u32 = 1 << 1;
-
-    /// A direct jump to `rip`.
-    pub fn link(rip: u64, link: u32) -> Self {
-        Self { rip, patch_back: 0, len: 0, bytes: [0; 15], link }
+    /// The bytes that emitted code has of it.
+    pub fn packed(rip: u64, insn: &[u8]) -> impl Iterator<Item = u8> {
+        rip.to_ne_bytes().into_iter().chain([insn.len() as u8]).chain(insn.iter().copied())
     }
 
-    /// An instruction to emulate.
-    pub fn emulate(rip: u64, insn: &[u8]) -> Self {
-        let mut bytes = [0; 15];
-        let len = insn.len().min(15);
-        bytes[..len].copy_from_slice(&insn[..len]);
-        Self { rip, patch_back: 0, len: len as u8, bytes, link: 0 }
-    }
-
-    /// Offset of `patch_back` in the structure.
-    pub const PATCH_BACK: usize = 8;
-
-    /// As bytes.
-    pub fn to_bytes(self) -> [u8; size_of::<Self>()] {
-        let mut bytes = [0; size_of::<Self>()];
-        bytes[0..8].copy_from_slice(&self.rip.to_ne_bytes());
-        bytes[8..12].copy_from_slice(&self.patch_back.to_ne_bytes());
-        bytes[12] = self.len;
-        bytes[13..28].copy_from_slice(&self.bytes);
-        bytes[28..32].copy_from_slice(&self.link.to_ne_bytes());
-        bytes
+    /// From emitted code.
+    ///
+    /// # Safety
+    /// [`Self::packed`] is at `at`.
+    pub unsafe fn read(at: *const u8) -> Self {
+        // SAFETY: as the caller vouches.
+        unsafe {
+            let len = *at.add(8);
+            let mut bytes = [0; 15];
+            for (i, byte) in bytes.iter_mut().enumerate().take(usize::from(len)) {
+                *byte = *at.add(9 + i);
+            }
+            Self { rip: at.cast::<u64>().read_unaligned(), len, bytes }
+        }
     }
 }

@@ -8,7 +8,7 @@ use iced_x86::{Encoder, Instruction, Mnemonic};
 use super::{
     asm::{Asm, Label, Mem, Section, cc, reg},
     classify::{Class, needs_alignment, waits},
-    desc::{AccessDesc, ExitDesc},
+    desc::{AccessDesc, ExitDesc, LinkDesc, RefillDesc},
     flags::{FlagUse, STATUS},
     layout::{at, gpr, jump_table},
     masking::Masking,
@@ -70,11 +70,6 @@ pub struct Emitted {
     pub entry: u32,
     /// Offset of the entry for linked jumps, flags in `flag_word`.
     pub saved_entry: u32,
-    /// Offset of code that leads an arrival at `entry` to the run loop: where `entry` is redirected when the block is
-    /// no longer valid.
-    pub dead_entry: u32,
-    /// The same for `saved_entry`.
-    pub dead_saved_entry: u32,
     /// Length of the code, without descriptors.
     pub code_len: u32,
     /// Where it may fault, by offset.
@@ -97,7 +92,8 @@ pub struct Emitter<'a> {
     /// The page (linear) of the block's first byte: jumps that stay on it are linked directly.
     page: u64,
     cs_base: u64,
-    links: Vec<(Label, Label)>,
+    /// Its RIP, from which descriptors count.
+    pub(super) rip: u64,
     /// How the access of the present instruction is checked.
     pub(super) check: Check,
     /// The present instruction is the block's last one.
@@ -121,7 +117,7 @@ impl<'a> Emitter<'a> {
             faults: Vec::new(),
             page: cs_base.wrapping_add(rip) >> 12,
             cs_base,
-            links: Vec::new(),
+            rip,
             check: Check::Alone,
             last: false,
             hosts: [None; 2],
@@ -136,15 +132,15 @@ impl<'a> Emitter<'a> {
         let checked_entry = self.asm.label_here();
         self.checked_entry(rip);
         // The entries can be redirected while others pass through them: each begins with an instruction of five bytes or
-        // more, and these are within eight aligned ones.
-        self.asm.align(8, 0);
+        // more.
+        self.asm.align_patch();
         let saved_entry = self.asm.label_here();
         if live != 0 {
             self.load_flags();
         } else {
             self.asm.bytes(NOP5);
         }
-        self.asm.align(8, 0);
+        self.asm.align_patch();
         let entry = self.asm.label_here();
         self.asm.bytes(NOP5);
 
@@ -163,39 +159,20 @@ impl<'a> Emitter<'a> {
             let backward = insns.last().is_some_and(|last| next <= last.rip());
             self.jump(next, backward);
         }
-
-        self.asm.section(Section::Cold);
-        let dead_entry = self.dead(rip, self.stubs.miss);
-        let dead_saved_entry = self.dead(rip, self.stubs.miss_saved);
-        self.asm.section(Section::Hot);
-        self.finish([checked_entry, saved_entry, entry, dead_entry, dead_saved_entry])
+        self.finish([checked_entry, saved_entry, entry])
     }
 
-    /// To the run loop, for `rip`.
-    fn dead(&mut self, rip: u64, stub: u64) -> Label {
-        let label = self.asm.label_here();
-        self.asm.mov_ri(reg::R11, rip);
-        self.asm.jmp_to(stub);
-        label
-    }
-
-    fn finish(mut self, labels: [Label; 5]) -> Emitted {
+    fn finish(mut self, labels: [Label; 3]) -> Emitted {
         let code_len = self.asm.code_len();
-        let mut bytes = self.asm.finish();
-        for (desc, field) in &self.links {
-            let (desc, field) = (self.asm.offset_of(*desc), self.asm.offset_of(*field));
-            let at = desc as usize + ExitDesc::PATCH_BACK;
-            bytes[at..at + 4].copy_from_slice(&(desc - field).to_ne_bytes());
-        }
+        let bytes = self.asm.finish();
         let mut faults: Vec<_> = self
             .faults
             .iter()
             .map(|&(label, rip, flags_saved)| FaultPoint { offset: self.asm.offset_of(label), rip, flags_saved })
             .collect();
         faults.sort_by_key(|f| f.offset);
-        let [checked_entry, saved_entry, entry, dead_entry, dead_saved_entry] =
-            labels.map(|label| self.asm.offset_of(label));
-        Emitted { checked_entry, saved_entry, entry, dead_entry, dead_saved_entry, code_len, bytes, faults }
+        let [checked_entry, saved_entry, entry] = labels.map(|label| self.asm.offset_of(label));
+        Emitted { checked_entry, saved_entry, entry, code_len, bytes, faults }
     }
 
     /// R11 holds the RIP wanted, the flags are in `flag_word`. Falls through to the entry for that.
@@ -206,18 +183,8 @@ impl<'a> Emitter<'a> {
             self.asm.mov_ri(reg::R10, rip);
             self.asm.cmp_rr(reg::R11, reg::R10);
         }
-        let miss = self.miss_saved();
-        self.asm.jcc(cc::NE, miss);
+        self.asm.jcc_to(cc::NE, self.stubs.miss_saved);
         self.poll(rip, true);
-    }
-
-    /// Cold code: to the run loop with the target in R11 and the flags in `flag_word`.
-    fn miss_saved(&mut self) -> Label {
-        self.asm.section(Section::Cold);
-        let label = self.asm.label_here();
-        self.asm.jmp_to(self.stubs.miss_saved);
-        self.asm.section(Section::Hot);
-        label
     }
 
     /// Emits one instruction; false if it ends the block.
@@ -296,19 +263,14 @@ impl<'a> Emitter<'a> {
 
     /// Leaves for the run loop to emulate `insn`.
     pub(super) fn emulate(&mut self, insn: &Insn) {
-        let desc = self.data(&ExitDesc::emulate(insn.rip(), &insn.bytes[..insn.insn.len()]).to_bytes());
-        self.asm.lea_label(reg::R11, desc);
         let stub = if self.flags_saved { self.stubs.emulate_saved } else { self.stubs.emulate };
-        self.asm.jmp_to(stub);
+        self.asm.call_to(stub);
+        self.exit_desc(insn);
     }
 
-    /// Puts a descriptor into the data section.
-    pub(super) fn data(&mut self, bytes: &[u8]) -> Label {
-        let section = self.asm.section(Section::Data);
-        let label = self.asm.label_here();
-        self.asm.bytes(bytes);
-        self.asm.section(section);
-        label
+    /// The descriptor that says what `insn` is.
+    pub(super) fn exit_desc(&mut self, insn: &Insn) {
+        self.asm.code().extend(ExitDesc::packed(insn.rip(), &insn.bytes[..insn.insn.len()]));
     }
 
     /// Encodes a host instruction that iced knows.
@@ -405,31 +367,16 @@ impl<'a> Emitter<'a> {
         if backward {
             self.poll(rip, self.flags_saved);
         }
-        self.link(rip, if self.flags_saved { ExitDesc::SAVED } else { 0 });
+        self.link(rip, if self.flags_saved { LinkDesc::SAVED } else { 0 });
     }
 
-    /// A jump to the block for `rip`, on the same page, that first leads to the run loop, and will be patched by it.
-    pub(super) fn link(&mut self, rip: u64, link: u32) {
-        // The rel32 field is aligned, so that it can be changed while others execute it.
-        self.asm.align(4, 3);
-        self.asm.bytes(&[0xe9]);
-        let field = self.asm.label_here();
-        let desc = self.data(&ExitDesc::link(rip, link).to_bytes());
-        self.links.push((desc, field));
-        let section = self.asm.section(Section::Cold);
-        // Where the jump itself is cold code, this follows it.
-        let unlinked = self.asm.label();
-        if section == Section::Cold {
-            self.asm.rel32_label(unlinked);
-        }
-        self.asm.bind(unlinked);
-        self.asm.lea_label(reg::R11, desc);
-        let saved = link & ExitDesc::SAVED != 0;
-        self.asm.jmp_to(if saved { self.stubs.link_saved } else { self.stubs.link });
-        self.asm.section(section);
-        if section == Section::Hot {
-            self.asm.rel32_label(unlinked);
-        }
+    /// A jump to the block for `rip`, on the same page. At first it is a call, which tells the run loop where from; that
+    /// makes a jump of it.
+    pub(super) fn link(&mut self, rip: u64, flags: u8) {
+        self.asm.align_patch();
+        let saved = flags & LinkDesc::SAVED != 0;
+        self.asm.call_to(if saved { self.stubs.link_saved } else { self.stubs.link });
+        self.asm.bytes(&LinkDesc::new(self.rip, rip, flags).to_bytes());
     }
 
     /// Jumps to the RIP in R11 by way of the jump table; `known` if it is a constant.
@@ -513,6 +460,13 @@ impl<'a> Emitter<'a> {
         let cold = self.asm.label();
         self.asm.jcc(cc::A, cold);
         self.load_host();
+        if self.mode.compact() {
+            let found = self.asm.label_here();
+            self.refill(insn, [cold, found], access, access.size as u16, write);
+            self.flags_before(flags, live_after);
+            op(self, Mem::sum(reg::R10, reg::R11));
+            return;
+        }
         self.flags_before(flags, live_after);
         op(self, Mem::sum(reg::R10, reg::R11));
         let back = self.asm.label_here();
@@ -560,6 +514,29 @@ impl<'a> Emitter<'a> {
         self.asm.load(reg::R11, Mem::gs_at(reg::R11, host));
     }
 
+    /// What the TLB does not answer, at the first label: a call that fills it and goes on at the second one, behind the
+    /// look-up. Where there is more to the access than that, the instruction comes again, in code in which each access is
+    /// checked by itself and has a slow path.
+    pub(super) fn refill(&mut self, insn: &Insn, labels: [Label; 2], access: Access, size: u16, write: bool) {
+        let group = matches!(self.check, Check::Lead(_));
+        let desc = access.desc(insn);
+        let special = AccessDesc::ALIGNED | AccessDesc::X87 | AccessDesc::LOCK;
+        let exact = group || desc.flags & special != 0 || desc.masking != Masking::default();
+        let mut flags = if exact { RefillDesc::EXACT } else { 0 };
+        flags |= if desc.flags & AccessDesc::WRITE != 0 { RefillDesc::STORE } else { 0 };
+        flags |= if group { RefillDesc::LINKED } else { 0 };
+        let section = self.asm.section(Section::Cold);
+        self.asm.bind(labels[0]);
+        self.asm.call_to(self.stubs.refill[self.mode.privilege() as usize][usize::from(write)]);
+        self.asm.jmp(labels[1]);
+        self.asm.bytes(&RefillDesc::new(self.rip, insn.rip(), size, flags).to_bytes());
+        if group {
+            // A loop may come here once on each page.
+            self.link(insn.rip(), LinkDesc::SAVED | LinkDesc::UNGROUPED);
+        }
+        self.asm.section(section);
+    }
+
     /// The access by way of Rust.
     fn slow_access(
         &mut self,
@@ -585,6 +562,7 @@ impl<'a> Emitter<'a> {
             self.asm.call_to(self.stubs.commit);
         }
         let section = self.asm.section(Section::Data);
+        self.asm.align(8, 0);
         self.asm.bind(label);
         self.asm.bytes(&desc.to_bytes());
         self.asm.section(section);

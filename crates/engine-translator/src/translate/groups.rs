@@ -5,8 +5,7 @@
 //! forgets a translation does so outside of emitted code, or waits until this vCPU is.
 
 use super::{
-    asm::{Mem, Section, cc, reg},
-    desc::{AccessDesc, ExitDesc},
+    asm::{Mem, cc, reg},
     emit::{Access, Emitter, Insn},
     layout::at,
     plan::Lead,
@@ -18,38 +17,16 @@ impl Emitter<'_> {
         self.free_flags(insn.live);
         self.address(&lead.low);
         self.add_segment_base(lead.low.segment);
-        let tag = self.look_up(lead.write, lead.span);
+        self.look_up(lead.write, lead.span);
         let cold = self.asm.label();
         self.asm.jcc(cc::A, cold);
         self.load_host();
+        let looked_up = self.asm.label_here();
         self.asm.lea(reg::R11, Mem::sum(reg::R10, reg::R11));
-        let found = self.asm.label_here();
         self.asm.store(slot(lead.group), reg::R11);
         self.hosts = [None, Some(lead.group)];
 
-        let section = self.asm.section(Section::Cold);
-        self.asm.bind(cold);
-        self.asm.add_mem(reg::R10, Mem::gs_at(reg::R11, tag));
-        self.asm.mov_rr32(reg::R11, reg::R10);
-        self.asm.and32(reg::R11, 0xfff);
-        self.asm.cmp32_ri(reg::R11, 0x1000 - lead.span as i32);
-        let apart = self.asm.label();
-        self.asm.jcc(cc::A, apart);
-        let mut desc = access.desc(insn);
-        desc.size = lead.span as u16;
-        desc.flags |= AccessDesc::GROUP | if lead.write { AccessDesc::GROUP_WRITE } else { 0 };
-        let desc = self.data(&desc.to_bytes());
-        self.asm.lea_label(reg::R11, desc);
-        self.asm.call_to(self.stubs.group);
-        self.asm.test_rr(reg::R10);
-        self.asm.jcc(cc::E, apart);
-        self.asm.mov_rr(reg::R11, reg::R10);
-        self.asm.jmp(found);
-
-        // On two pages, or not memory, or something has to notice a store.
-        self.asm.bind(apart);
-        self.link(insn.rip(), ExitDesc::SAVED | ExitDesc::UNGROUPED);
-        self.asm.section(section);
+        self.refill(insn, [cold, looked_up], access, lead.span as u16, lead.write);
     }
 
     /// The register that holds the host address of a group: R10 or R11.

@@ -1,7 +1,7 @@
 //! What emitted code calls: accesses that the TLB does not answer.
 #![allow(unsafe_code)]
 
-use super::desc::AccessDesc;
+use super::desc::{AccessDesc, RefillDesc};
 use crate::{
     cpu::{Block, Cpu},
     exception::Exception,
@@ -9,8 +9,13 @@ use crate::{
 };
 
 /// The functions behind `EmittedState::helpers`.
-pub fn helpers() -> [u64; 3] {
-    [access as *const () as u64, commit as *const () as u64, quick_access as *const () as u64]
+pub fn helpers() -> [u64; 4] {
+    [
+        access as *const () as u64,
+        commit as *const () as u64,
+        quick_access as *const () as u64,
+        refill as *const () as u64,
+    ]
 }
 
 /// Where the copied instruction of `desc` is to make its access; null if it raises `pending`, or is to come again with
@@ -51,12 +56,31 @@ extern "C" fn quick_access(block: *mut Block, address: u64, desc: *const AccessD
     let target = cpu.resolve(address, access, cpu.privilege());
     cpu.emitted.lean = false;
     let Ok(Target::Ram(host)) = target else { return std::ptr::null_mut() };
-    if desc.flags & AccessDesc::GROUP_WRITE != 0 && !cpu.tlb.may_store(cpu.privilege(), address) {
-        return std::ptr::null_mut();
-    }
     cpu.emitted.bounce_for = None;
     cpu.emitted.slow_host = host;
     host
+}
+
+/// The host address of linear `address`, for an access that lies on one page, whose [`RefillDesc`] is at `desc`; null if
+/// there is more to it. `write`: for the access itself or others, the page must be one that may be stored to. The same restrictions as in [`quick_access`].
+extern "C" fn refill(block: *mut Block, address: u64, desc: *const u8, write: u64) -> *mut u8 {
+    // SAFETY: as in `access`.
+    let (cpu, desc) = unsafe { (&mut *(*block).cpu.get(), RefillDesc::read(desc)) };
+    let canonical = (address as i64) << 16 >> 16 == address as i64;
+    if !canonical || cpu.dr7 & 0xff != 0 {
+        return std::ptr::null_mut();
+    }
+    let (access, privilege) = (if desc.stores() { Access::Write } else { Access::Read }, cpu.privilege());
+    cpu.emitted.lean = true;
+    let target = cpu.resolve(address, access, privilege);
+    cpu.emitted.lean = false;
+    match target {
+        // A store that has to be noticed has more to it.
+        Ok(Target::Ram(host)) if write == 0 || cpu.tlb.may_store(privilege, address) => return host,
+        Err(_) if desc.is_plain() => cpu.emitted.refill_failed = Some((address, desc.stores())),
+        _ => {}
+    }
+    std::ptr::null_mut()
 }
 
 /// Completes a store that [`access`] prepared. Nonzero if the run loop is wanted before the next instruction.
@@ -68,6 +92,13 @@ extern "C" fn commit(block: *mut Block, desc: *const AccessDesc) -> u64 {
 }
 
 impl Cpu {
+    /// The page fault that ended a refill, if it was one: the walk is made again without restrictions.
+    pub fn refill_fault(&mut self) -> Option<Exception> {
+        let (address, stores) = self.emitted.refill_failed.take()?;
+        let access = if stores { Access::Write } else { Access::Read };
+        self.resolve(address, access, self.privilege()).err()
+    }
+
     /// `None`: a locked access to two pages, and other vCPUs may be in emitted code.
     fn slow_access(&mut self, address: u64, desc: &AccessDesc) -> Result<Option<*mut u8>, Exception> {
         self.rip = desc.rip;

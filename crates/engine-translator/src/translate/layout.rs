@@ -68,9 +68,11 @@ pub struct EmittedState {
     /// The block itself.
     pub block: u64,
     /// Rust functions that stubs call.
-    pub helpers: [u64; 3],
+    pub helpers: [u64; 4],
     /// An exception raised by a slow access.
     pub pending: Option<Exception>,
+    /// The linear address that a refill found no page for, and whether for a store, if that may be a page fault.
+    pub refill_failed: Option<(u64, bool)>,
     /// This vCPU's jump tables; null for processors without a block.
     pub jumps: *mut JumpTables,
     /// Where empty entries of the jump tables lead.
@@ -104,8 +106,9 @@ impl Default for EmittedState {
             exit_kind: 0,
             signal: (0, 0, 0, 0),
             block: 0,
-            helpers: [0; 3],
+            helpers: [0; 4],
             pending: None,
+            refill_failed: None,
             jumps: std::ptr::null_mut(),
             miss: 0,
         }
@@ -154,7 +157,7 @@ impl EmittedState {
 pub enum ExitKind {
     /// A jump to the RIP in `exit_value` that no table knew.
     Miss = 0,
-    /// A direct jump that is not linked yet; `exit_value` is its `ExitDesc`.
+    /// A direct jump that is not linked yet; `exit_value` is its `LinkDesc`.
     Link = 1,
     /// An instruction to be emulated; `exit_value` is its `ExitDesc`.
     Emulate = 2,
@@ -164,6 +167,10 @@ pub enum ExitKind {
     After = 4,
     /// A host signal in emitted code; see `signal`.
     Signal = 5,
+    /// A block that is no longer valid was entered at one of its first entries; `exit_value` is behind that.
+    Dead = 6,
+    /// There is more to an access than a look-up, perhaps `refill_failed`; `exit_value` is its `RefillDesc`.
+    Apart = 7,
 }
 
 impl ExitKind {
@@ -175,6 +182,8 @@ impl ExitKind {
             2 => Self::Emulate,
             3 => Self::Fault,
             4 => Self::After,
+            6 => Self::Dead,
+            7 => Self::Apart,
             _ => Self::Signal,
         }
     }
@@ -215,6 +224,7 @@ pub mod at {
     pub const HELPER_ACCESS: Mem = emitted!(helpers);
     pub const HELPER_COMMIT: Mem = Mem::gs(HELPER_ACCESS.disp + 8);
     pub const HELPER_QUICK: Mem = Mem::gs(HELPER_ACCESS.disp + 16);
+    pub const HELPER_REFILL: Mem = Mem::gs(HELPER_ACCESS.disp + 24);
     pub const XMM: Mem = emitted!(xmm);
     pub const POLL: Mem = Mem::gs((offset_of!(Block, mailbox) + offset_of!(Mailbox, poll)) as i32);
     pub const XSTATE: Mem = Mem::gs((CPU + offset_of!(Cpu, xstate) + offset_of!(XState, area)) as i32);

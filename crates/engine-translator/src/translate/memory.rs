@@ -55,24 +55,26 @@ impl CodeMemory {
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.write.as_ptr().add(offset as usize), bytes.len()) }
     }
 
-    /// Replaces the aligned 4 bytes at `offset`, which others may be executing.
-    pub fn patch32(&self, offset: u32, value: u32) {
-        assert!(offset.is_multiple_of(4) && (offset as usize) < self.len);
-        let at = self.write.as_ptr().wrapping_add(offset as usize).cast::<std::sync::atomic::AtomicU32>();
-        // SAFETY: in bounds and aligned, as just checked.
-        unsafe { (*at).store(value, std::sync::atomic::Ordering::Release) }
+    /// Replaces the five bytes at `offset` by a jump to `target`, while others may execute them: they are within one
+    /// instruction, and within eight aligned bytes.
+    pub fn redirect(&self, offset: u32, target: u32) {
+        self.replace(offset, 0xe9, target);
     }
 
-    /// Replaces the first five of the aligned 8 bytes at `offset` by a jump to `target`, while others may execute them:
-    /// the five bytes are within one instruction.
-    pub fn redirect(&self, offset: u32, target: u32) {
-        assert!(offset.is_multiple_of(8) && (offset as usize) < self.len);
-        let at = self.write.as_ptr().wrapping_add(offset as usize).cast::<std::sync::atomic::AtomicU64>();
+    /// The same with a call.
+    pub fn redirect_call(&self, offset: u32, target: u32) {
+        self.replace(offset, 0xe8, target);
+    }
+
+    fn replace(&self, offset: u32, opcode: u64, target: u32) {
+        let (start, shift) = (offset & !7, offset % 8 * 8);
+        assert!(offset % 8 <= 3 && (offset as usize) < self.len);
+        let at = self.write.as_ptr().wrapping_add(start as usize).cast::<std::sync::atomic::AtomicU64>();
         // SAFETY: in bounds and aligned, as just checked.
         let word = unsafe { &*at };
         let old = word.load(std::sync::atomic::Ordering::Relaxed);
         let rel = target.wrapping_sub(offset + 5);
-        let new = old & !0xff_ffff_ffff | 0xe9 | u64::from(rel) << 8;
+        let new = old & !(0xff_ffff_ffff << shift) | (opcode | u64::from(rel) << 8) << shift;
         word.store(new, std::sync::atomic::Ordering::Release);
     }
 }

@@ -25,10 +25,11 @@ pub mod source;
 mod stubs;
 mod trace;
 
-pub use cache::{CodeCache, Found};
-pub use desc::{AccessDesc, ExitDesc};
+pub use cache::{CodeCache, Found, Origin};
+pub use desc::{AccessDesc, ExitDesc, LinkDesc, RefillDesc};
 pub use emit::FaultPoint;
 pub use helpers::helpers;
 pub use jumps::{Context, JumpTables};
 pub use layout::{EmittedState, ExitKind};
+pub use signals::in_emitted_code;
 pub use source::Stop;

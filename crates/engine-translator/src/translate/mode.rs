@@ -113,6 +113,12 @@ impl Mode {
         self.0 & (UNGROUPED | STEP) == 0
     }
 
+    /// Whether code has only the short way for what the TLB does not answer, and leaves the rest to code of
+    /// [`Self::ungrouped`].
+    pub fn compact(self) -> bool {
+        self.grouped() && self.bits() == 64
+    }
+
     /// The same without checking accesses together.
     pub fn ungrouped(self) -> Self {
         Self(self.0 | UNGROUPED)

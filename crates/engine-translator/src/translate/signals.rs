@@ -52,6 +52,15 @@ pub fn unregister(start: u64) {
     }
 }
 
+/// Whether `address` is in a code cache. For signal handlers.
+pub fn in_emitted_code(address: u64) -> bool {
+    range_of(address).is_some()
+}
+
+fn range_of(address: u64) -> Option<&'static Range> {
+    RANGES.iter().find(|r| address >= r.start.load(Ordering::Relaxed) && address < r.end.load(Ordering::Relaxed))
+}
+
 fn install() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -61,7 +70,8 @@ fn install() {
                 let mut action: libc::sigaction = std::mem::zeroed();
                 action.sa_sigaction = handler as *const () as usize;
                 action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-                libc::sigemptyset(&mut action.sa_mask);
+                // One at a time: two frames may be more than the signal stack holds.
+                libc::sigfillset(&mut action.sa_mask);
                 // Known before the handler can run.
                 let mut previous: libc::sigaction = std::mem::zeroed();
                 libc::sigaction(signal, std::ptr::null(), &mut previous);
@@ -78,9 +88,7 @@ extern "C" fn handler(signal: i32, info: *mut libc::siginfo_t, context: *mut lib
     unsafe {
         let context = &mut *context.cast::<libc::ucontext_t>();
         let rip = context.uc_mcontext.gregs[libc::REG_RIP as usize] as u64;
-        let range =
-            RANGES.iter().find(|r| rip >= r.start.load(Ordering::Relaxed) && rip < r.end.load(Ordering::Relaxed));
-        let Some(range) = range else { return pass_on(signal, info, context) };
+        let Some(range) = range_of(rip) else { return pass_on(signal, info, context) };
         let emitted: *mut EmittedState = signal_place();
         let trap = context.uc_mcontext.gregs[libc::REG_TRAPNO as usize] as i32;
         (*emitted).signal = (signal as u32, trap, rip, (*info).si_addr() as u64);

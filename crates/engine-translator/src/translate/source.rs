@@ -79,9 +79,10 @@ impl Cpu {
                 return Ok(found);
             }
         }
+        let hot = self.shared.code.is_hot(&key);
         loop {
             let mut source = self.source(key, linear, first, None);
-            let mut trace = trace::trace(&source, context);
+            let mut trace = trace::trace(&source, context, hot);
             if trace.insns.is_empty() {
                 // Not even one whole instruction on this page.
                 let second = self.fetch_page((linear & !0xfff).wrapping_add(0x1000) & address_mask(context))?;
@@ -90,7 +91,7 @@ impl Cpu {
                     return Ok(found);
                 }
                 source = self.source(key, linear, first, Some(second));
-                trace = trace::trace(&source, context);
+                trace = trace::trace(&source, context, hot);
             }
             if let Some(end) = trace.insns.iter().position(|i| beyond_limit(i, context)) {
                 if end == 0 {
@@ -98,6 +99,11 @@ impl Cpu {
                 }
                 trace.insns.truncate(end);
                 trace.next = trace.insns[end - 1].next();
+            }
+            if let Some(rip) = trace.closes {
+                // What goes round there is hot as a whole; laid out from its beginning it closes on itself.
+                let physical = key.physical & !0xfff | rip & 0xfff;
+                self.shared.code.make_hot(Key { physical, rip, ..key });
             }
             match self.add(&source, context, &trace) {
                 Ok(found) => return Ok(found),

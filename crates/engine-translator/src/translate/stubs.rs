@@ -2,8 +2,10 @@
 
 use super::{
     asm::{Asm, Mem, cc, reg},
-    layout::{ExitKind, at, gpr, pinned_pairs},
+    desc::RefillDesc,
+    layout::{ExitKind, at, gpr, pinned_pairs, tlb},
 };
+use crate::tlb::{Entry, Privilege};
 
 /// Addresses of the stubs.
 #[derive(Clone, Copy, Debug, Default)]
@@ -14,25 +16,32 @@ pub struct Stubs {
     pub miss: u64,
     /// The same with the flags in `flag_word`.
     pub miss_saved: u64,
-    /// Jumped to with an `ExitDesc` in R11, flags live.
+    /// Called in front of a `LinkDesc`, flags live; does not return.
     pub link: u64,
     /// The same with the flags in `flag_word`.
     pub link_saved: u64,
-    /// Jumped to with an `ExitDesc` in R11, flags live.
+    /// Called in front of a packed `ExitDesc`, flags live; does not return.
     pub emulate: u64,
     /// The same with the flags in `flag_word`.
     pub emulate_saved: u64,
     /// Called with a linear address in R10 and an `AccessDesc` in R11; returns the host address in R10. Keeps all
     /// other registers, not the flags. Does not return if the access faults.
     pub access: u64,
-    /// Called with the linear address of a group in R10 and its `AccessDesc` in R11; returns the host address in R10, or 0
-    /// if each access has to be checked by itself. Keeps all other registers, not the flags.
-    pub group: u64,
+    /// By privilege, and whether it is for a store: called in front of a jump and a `RefillDesc`, with R10 and R11 as a
+    /// look-up in the TLB leaves them that was in vain. Returns with R10 = 0 and R11 the host address. Keeps all other
+    /// registers, not the flags. Otherwise it does not return.
+    pub refill: [[u64; 2]; PRIVILEGES],
+    /// Called from an entry of a dead block, flags live; does not return.
+    pub dead: u64,
+    /// The same with the flags in `flag_word`.
+    pub dead_saved: u64,
     /// Called after the store of a slow access, `AccessDesc` in R11; keeps all registers and the flags but R10.
     pub commit: u64,
     /// Where the signal handler sends the thread.
     pub signal: u64,
 }
+
+const PRIVILEGES: usize = 3;
 
 /// Registers that a Rust function may change, but for the scratch registers.
 const CALLER_SAVED: [u8; 7] = [reg::RAX, reg::RCX, reg::RDX, reg::RSI, reg::RDI, reg::R8, reg::R9];
@@ -63,10 +72,21 @@ pub fn assemble(asm: &mut Asm) -> Stubs {
     };
     stubs.miss = exit_stub(asm, ExitKind::Miss, live_tail);
     stubs.miss_saved = exit_stub(asm, ExitKind::Miss, saved_tail);
-    stubs.link = exit_stub(asm, ExitKind::Link, live_tail);
-    stubs.link_saved = exit_stub(asm, ExitKind::Link, saved_tail);
-    stubs.emulate = exit_stub(asm, ExitKind::Emulate, live_tail);
-    stubs.emulate_saved = exit_stub(asm, ExitKind::Emulate, saved_tail);
+    // Those that are called: what the return address points at is their value.
+    let call_stub = |asm: &mut Asm, kind: ExitKind, tail: u64| {
+        asm.align(16, 0);
+        let address = asm.here();
+        asm.pop(reg::R11);
+        asm.store_imm(at::EXIT_KIND, kind as i32, 4);
+        asm.jmp_to(tail);
+        address
+    };
+    stubs.link = call_stub(asm, ExitKind::Link, live_tail);
+    stubs.link_saved = call_stub(asm, ExitKind::Link, saved_tail);
+    stubs.emulate = call_stub(asm, ExitKind::Emulate, live_tail);
+    stubs.emulate_saved = call_stub(asm, ExitKind::Emulate, saved_tail);
+    stubs.dead = call_stub(asm, ExitKind::Dead, live_tail);
+    stubs.dead_saved = call_stub(asm, ExitKind::Dead, saved_tail);
 
     asm.align(16, 0);
     stubs.signal = asm.here();
@@ -81,8 +101,15 @@ pub fn assemble(asm: &mut Asm) -> Stubs {
     stubs.access = asm.here();
     access(asm);
     asm.align(16, 0);
-    stubs.group = asm.here();
-    group(asm);
+    let refills = [false, true].map(|write| refill(asm, write, saved_tail));
+    for privilege in [Privilege::User, Privilege::Supervisor, Privilege::SupervisorAc] {
+        for (write, body) in refills.into_iter().enumerate() {
+            let field = if write == 1 { std::mem::offset_of!(Entry, write) } else { 0 };
+            stubs.refill[privilege as usize][write] = asm.here();
+            asm.add_mem(reg::R10, Mem::gs_at(reg::R11, tlb(privilege, field)));
+            asm.jmp_to(body);
+        }
+    }
     asm.align(16, 0);
     stubs.commit = asm.here();
     commit(asm);
@@ -190,25 +217,61 @@ fn access(asm: &mut Asm) {
     leave_from_helper(asm);
 }
 
-/// The quick one alone.
-fn group(asm: &mut Asm) {
+/// `refill(block, linear, desc, write) -> host address, or 0`, for the linear address in R10.
+fn refill(asm: &mut Asm, write: bool, exit: u64) -> u64 {
+    /// The length of the jump between the call and the descriptor.
+    const JUMP: i32 = 5;
+    asm.align(16, 0);
+    let start = asm.here();
+    let apart = asm.label();
+    // Whether it lies on one page.
+    asm.store(gpr(reg::RAX), reg::RAX);
+    asm.load(reg::R11, Mem::at(reg::RSP, 0));
+    asm.load16(reg::RAX, Mem::at(reg::R11, JUMP));
+    asm.and32(reg::RAX, u32::from(RefillDesc::SIZE));
+    asm.mov_rr32(reg::R11, reg::R10);
+    asm.and32(reg::R11, 0xfff);
+    asm.lea32(reg::RAX, Mem::sum(reg::RAX, reg::R11));
+    asm.cmp32_ri(reg::RAX, 0x1000);
+    asm.load(reg::RAX, gpr(reg::RAX));
+    asm.jcc(cc::A, apart);
+
     for r in CALLER_SAVED {
         asm.store(gpr(r), r);
     }
+    // The return address made RSP odd.
     asm.lea(reg::RSP, Mem::at(reg::RSP, -8));
-    asm.push(reg::R10);
-    asm.push(reg::R11);
     keep_xmm(asm, Asm::store_xmm);
-    asm.pop(reg::R11);
-    asm.pop(reg::R10);
-    call_access(asm, at::HELPER_QUICK);
-    asm.mov_rr(reg::R10, reg::RAX);
+    asm.load(reg::RDI, at::BLOCK);
+    asm.mov_rr(reg::RSI, reg::R10);
+    asm.load(reg::RDX, Mem::at(reg::RSP, 8));
+    asm.lea(reg::RDX, Mem::at(reg::RDX, JUMP));
+    asm.mov_ri(reg::RCX, u64::from(write));
+    asm.call_mem(at::HELPER_REFILL);
+    asm.mov_rr(reg::R11, reg::RAX);
     keep_xmm(asm, Asm::load_xmm);
     asm.lea(reg::RSP, Mem::at(reg::RSP, 8));
     for r in CALLER_SAVED {
         asm.load(r, gpr(r));
     }
+    asm.test_rr(reg::R11);
+    asm.jcc(cc::E, apart);
+    asm.mov_ri(reg::R10, 0);
     asm.ret();
+
+    asm.bind(apart);
+    let linked = asm.label();
+    asm.pop(reg::R11);
+    asm.lea(reg::R11, Mem::at(reg::R11, JUMP));
+    asm.load8(reg::R10, Mem::at(reg::R11, 1));
+    asm.cmp32_ri(reg::R10, i32::from(RefillDesc::LINKED >> 8) - 1);
+    asm.jcc(cc::A, linked);
+    asm.store_imm(at::EXIT_KIND, ExitKind::Apart as i32, 4);
+    asm.jmp_to(exit);
+    asm.bind(linked);
+    asm.lea(reg::R11, Mem::at(reg::R11, RefillDesc::LEN));
+    asm.jmp_reg(reg::R11);
+    start
 }
 
 /// Calls `helper(block, R10, R11)`.

@@ -1,4 +1,5 @@
-//! Which instructions a block is made of: the path that the guest probably takes from its first one.
+//! Which instructions a block is made of: those up to the next jump, or, where the code is hot, the path that the guest
+//! probably takes from the first one.
 //!
 //! A path stays on its page. It goes on behind conditional jumps that lead forward and with direct jumps forward, and
 //! goes round a loop that closes at its beginning several times. So what is found out about an instruction (which
@@ -20,6 +21,8 @@ const MAX_INSNS: usize = 64;
 const MAX_ROUNDS: usize = 8;
 /// Instructions behind a jump that are looked at for what they do to the flags.
 const LOOK_AHEAD: usize = 8;
+/// The same where the code is not hot.
+const SHORT_LOOK_AHEAD: usize = 4;
 
 /// The instructions of a block.
 pub struct Trace {
@@ -27,18 +30,21 @@ pub struct Trace {
     pub insns: Vec<Insn>,
     /// Where execution goes on if the last one does not say.
     pub next: u64,
+    /// Of hot code: the beginning of a loop that closes at its end, if that is not its own.
+    pub closes: Option<u64>,
     /// Offsets in the first page of the first byte that the block depends on, and of the one behind the last.
     pub span: (u32, u32),
 }
 
 /// Finds the path from the source's first byte. It is empty if there is not even one whole instruction.
-pub fn trace(source: &Source, context: &Context) -> Trace {
-    Tracer::new(source, context).run()
+pub fn trace(source: &Source, context: &Context, hot: bool) -> Trace {
+    Tracer::new(source, context, hot).run()
 }
 
 struct Tracer<'a> {
     source: &'a Source,
     context: &'a Context,
+    hot: bool,
     decoder: Decoder<'a>,
     trace: Trace,
     /// The flags that are live behind the last instruction if it does not leave the block.
@@ -46,12 +52,12 @@ struct Tracer<'a> {
 }
 
 impl<'a> Tracer<'a> {
-    fn new(source: &'a Source, context: &'a Context) -> Self {
+    fn new(source: &'a Source, context: &'a Context, hot: bool) -> Self {
         let bytes = source.bytes();
         let decoder = Decoder::with_ip(context.mode.bits(), bytes, source.key.rip, *DECODER_OPTIONS);
         let start = source.start as u32;
-        let trace = Trace { insns: Vec::with_capacity(24), next: source.key.rip, span: (start, start) };
-        Self { source, context, decoder, trace, live: STATUS }
+        let trace = Trace { insns: Vec::with_capacity(24), next: source.key.rip, closes: None, span: (start, start) };
+        Self { source, context, hot, decoder, trace, live: STATUS }
     }
 
     fn run(mut self) -> Trace {
@@ -67,7 +73,10 @@ impl<'a> Tracer<'a> {
             self.trace.insns.push(insn);
             match insn.onward {
                 Some(rip) => self.go_to(rip),
-                None if ends_block(insn.class) => return self.finish(),
+                None if ends_block(insn.class) => {
+                    self.trace.closes = self.closes(&insn);
+                    return self.finish();
+                }
                 None => {}
             }
         }
@@ -129,7 +138,7 @@ impl<'a> Tracer<'a> {
     /// Where the path goes on behind a jump; `None` if it ends there.
     fn onward(&self, insn: &Insn, rounds: &mut usize) -> Option<u64> {
         // Limits of code segments are checked by whoever asked, for a path without jumps.
-        if self.context.mode.bits() != 64 || self.context.mode.step() || self.source.key.second != 0 {
+        if !self.hot || self.context.mode.bits() != 64 || self.context.mode.step() || self.source.key.second != 0 {
             return None;
         }
         let target = insn.insn.near_branch_target();
@@ -147,6 +156,14 @@ impl<'a> Tracer<'a> {
             }
             _ => None,
         }
+    }
+
+    /// The beginning of a loop that the last instruction closes, if that is elsewhere on the page.
+    fn closes(&self, last: &Insn) -> Option<u64> {
+        let target = last.insn.near_branch_target();
+        let jump = matches!(last.class, Class::Jump | Class::JumpIf);
+        let elsewhere = target != self.source.key.rip && self.position(target).is_some();
+        (self.hot && jump && target <= last.rip() && elsewhere).then_some(target)
     }
 
     /// What the instruction needs of the flags, where it leads to included.
@@ -179,7 +196,7 @@ impl<'a> Tracer<'a> {
         let (position, ip) = (self.decoder.position(), self.decoder.ip());
         self.go_to(rip);
         let (mut live, mut killed) = (0, 0);
-        for _ in 0..LOOK_AHEAD {
+        for _ in 0..if self.hot { LOOK_AHEAD } else { SHORT_LOOK_AHEAD } {
             let Some(insn) = self.decode() else { break };
             live |= insn.flags.reads & !killed;
             killed |= insn.flags.kills;
