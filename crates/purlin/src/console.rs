@@ -50,12 +50,16 @@ impl Write for Output {
             if !is_ready(stdout(), PollFlags::OUT) {
                 continue;
             }
+            // Before it is seen, so that a message of somebody who has seen it finds where the line is.
+            if self.is_shared {
+                terminal::guest_wrote(chunk);
+            }
             match write(stdout(), chunk) {
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 // Said at the end of the run, which this is.
                 Err(errno) => self.stop.request(Reason::OutputLost(errno.into())),
                 Ok(count) => {
-                    if self.is_shared {
+                    if self.is_shared && count < chunk.len() {
                         terminal::guest_wrote(&chunk[..count]);
                     }
                     return Ok(count);

@@ -37,7 +37,7 @@ pub fn is_shared() -> bool {
     isatty(stdout()) && isatty(stderr())
 }
 
-/// The guest has written this to a terminal that is shared.
+/// The guest writes this to a terminal that is shared.
 pub fn guest_wrote(bytes: &[u8]) {
     if let Some(last) = bytes.last() {
         // After a carriage return alone, the line may have something in it.
