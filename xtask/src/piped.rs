@@ -44,7 +44,7 @@ pub fn run() -> Result<()> {
 const PANIC: &str = "echo c >/proc/sysrq-trigger\n";
 
 /// The guest has drivers for what `purlin run` can give it.
-const DEVICES_INPUT: &str = "ls -d /dev/vda /sys/class/net/eth0 /dev/vsock\necho $(nproc) processors\n\
+const DEVICES_INPUT: &str = "ls -1d /dev/vda /sys/class/net/eth0 /dev/vsock\necho $(nproc) processors\n\
     grep SigIgn /proc/self/status\npoweroff\n";
 
 fn check_devices() -> Result<()> {
