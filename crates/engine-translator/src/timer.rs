@@ -95,6 +95,11 @@ impl WakeTimer {
         self.wanted = true;
     }
 
+    /// What it is set to.
+    pub fn armed(&self) -> Option<u64> {
+        self.armed
+    }
+
     /// Sets it to `deadline` (CLOCK_MONOTONIC, ns), or off.
     pub fn arm(&mut self, deadline: Option<u64>, mailbox: *const Mailbox) {
         if deadline == self.armed || !self.wanted {

@@ -263,9 +263,6 @@ impl TranslatedVcpu {
         }
         let context = self.next_context(step);
         let cpu = self.cpu();
-        // An interrupt that waits for the flag: STI must not pass by.
-        cpu.emitted.waiting = cpu.rflags & rflags::IF == 0
-            && (cpu.lapic.pending().is_some() || cpu.shared.extint.load(Ordering::Acquire));
         // The shadow ends with the instruction that comes now, unless that makes a new one.
         let rip = cpu.rip;
         let before = (std::mem::take(&mut cpu.sti_shadow), std::mem::take(&mut cpu.mov_ss_shadow));
@@ -329,6 +326,9 @@ impl TranslatedVcpu {
     /// The same in one context.
     fn run_in(&mut self, context: &Context, step: bool) -> Leave {
         let cpu = self.cpu();
+        // An interrupt that waits for the flag: STI must not pass by. (What was emulated last may have made one deliverable.)
+        cpu.emitted.waiting = cpu.rflags & rflags::IF == 0
+            && (cpu.lapic.pending().is_some() || cpu.shared.extint.load(Ordering::Acquire));
         cpu.emitted.vectors = u32::from(context.mode.vectors());
         cpu.emitted.flag_word = to_flag_word(cpu.rflags);
         let miss = cpu.emitted.miss;
@@ -537,7 +537,12 @@ impl TranslatedVcpu {
             return false;
         }
         let extint = self.shared.extint.load(Ordering::Acquire);
+        let armed = self.timer.armed();
         let cpu = self.cpu();
+        // A string instruction may have stored to the local APIC.
+        if cpu.lapic.timer_deadline() != armed {
+            return false;
+        }
         let shadow = cpu.sti_shadow || cpu.mov_ss_shadow;
         let debugged = cpu.pending_debug != 0 || cpu.rflags & rflags::TF != 0 || cpu.dr7 & 0xff != 0;
         let event = cpu.injected.is_some() || cpu.nmi_pending || cpu.leave || cpu.emitted.wants_world;
