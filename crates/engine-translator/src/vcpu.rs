@@ -23,7 +23,7 @@ use crate::{
     system::emulate,
     timer::{SampleTimer, WakeTimer},
     translate::{
-        AccessDesc, Context, ExitDesc, ExitKind, FaultPoint, Found, LinkDesc, Origin, RefillDesc, Stop,
+        AccessDesc, AcrossDesc, Context, ExitDesc, ExitKind, FaultPoint, Found, LinkDesc, Origin, RefillDesc, Stop,
         source::DECODER_OPTIONS,
     },
     vm::{BlockPtr, Blocks, Shared},
@@ -84,6 +84,15 @@ enum Left {
         from: Option<u64>,
         /// What it was translated from.
         origin: Origin,
+    },
+    /// A direct jump to another page that is not linked yet.
+    Across {
+        /// Its descriptor, and where that is.
+        desc: AcrossDesc,
+        /// See `desc`.
+        at: u64,
+        /// How often the cache had been emptied.
+        generation: u64,
     },
     /// An instruction to be emulated.
     Emulate(ExitDesc),
@@ -203,11 +212,15 @@ impl TranslatedVcpu {
         // Whoever empties the code cache holds this.
         drop(self.shared.world.lock());
         let forbidden = std::mem::take(&mut *self.mailbox().forbidden.lock().unwrap_or_else(|e| e.into_inner()));
+        let generation = self.shared.code.generation();
         let cpu = self.cpu();
         for host in forbidden {
             cpu.tlb.forbid_stores(host);
         }
-        cpu.emitted.forget_jumps();
+        if generation != cpu.emitted.generation {
+            cpu.emitted.generation = generation;
+            cpu.emitted.forget_jumps();
+        }
     }
 
     fn arm_timer(&mut self) {
@@ -352,7 +365,7 @@ impl TranslatedVcpu {
                     Err(stop) => return self.stopped(stop),
                 };
             }
-            match self.enter(entry, rip) {
+            match self.enter(entry, rip, table) {
                 Left::NotEntered => return Leave::Look,
                 Left::Miss(rip) => {
                     self.cpu().rip = rip;
@@ -383,6 +396,17 @@ impl TranslatedVcpu {
                         Err(stop) => return self.stopped(stop),
                     }
                 }
+                Left::Across { desc, at, generation } => {
+                    self.cpu().rip = desc.rip;
+                    match self.cpu().block(context, desc.rip) {
+                        Ok(found) => {
+                            self.remember(context, desc.rip, &found);
+                            self.shared.code.link_across(at, desc.check(at), generation, &found);
+                            entry = found.checked_entry;
+                        }
+                        Err(stop) => return self.stopped(stop),
+                    }
+                }
                 other => return self.left(other),
             }
         }
@@ -398,7 +422,11 @@ impl TranslatedVcpu {
         let privilege = context.mode.privilege();
         let global = [first, second].iter().all(|&linear| cpu.tlb.is_global_code(privilege, linear));
         if let Some(jumps) = cpu.emitted.jumps() {
-            jumps.set(context.mode.table(), rip, [first, second], found.checked_entry, global);
+            let table = context.mode.table();
+            jumps.set(table, rip, [first, second], found.checked_entry, global);
+            if found.linkable {
+                jumps.set_page(table, first, found.page_id, global);
+            }
         }
     }
 
@@ -412,6 +440,8 @@ impl TranslatedVcpu {
     fn clear_code(&mut self) {
         let index = self.cpu().index;
         self.shared.clear_code(index);
+        // (Another one may have done the same just before.)
+        self.cpu().emitted.generation = self.shared.code.generation();
         self.cpu().emitted.forget_jumps();
     }
 
@@ -463,7 +493,7 @@ impl TranslatedVcpu {
                 Leave::Done
             }
             Left::Signal(point) => self.signalled(point),
-            Left::NotEntered | Left::Miss(_) | Left::Link { .. } => Leave::Look,
+            Left::NotEntered | Left::Miss(_) | Left::Link { .. } | Left::Across { .. } => Leave::Look,
         }
     }
 
@@ -568,9 +598,11 @@ impl TranslatedVcpu {
         Leave::Look
     }
 
-    /// Enters emitted code.
-    fn enter(&mut self, entry: u64, rip: u64) -> Left {
+    /// Enters emitted code, of the mode that jump table `table` is for.
+    fn enter(&mut self, entry: u64, rip: u64, table: usize) -> Left {
         let mailbox = self.mailbox();
+        let emitted = &mut self.cpu().emitted;
+        emitted.returns = emitted.jumps().map_or(0, |jumps| jumps.returns.pointer(table));
         let enter = self.shared.code.stubs.enter;
         mailbox.inside.fetch_add(1, Ordering::SeqCst);
         if mailbox.any() {
@@ -585,6 +617,11 @@ impl TranslatedVcpu {
             enter(entry, rip);
         }
         let left = self.how_left();
+        let emitted = &mut self.cpu().emitted;
+        let returns = emitted.returns;
+        if let Some(jumps) = emitted.jumps() {
+            jumps.returns.set_pointer(table, returns);
+        }
         mailbox.inside.fetch_add(1, Ordering::SeqCst);
         left
     }
@@ -619,6 +656,11 @@ impl TranslatedVcpu {
                 let origin = code.origin(value);
                 let flags = LinkDesc::SAVED | LinkDesc::UNGROUPED;
                 Left::Link { rip: desc.rip(origin.rip), flags, from: None, origin }
+            }
+            ExitKind::Across => {
+                // SAFETY: such a descriptor follows the call of this exit.
+                let desc = unsafe { AcrossDesc::read(value as *const u8) };
+                Left::Across { desc, at: value, generation: code.generation() }
             }
             ExitKind::Dead => Left::Miss(code.origin(value).rip),
             ExitKind::Emulate => Left::Emulate(exit_desc()),
@@ -743,19 +785,22 @@ fn set_gs_base(base: u64) {
 pub unsafe fn init_block(block: *mut Block, shared: &Arc<Shared>, cpu: Cpu) {
     use crate::{
         tlb::{Tlb, TlbHandle},
-        translate::{JumpTables, helpers},
+        translate::{JumpTables, ReturnStacks, helpers},
     };
+    let returns = ReturnStacks::new(&shared.code.stubs.sentinels).expect("memory for stacks");
     // SAFETY: as the caller vouches.
     unsafe {
         (&raw mut (*block).mailbox).write(Mailbox::default());
         Tlb::init(&raw mut (*block).tlb);
-        JumpTables::init(&raw mut (*block).jumps);
+        let returns_base = returns.base();
+        JumpTables::init(&raw mut (*block).jumps, returns);
         (*block).cpu.get().write(cpu);
         let cpu = &mut *(*block).cpu.get();
         cpu.tlb = TlbHandle::at(std::ptr::NonNull::new_unchecked(&raw mut (*block).tlb));
         cpu.emitted.block = block as u64;
         cpu.emitted.helpers = helpers();
         cpu.emitted.jumps = &raw mut (*block).jumps;
+        cpu.emitted.returns_base = returns_base;
         cpu.emitted.miss = shared.code.stubs.miss_saved;
         cpu.emitted.xsave_mask = host_components();
     }

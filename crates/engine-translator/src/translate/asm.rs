@@ -222,8 +222,13 @@ impl Asm {
 
     /// Nops, if need be, so that five bytes from here on are within eight aligned ones: they can be replaced by one store.
     pub fn align_patch(&mut self) {
-        if (self.origin as usize + self.code().len()) % 8 > 3 {
-            self.align(8, 0);
+        self.align_patch_behind(0);
+    }
+
+    /// The same for the five bytes behind the next `len`.
+    pub fn align_patch_behind(&mut self, len: usize) {
+        if (self.origin as usize + self.code().len() + len) % 8 > 3 {
+            self.align(8, 8 - len % 8);
         }
     }
 
@@ -312,9 +317,14 @@ impl Asm {
             self.bytes(&[0x48 | dst >> 3, 0xc7, 0xc0 | dst & 7]);
             self.imm32(value as i32);
         } else {
-            self.bytes(&[0x48 | dst >> 3, 0xb8 | dst & 7]);
-            self.bytes(&value.to_le_bytes());
+            self.mov_wide(dst, value);
         }
+    }
+
+    /// `mov dst, value` in ten bytes, of which the last eight are the value.
+    pub fn mov_wide(&mut self, dst: u8, value: u64) {
+        self.bytes(&[0x48 | dst >> 3, 0xb8 | dst & 7]);
+        self.bytes(&value.to_le_bytes());
     }
 
     /// `mov dst, [mem]`, 64 bits.
@@ -411,6 +421,12 @@ impl Asm {
         self.op_rr(true, &[0x85], a, a);
     }
 
+    /// `cmp dword [mem], imm`
+    pub fn cmp32_mem(&mut self, mem: Mem, value: u32) {
+        self.op_mem(None, false, &[0x81], 7, mem);
+        self.imm32(value as i32);
+    }
+
     /// `cmp byte [mem], imm`
     pub fn cmp8_mem(&mut self, mem: Mem, value: u8) {
         self.op_mem(None, false, &[0x80], 7, mem);
@@ -484,6 +500,11 @@ impl Asm {
         self.rel32(label);
     }
 
+    /// Four bytes that say where `label` is from behind them.
+    pub fn offset_to(&mut self, label: Label) {
+        self.rel32(label);
+    }
+
     fn rel32(&mut self, label: Label) {
         let at = self.code().len() as u32;
         self.uses.push((self.current, at, label));
@@ -513,6 +534,12 @@ impl Asm {
         self.op_rr(false, &[0xff], 4, r);
     }
 
+    /// `call label`
+    pub fn call(&mut self, label: Label) {
+        self.code().push(0xe8);
+        self.rel32(label);
+    }
+
     /// `call target`
     pub fn call_to(&mut self, target: u64) {
         self.code().push(0xe8);
@@ -526,12 +553,21 @@ impl Asm {
 
     /// `jmp gs:[index * 8 + disp]`
     pub fn jmp_table(&mut self, index: u8, disp: i32) {
-        self.code().push(0x65);
-        if index >= 8 {
-            self.code().push(0x42);
-        }
-        // No base: SIB with base 101 and mod 00 is disp32.
-        self.bytes(&[0xff, 0x24, 3 << 6 | (index & 7) << 3 | 5]);
+        self.by_table(4, index, disp);
+    }
+
+    /// `call gs:[index * 8 + disp]`: [`Self::CALL_TABLE`] bytes.
+    pub fn call_table(&mut self, index: u8, disp: i32) {
+        self.by_table(2, index, disp);
+    }
+
+    /// Length of [`Self::call_table`].
+    pub const CALL_TABLE: usize = 9;
+
+    fn by_table(&mut self, digit: u8, index: u8, disp: i32) {
+        // With REX in any case. No base: SIB with base 101 and mod 00 is disp32.
+        let rex = 0x40 | (index >> 3) << 1;
+        self.bytes(&[0x65, rex, 0xff, digit << 3 | 4, 3 << 6 | (index & 7) << 3 | 5]);
         self.imm32(disp);
     }
 

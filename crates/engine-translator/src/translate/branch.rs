@@ -3,17 +3,32 @@
 use iced_x86::{Instruction, OpKind};
 
 use super::{
-    asm::{Mem, Section, cc, reg},
+    asm::{Asm, Mem, Section, cc, reg},
     classify::Class,
     desc::AccessDesc,
     emit::{Access, Emitter, Insn},
     flags::{FlagUse, STATUS},
-    layout::{at, gpr, pinned},
+    layout::{at, gpr, jump_table, page_id, pinned},
     operands::{Operand, STACK},
 };
 
+/// Length of a direct call.
+const CALL: usize = 5;
+
+/// How a jump to another page is laid out: where what is patched is.
+pub mod across {
+    /// From the check to the number of the page, a multiple of four bytes.
+    pub const ID: u32 = 8;
+    /// From the check to the jump behind it: within eight aligned bytes, as the check begins such eight.
+    pub const JUMP: u32 = 18;
+    /// From the descriptor to what goes by way of the jump table.
+    pub const TABLE: u32 = 4;
+    /// The number of no page.
+    pub const NEVER: u32 = u32::MAX;
+}
+
 impl Emitter<'_> {
-    /// An instruction that ends the block.
+    /// A control transfer. The block may go on behind a call.
     pub(super) fn branch(&mut self, insn: &Insn) {
         let target = insn.insn.near_branch_target();
         let backward = target <= insn.rip();
@@ -23,7 +38,7 @@ impl Emitter<'_> {
             Class::Loop => self.looping(insn, target, backward),
             Class::Call => {
                 self.push_return(insn);
-                self.jump(target, backward);
+                self.call(insn, target, backward);
             }
             Class::CallIndirect => {
                 self.target(insn);
@@ -146,7 +161,79 @@ impl Emitter<'_> {
             this.narrow(reg::R11, size);
         });
         self.move_stack(size as i32 + extra);
-        self.jump_indirect(insn);
+        if !self.pairs_returns() {
+            self.jump_indirect(insn);
+            return;
+        }
+        self.tell_branch(insn);
+        self.free_flags(STATUS);
+        self.asm.ret();
+    }
+
+    // --- calls and returns in pairs (see `returns.rs`)
+
+    /// Whether the host's calls and returns stand for the guest's.
+    fn pairs_returns(&self) -> bool {
+        self.mode.bits() == 64 && !self.mode.step()
+    }
+
+    /// The call itself, once the return address is on the guest's stack.
+    fn call(&mut self, insn: &Insn, target: u64, backward: bool) {
+        if !self.pairs_returns() {
+            self.jump(target, backward);
+            return;
+        }
+        let way = self.asm.label();
+        self.asm.align_patch_behind(CALL);
+        self.asm.call(way);
+        self.asm.section(Section::Cold);
+        self.asm.bind(way);
+        self.jump(target, backward);
+        self.asm.section(Section::Hot);
+        self.return_site(insn);
+    }
+
+    /// Where the return from a call leads: the guest's return address is in R11, the flags are in `flag_word`. If it is this
+    /// call's, execution goes on behind it.
+    fn return_site(&mut self, insn: &Insn) {
+        let site = self.asm.label_here();
+        self.return_sites.push(site);
+        self.compare_r11(insn.next());
+        self.asm.jcc_to(cc::NE, self.stubs.by_table[self.mode.table()]);
+        (self.hosts, self.flags_saved) = ([None; 2], true);
+        if insn.onward.is_none() {
+            self.jump(insn.next(), false);
+        }
+    }
+
+    /// Compares R11 with a constant: in its first instruction there are at least five bytes. R10 may be changed.
+    pub(super) fn compare_r11(&mut self, value: u64) {
+        if value as i64 == i64::from(value as i32) {
+            self.asm.cmp_ri(reg::R11, value as i32);
+        } else {
+            self.asm.mov_ri(reg::R10, value);
+            self.asm.cmp_rr(reg::R11, reg::R10);
+        }
+    }
+
+    // --- jumps to other pages
+
+    /// A direct jump to another page, flags in `flag_word`: if that page is what it was when the jump was linked.
+    pub(super) fn jump_across(&mut self, rip: u64) {
+        let table = self.mode.table();
+        self.asm.align(8, 0);
+        let (check, other) = (self.asm.label_here(), self.asm.label());
+        self.asm.cmp32_mem(page_id(table, rip), across::NEVER);
+        self.asm.jcc(cc::NE, other);
+        self.asm.jmp(other);
+        let section = self.asm.section(Section::Cold);
+        self.asm.align_patch();
+        self.asm.bind(other);
+        self.asm.call_to(self.stubs.across);
+        self.asm.offset_to(check);
+        self.asm.mov_wide(reg::R11, rip);
+        self.asm.jmp_mem(Mem::gs(jump_table(table) + 8 * i32::from(rip as u16)));
+        self.asm.section(section);
     }
 
     /// The call of an indirect target, which is in R11.
@@ -172,21 +259,33 @@ impl Emitter<'_> {
             self.asm.section(Section::Hot);
         }
         self.asm.load(reg::R11, at::TEMP);
-        self.jump_r11(None);
+        if !self.pairs_returns() {
+            self.jump_r11(None);
+            return;
+        }
+        self.free_flags(STATUS);
+        self.asm.movzx16(reg::R10, reg::R11);
+        self.asm.align_patch_behind(Asm::CALL_TABLE);
+        self.asm.call_table(reg::R10, jump_table(self.mode.table()));
+        self.return_site(insn);
     }
 
     /// Jumps to the target of `insn` in R11. One that is not canonical is found where it is looked up, and then the
     /// instruction that led there has to be known.
     fn jump_indirect(&mut self, insn: &Insn) {
         if self.mode.bits() == 64 {
-            let section = self.asm.section(Section::Data);
-            let desc = self.asm.label_here();
-            self.exit_desc(insn);
-            self.asm.section(section);
-            self.asm.lea_label(reg::R10, desc);
-            self.asm.store(at::BRANCH, reg::R10);
+            self.tell_branch(insn);
         }
         self.jump_r11(None);
+    }
+
+    fn tell_branch(&mut self, insn: &Insn) {
+        let section = self.asm.section(Section::Data);
+        let desc = self.asm.label_here();
+        self.exit_desc(insn);
+        self.asm.section(section);
+        self.asm.lea_label(reg::R10, desc);
+        self.asm.store(at::BRANCH, reg::R10);
     }
 
     // --- the stack

@@ -13,7 +13,7 @@ use std::{
     io,
     sync::{
         Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -21,6 +21,7 @@ use rustc_hash::{FxHashMap as HashMap, FxHashSet as HashSet};
 
 use super::{
     asm::Asm,
+    branch::across::{self, NEVER},
     emit::{Emitted, FaultPoint},
     jumps::Context,
     memory::CodeMemory,
@@ -53,6 +54,8 @@ pub struct Found {
     pub page: u64,
     /// Whether links may lead to it: it lies on one page. (Jump tables know of both.)
     pub linkable: bool,
+    /// What that page is called where it is at the block's linear address, in the block's context (see `jumps.rs`).
+    pub page_id: u32,
 }
 
 /// What emitted code was translated from.
@@ -75,6 +78,8 @@ pub struct CodeCache {
     inner: Mutex<Inner>,
     /// Everything counts as hot.
     all_hot: AtomicBool,
+    /// How often the cache was emptied; changed with `inner` held.
+    generation: AtomicU64,
 }
 
 #[derive(Default)]
@@ -94,8 +99,8 @@ struct Inner {
     stores: Vec<u64>,
     /// What was found executing.
     hot: HashSet<Key>,
-    /// How often the cache was emptied.
-    generation: u64,
+    /// See [`Found::page_id`]: by context, linear and physical page number.
+    page_ids: HashMap<(Context, u64, u64), u32>,
 }
 
 impl Inner {
@@ -120,9 +125,13 @@ struct Block {
     checked_entry: u32,
     entry: u32,
     saved_entry: u32,
+    /// See [`Found::page_id`].
+    page_id: u32,
     /// The bytes of its first page that it depends on: offsets of the first, and behind the last.
     span: (u32, u32),
     faults: Vec<FaultPoint>,
+    /// Offsets in the cache of its return sites.
+    return_sites: Vec<u32>,
 }
 
 /// Why a block was not added.
@@ -143,6 +152,9 @@ const MAX_HOT: usize = 1 << 16;
 /// Bytes of a granule: some blocks.
 const GRANULE: usize = 512;
 
+/// Length of a call.
+const CALL: u32 = 5;
+
 /// Room that a block may need at most.
 const BLOCK_ROOM: u32 = 256 << 10;
 
@@ -157,7 +169,7 @@ impl CodeCache {
         let stubs_end = (bytes.len() as u32).next_multiple_of(64);
         super::signals::register(memory.base(), memory.len() as u64, stubs.signal);
         let inner = Mutex::new(Inner { used: stubs_end, stores: vec![0; STORE_COUNTERS], ..Inner::default() });
-        Ok(Self { memory, stubs, stubs_end, inner, all_hot: AtomicBool::new(false) })
+        Ok(Self { memory, stubs, stubs_end, inner, all_hot: AtomicBool::new(false), generation: AtomicU64::new(0) })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -177,6 +189,7 @@ impl CodeCache {
             entry: self.memory.base() + u64::from(block.entry),
             page: block.key.physical >> 12,
             linkable: block.key.second == 0,
+            page_id: block.page_id,
         }
     }
 
@@ -219,8 +232,13 @@ impl CodeCache {
         self.memory.write(start, &emitted.bytes);
         inner.used = (start + emitted.bytes.len() as u32).next_multiple_of(16);
 
+        let page = (key.context, key.rip >> 12, key.physical >> 12);
+        // None is 0, none is `NEVER`.
+        let next_id = inner.page_ids.len() as u32 + 1;
+        let page_id = *inner.page_ids.entry(page).or_insert(next_id);
         let block = Block {
             key,
+            page_id,
             start,
             code_len: emitted.code_len,
             checked_entry: start + emitted.checked_entry,
@@ -228,6 +246,7 @@ impl CodeCache {
             saved_entry: start + emitted.saved_entry,
             span,
             faults: emitted.faults,
+            return_sites: emitted.return_sites.iter().map(|offset| start + offset).collect(),
         };
         let found = self.found(&block);
         for &old in inner.dead.get(&key).map_or(&[][..], Vec::as_slice) {
@@ -286,6 +305,9 @@ impl CodeCache {
         self.memory.redirect_call(block.entry, self.offset(self.stubs.dead));
         self.memory.redirect_call(block.saved_entry, self.offset(self.stubs.dead_saved));
         self.memory.redirect(block.checked_entry, self.offset(self.stubs.miss_saved));
+        for &site in &block.return_sites {
+            self.memory.redirect(site, self.offset(self.stubs.by_table[key.context.mode.table()]));
+        }
         inner.by_key.remove(&key);
         if key.second != 0 {
             inner.crossing.remove(&Key { second: 0, ..key });
@@ -355,7 +377,12 @@ impl CodeCache {
         let inner = self.lock();
         let (rip, page) =
             inner.block_at(self.offset(address) - 1).map_or((0, u64::MAX), |b| (b.key.rip, b.key.physical >> 12));
-        Origin { rip, page, generation: inner.generation }
+        Origin { rip, page, generation: self.generation() }
+    }
+
+    /// How often the cache was emptied.
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::SeqCst)
     }
 
     /// Makes the direct jump at host address `from`, in code from `origin`, lead to host address `entry` of `to`, unless
@@ -364,10 +391,27 @@ impl CodeCache {
     /// Both must lie on the same physical page: the page's mapping may have changed since the jump's own block was
     /// entered, and other address spaces that have the old page there would follow the link.
     pub fn link(&self, from: u64, origin: &Origin, entry: u64, to: &Found) {
-        let inner = self.lock();
-        if inner.generation == origin.generation && origin.page == to.page {
+        let _inner = self.lock();
+        if self.generation() == origin.generation && origin.page == to.page {
             self.memory.redirect(self.offset(from), self.offset(entry));
         }
+    }
+
+    /// The same for a jump to another page, whose check is at host address `check`, and whose descriptor is at `desc`.
+    ///
+    /// It is done once and for all: who has seen that the page is the right one may be about to follow the jump.
+    pub fn link_across(&self, desc: u64, check: u64, generation: u64, to: &Found) {
+        let _inner = self.lock();
+        if self.generation() != generation {
+            return;
+        }
+        let (check, desc) = (self.offset(check), self.offset(desc));
+        if to.linkable && self.memory.read(check + across::ID) == NEVER {
+            self.memory.redirect(check + across::JUMP, self.offset(to.saved_entry));
+            self.memory.store(check + across::ID, to.page_id);
+        }
+        // Where that does not hold, the jump table says.
+        self.memory.redirect(desc - CALL, desc + across::TABLE);
     }
 
     /// The fault point of the host instruction at `address`.
@@ -391,9 +435,9 @@ impl CodeCache {
             used: self.stubs_end,
             stores: std::mem::take(&mut inner.stores),
             hot: std::mem::take(&mut inner.hot),
-            generation: inner.generation + 1,
             ..Inner::default()
         };
+        self.generation.fetch_add(1, Ordering::SeqCst);
         pages
     }
 }

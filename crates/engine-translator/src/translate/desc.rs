@@ -105,6 +105,39 @@ impl LinkDesc {
     }
 }
 
+/// A direct jump to another page that is not linked yet. Behind it comes the load of the RIP that it leads to.
+#[derive(Clone, Copy, Debug)]
+pub struct AcrossDesc {
+    /// From behind the field to the check of the page.
+    check: i32,
+    /// Where the jump leads.
+    pub rip: u64,
+}
+
+impl AcrossDesc {
+    /// Length of the field.
+    const LEN: usize = 4;
+    /// Behind it come two bytes of the load, then its constant.
+    const RIP: usize = Self::LEN + 2;
+
+    /// From emitted code.
+    ///
+    /// # Safety
+    /// The field and the load of [`super::asm::Asm::mov_wide`] are at `at`.
+    pub unsafe fn read(at: *const u8) -> Self {
+        // SAFETY: as the caller vouches.
+        unsafe {
+            let (check, rip) = (at.cast::<i32>(), at.add(Self::RIP).cast::<u64>());
+            Self { check: check.read_unaligned(), rip: rip.read_unaligned() }
+        }
+    }
+
+    /// The address of the check of the page, where the descriptor is at `at`.
+    pub fn check(self, at: u64) -> u64 {
+        (at + Self::LEN as u64).wrapping_add(self.check as u64)
+    }
+}
+
 /// An access, or several that are checked together, that the TLB did not answer, in code that has no more than that to
 /// say. Behind it may come a jump to code in which each access is checked by itself.
 #[derive(Clone, Copy, Debug)]

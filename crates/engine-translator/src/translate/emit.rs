@@ -33,7 +33,7 @@ pub struct Insn {
     pub live: u32,
     /// Its bytes.
     pub bytes: [u8; 15],
-    /// For a jump: where the block goes on, if it does.
+    /// For a jump or call: where the block goes on, if it does.
     pub onward: Option<u64>,
 }
 
@@ -74,6 +74,8 @@ pub struct Emitted {
     pub code_len: u32,
     /// Where it may fault, by offset.
     pub faults: Vec<FaultPoint>,
+    /// Offsets of the places behind calls, which the host's returns lead to.
+    pub return_sites: Vec<u32>,
 }
 
 /// Nothing, in five bytes.
@@ -89,6 +91,7 @@ pub struct Emitter<'a> {
     pub(super) bmi2: bool,
     encoder: Encoder,
     faults: Vec<(Label, u64, bool)>,
+    pub(super) return_sites: Vec<Label>,
     /// The page (linear) of the block's first byte: jumps that stay on it are linked directly.
     page: u64,
     cs_base: u64,
@@ -115,6 +118,7 @@ impl<'a> Emitter<'a> {
             bmi2,
             encoder: Encoder::new(64),
             faults: Vec::new(),
+            return_sites: Vec::new(),
             page: cs_base.wrapping_add(rip) >> 12,
             cs_base,
             rip,
@@ -172,17 +176,13 @@ impl<'a> Emitter<'a> {
             .collect();
         faults.sort_by_key(|f| f.offset);
         let [checked_entry, saved_entry, entry] = labels.map(|label| self.asm.offset_of(label));
-        Emitted { checked_entry, saved_entry, entry, code_len, bytes, faults }
+        let return_sites = self.return_sites.iter().map(|&site| self.asm.offset_of(site)).collect();
+        Emitted { checked_entry, saved_entry, entry, code_len, bytes, faults, return_sites }
     }
 
     /// R11 holds the RIP wanted, the flags are in `flag_word`. Falls through to the entry for that.
     fn checked_entry(&mut self, rip: u64) {
-        if rip as i64 == i64::from(rip as i32) {
-            self.asm.cmp_ri(reg::R11, rip as i32);
-        } else {
-            self.asm.mov_ri(reg::R10, rip);
-            self.asm.cmp_rr(reg::R11, reg::R10);
-        }
+        self.compare_r11(rip);
         self.asm.jcc_to(cc::NE, self.stubs.miss_saved);
         self.poll(rip, true);
     }
@@ -230,6 +230,7 @@ impl<'a> Emitter<'a> {
             }
             Class::Jump if insn.onward.is_some() => {}
             Class::JumpIf if insn.onward.is_some() => self.side_exit(insn),
+            Class::Call | Class::CallIndirect if insn.onward.is_some() => self.branch(insn),
             _ => {
                 self.branch(insn);
                 return false;
@@ -356,6 +357,14 @@ impl<'a> Emitter<'a> {
         let linear = self.cs_base.wrapping_add(rip);
         // What begins at the end of the page may go on on the next one: no link leads there (see `CodeCache::link`).
         let same_page = linear >> 12 == self.page && linear & 0xfff <= (0x1000 - MAX_INSN) as u64;
+        if self.mode.bits() == 64 && !self.mode.step() && !same_page && is_canonical(rip) {
+            self.free_flags(STATUS);
+            if backward {
+                self.poll(rip, true);
+            }
+            self.jump_across(rip);
+            return;
+        }
         if self.mode.step() || !same_page {
             if self.mode.bits() == 64 && !is_canonical(rip) {
                 self.asm.store_imm(at::BRANCH, 0, 8);

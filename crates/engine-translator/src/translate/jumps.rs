@@ -1,22 +1,41 @@
-//! Where indirect and cross-page jumps lead: tables from the low 16 bits of RIP to emitted code.
+//! Where indirect jumps lead, and which pages direct jumps may lead to.
 //!
-//! The target's prologue checks that it is the block for that RIP; so an entry may be wrong, but it must lead to code
-//! that was translated for the mode at hand, and from the page that the linear address means now. Tables are
-//! therefore kept apart by mode, and emptied when linear addresses change their meaning.
+//! *Indirect* jumps go by tables from the low 16 bits of RIP to emitted code. The target's prologue checks that it is the
+//! block for that RIP; so an entry may be wrong, but it must lead to code that was translated for the mode at hand, and from
+//! the page that the linear address means now.
+//!
+//! *Direct* jumps to other pages are linked, behind a check that the page they lead to is what it was: each combination of
+//! mode, linear page and physical page has a number (`CodeCache::page_id`), and a table by linear page has the numbers of
+//! those that hold now.
+//!
+//! All of this is kept apart by mode, and emptied when linear addresses change their meaning.
 
-use super::mode::Mode;
+use super::{mode::Mode, returns::ReturnStacks};
 
 /// log2 of the entries of a table: `movzx r10d, r11w` is the only index that costs no flags.
 const TABLE_BITS: u32 = 16;
 const TABLE_ENTRIES: usize = 1 << TABLE_BITS;
 /// Number of tables.
 pub const TABLES: usize = 8;
+/// Entries of a table of pages.
+pub const PAGE_ENTRIES: usize = 1 << 12;
+/// What such an entry is where nothing is known.
+const NO_PAGE: u32 = 0;
+
+/// Which entry of a table of pages is that of a linear address.
+pub fn page_index(linear: u64) -> usize {
+    (linear >> 12) as usize % PAGE_ENTRIES
+}
 
 /// The tables of one vCPU: host addresses of blocks' checked entries.
 #[repr(C, align(64))]
 pub struct JumpTables {
     /// Read by emitted code.
     pub entries: [[u64; TABLE_ENTRIES]; TABLES],
+    /// The same, by [`page_index`].
+    pub page_ids: [[u32; PAGE_ENTRIES]; TABLES],
+    /// The third way: where returns lead.
+    pub returns: ReturnStacks,
     state: [TableState; TABLES],
     /// Linear pages that entries lead to, by their number modulo the number of bits, since all entries were forgotten.
     pages: [u64; PAGE_WORDS],
@@ -39,6 +58,10 @@ struct TableState {
     local: Vec<u16>,
     /// The same of global pages.
     global: Vec<u16>,
+    /// Entries of the table of pages that are set, for pages that are not global.
+    local_pages: Vec<u16>,
+    /// The same for global ones.
+    global_pages: Vec<u16>,
 }
 
 /// What translations depend on beside the bytes: two blocks of one context may jump to each other by RIP alone.
@@ -65,10 +88,13 @@ impl JumpTables {
     /// # Safety
     /// `tables` is valid for writes, zeroed, and nobody else's.
     #[allow(unsafe_code)]
-    pub unsafe fn init(tables: *mut Self) {
-        for i in 0..TABLES {
-            // SAFETY: in bounds; written without dropping what was not there.
-            unsafe { (&raw mut (*tables).state[i]).write(TableState::default()) }
+    pub unsafe fn init(tables: *mut Self, returns: ReturnStacks) {
+        // SAFETY: in bounds; written without dropping what was not there.
+        unsafe {
+            (&raw mut (*tables).returns).write(returns);
+            for i in 0..TABLES {
+                (&raw mut (*tables).state[i]).write(TableState::default());
+            }
         }
     }
 
@@ -82,6 +108,10 @@ impl JumpTables {
                 for index in state.local.drain(..).chain(state.global.drain(..)) {
                     self.entries[table][index as usize] = miss;
                 }
+                for index in state.local_pages.drain(..).chain(state.global_pages.drain(..)) {
+                    self.page_ids[table][index as usize] = NO_PAGE;
+                }
+                self.returns.forget_table(table);
             }
             None => self.entries[table].fill(miss),
         }
@@ -115,20 +145,45 @@ impl JumpTables {
         }
     }
 
-    /// Empties the tables; those of global pages stay if `keep_global`.
+    /// Takes note that the page of `linear` is the one that is called `id` in table `table`.
+    pub fn set_page(&mut self, table: usize, linear: u64, id: u32, global: bool) {
+        let (word, bit) = page_bit(linear);
+        self.pages[word] |= bit;
+        let index = page_index(linear);
+        let entry = &mut self.page_ids[table][index];
+        if *entry == id {
+            return;
+        }
+        *entry = id;
+        let state = &mut self.state[table];
+        let list = if global { &mut state.global_pages } else { &mut state.local_pages };
+        list.push(index as u16);
+        if list.len() > PAGE_ENTRIES {
+            list.sort_unstable();
+            list.dedup();
+        }
+    }
+
+    /// Empties the tables; what is of global pages stays if `keep_global`.
     pub fn forget(&mut self, miss: u64, keep_global: bool) {
+        self.returns.forget();
         if !keep_global {
             self.pages = [0; PAGE_WORDS];
         }
-        for (entries, state) in self.entries.iter_mut().zip(&mut self.state) {
-            for index in state.local.drain(..) {
-                entries[index as usize] = miss;
-            }
+        let tables = self.entries.iter_mut().zip(&mut self.page_ids);
+        for ((entries, page_ids), state) in tables.zip(&mut self.state) {
+            forget_entries(entries, miss, &mut state.local);
+            forget_entries(page_ids, NO_PAGE, &mut state.local_pages);
             if !keep_global {
-                for index in state.global.drain(..) {
-                    entries[index as usize] = miss;
-                }
+                forget_entries(entries, miss, &mut state.global);
+                forget_entries(page_ids, NO_PAGE, &mut state.global_pages);
             }
         }
+    }
+}
+
+fn forget_entries<T: Copy>(entries: &mut [T], nothing: T, set: &mut Vec<u16>) {
+    for index in set.drain(..) {
+        entries[index as usize] = nothing;
     }
 }

@@ -4,7 +4,7 @@ use std::mem::offset_of;
 
 use super::{
     asm::{Mem, reg},
-    jumps::JumpTables,
+    jumps::{JumpTables, PAGE_ENTRIES, page_index},
 };
 use crate::{
     cpu::{Block, Cpu, Segment},
@@ -57,6 +57,10 @@ pub struct EmittedState {
     pub groups: [u64; super::plan::GROUPS],
     /// The host's stack pointer in `enter`.
     pub host_rsp: u64,
+    /// The stack of returns' pointer while it is not in RSP (see `returns.rs`).
+    pub returns: u64,
+    /// Lowest address of those stacks.
+    pub returns_base: u64,
     /// Where `enter` jumps to.
     pub entry: u64,
     /// What an exit tells beside its kind.
@@ -73,6 +77,8 @@ pub struct EmittedState {
     pub pending: Option<Exception>,
     /// The linear address that a refill found no page for, and whether for a store, if that may be a page fault.
     pub refill_failed: Option<(u64, bool)>,
+    /// How often the code cache had been emptied when the jump tables last were for that.
+    pub generation: u64,
     /// This vCPU's jump tables; null for processors without a block.
     pub jumps: *mut JumpTables,
     /// Where empty entries of the jump tables lead.
@@ -101,6 +107,8 @@ impl Default for EmittedState {
             lent: [0; 2],
             groups: [0; super::plan::GROUPS],
             host_rsp: 0,
+            returns: 0,
+            returns_base: 0,
             entry: 0,
             exit_value: 0,
             exit_kind: 0,
@@ -109,6 +117,7 @@ impl Default for EmittedState {
             helpers: [0; 4],
             pending: None,
             refill_failed: None,
+            generation: 0,
             jumps: std::ptr::null_mut(),
             miss: 0,
         }
@@ -171,6 +180,8 @@ pub enum ExitKind {
     Dead = 6,
     /// There is more to an access than a look-up, perhaps `refill_failed`; `exit_value` is its `RefillDesc`.
     Apart = 7,
+    /// A direct jump to another page that is not linked yet; `exit_value` is its `AcrossDesc`.
+    Across = 8,
 }
 
 impl ExitKind {
@@ -184,6 +195,7 @@ impl ExitKind {
             4 => Self::After,
             6 => Self::Dead,
             7 => Self::Apart,
+            8 => Self::Across,
             _ => Self::Signal,
         }
     }
@@ -217,6 +229,7 @@ pub mod at {
     pub const LENT: Mem = emitted!(lent);
     pub const GROUPS: Mem = emitted!(groups);
     pub const HOST_RSP: Mem = emitted!(host_rsp);
+    pub const RETURNS: Mem = emitted!(returns);
     pub const ENTRY: Mem = emitted!(entry);
     pub const EXIT_VALUE: Mem = emitted!(exit_value);
     pub const EXIT_KIND: Mem = emitted!(exit_kind);
@@ -255,9 +268,15 @@ pub fn jump_table(table: usize) -> i32 {
     (offset_of!(Block, jumps) + offset_of!(JumpTables, entries) + table * (8 << 16)) as i32
 }
 
+/// Place in the table of pages that goes with jump table `table`, for the page of `linear`.
+pub fn page_id(table: usize, linear: u64) -> Mem {
+    let tables = offset_of!(Block, jumps) + offset_of!(JumpTables, page_ids);
+    Mem::gs((tables + table * size_of::<[u32; PAGE_ENTRIES]>() + 4 * page_index(linear)) as i32)
+}
+
 /// The host register that holds guest register `index`, `None` for those kept in memory.
 ///
-/// RSP is the host's own stack, R10 and R11 are scratch; guest RSP is in R15 (measured: giving three registers up
+/// RSP is for the host's calls (see `returns.rs`), R10 and R11 are scratch; guest RSP is in R15 (measured: giving three registers up
 /// beats pinning all sixteen).
 pub fn pinned(index: u8) -> Option<u8> {
     match index {

@@ -1,6 +1,10 @@
 //! Memory for emitted code: one memfd mapped twice, to write and to execute.
 
-use std::{io, ptr::NonNull};
+use std::{
+    io,
+    ptr::NonNull,
+    sync::atomic::{AtomicU32, AtomicU64, Ordering},
+};
 
 use rustix::{
     fs::{MemfdFlags, ftruncate, memfd_create},
@@ -55,6 +59,22 @@ impl CodeMemory {
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.write.as_ptr().add(offset as usize), bytes.len()) }
     }
 
+    fn word(&self, offset: u32) -> &AtomicU32 {
+        assert!(offset.is_multiple_of(4) && (offset as usize) < self.len);
+        // SAFETY: in bounds and aligned, as just checked.
+        unsafe { &*self.write.as_ptr().add(offset as usize).cast::<AtomicU32>() }
+    }
+
+    /// The four bytes at `offset`, which is a multiple of four.
+    pub fn read(&self, offset: u32) -> u32 {
+        self.word(offset).load(Ordering::Relaxed)
+    }
+
+    /// Replaces them, while others may execute what they are a constant of.
+    pub fn store(&self, offset: u32, value: u32) {
+        self.word(offset).store(value, Ordering::Release);
+    }
+
     /// Replaces the five bytes at `offset` by a jump to `target`, while others may execute them: they are within one
     /// instruction, and within eight aligned bytes.
     pub fn redirect(&self, offset: u32, target: u32) {
@@ -69,13 +89,13 @@ impl CodeMemory {
     fn replace(&self, offset: u32, opcode: u64, target: u32) {
         let (start, shift) = (offset & !7, offset % 8 * 8);
         assert!(offset % 8 <= 3 && (offset as usize) < self.len);
-        let at = self.write.as_ptr().wrapping_add(start as usize).cast::<std::sync::atomic::AtomicU64>();
+        let at = self.write.as_ptr().wrapping_add(start as usize).cast::<AtomicU64>();
         // SAFETY: in bounds and aligned, as just checked.
         let word = unsafe { &*at };
-        let old = word.load(std::sync::atomic::Ordering::Relaxed);
+        let old = word.load(Ordering::Relaxed);
         let rel = target.wrapping_sub(offset + 5);
         let new = old & !(0xff_ffff_ffff << shift) | (opcode | u64::from(rel) << 8) << shift;
-        word.store(new, std::sync::atomic::Ordering::Release);
+        word.store(new, Ordering::Release);
     }
 }
 

@@ -20,16 +20,18 @@ mod operands;
 #[cfg(test)]
 mod pinned;
 mod plan;
+mod returns;
 mod signals;
 pub mod source;
 mod stubs;
 mod trace;
 
 pub use cache::{CodeCache, Found, Origin};
-pub use desc::{AccessDesc, ExitDesc, LinkDesc, RefillDesc};
+pub use desc::{AccessDesc, AcrossDesc, ExitDesc, LinkDesc, RefillDesc};
 pub use emit::FaultPoint;
 pub use helpers::helpers;
 pub use jumps::{Context, JumpTables};
 pub use layout::{EmittedState, ExitKind};
+pub use returns::ReturnStacks;
 pub use signals::in_emitted_code;
 pub use source::Stop;

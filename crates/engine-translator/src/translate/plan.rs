@@ -147,6 +147,10 @@ impl Planner {
 
     /// What the instruction does to the registers that groups depend on.
     fn registers(&mut self, insn: &Insn, factory: &mut InstructionInfoFactory) {
+        if matches!(insn.class, Class::Call | Class::CallIndirect) {
+            self.close(|_| true);
+            return;
+        }
         if insn.class == Class::Swapgs {
             self.close(|open| open.key.segment == seg::GS);
         }

@@ -9,7 +9,10 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
-use super::layout::{EmittedState, signal_place};
+use super::{
+    layout::{EmittedState, signal_place},
+    returns::emptied,
+};
 
 /// Code caches: start and end addresses, and the signal stub. More than this many VMs in one process have to wait.
 const CACHES: usize = 64;
@@ -90,6 +93,13 @@ extern "C" fn handler(signal: i32, info: *mut libc::siginfo_t, context: *mut lib
         let rip = context.uc_mcontext.gregs[libc::REG_RIP as usize] as u64;
         let Some(range) = range_of(rip) else { return pass_on(signal, info, context) };
         let emitted: *mut EmittedState = signal_place();
+        if signal == libc::SIGSEGV
+            && let Some(pointer) = emptied((*emitted).returns_base, (*info).si_addr() as u64)
+        {
+            // The call comes again.
+            context.uc_mcontext.gregs[libc::REG_RSP as usize] = pointer as i64;
+            return;
+        }
         let trap = context.uc_mcontext.gregs[libc::REG_TRAPNO as usize] as i32;
         (*emitted).signal = (signal as u32, trap, rip, (*info).si_addr() as u64);
         // Single-step and alignment flags are never the host's own in emitted code, but a debugger's may be.

@@ -3,7 +3,8 @@
 use super::{
     asm::{Asm, Mem, cc, reg},
     desc::RefillDesc,
-    layout::{ExitKind, at, gpr, pinned_pairs, tlb},
+    jumps::TABLES,
+    layout::{ExitKind, at, gpr, jump_table, pinned_pairs, tlb},
 };
 use crate::tlb::{Entry, Privilege};
 
@@ -20,6 +21,12 @@ pub struct Stubs {
     pub link: u64,
     /// The same with the flags in `flag_word`.
     pub link_saved: u64,
+    /// Called in front of an `AcrossDesc`, with the flags in `flag_word`; does not return.
+    pub across: u64,
+    /// By jump table: jumped to with a RIP in R11, flags in `flag_word`; goes where the table says.
+    pub by_table: [u64; TABLES],
+    /// By jump table: what returns lead to when they have run out, with the stack's pointer a word too high; the same.
+    pub sentinels: [u64; TABLES],
     /// Called in front of a packed `ExitDesc`, flags live; does not return.
     pub emulate: u64,
     /// The same with the flags in `flag_word`.
@@ -83,10 +90,20 @@ pub fn assemble(asm: &mut Asm) -> Stubs {
     };
     stubs.link = call_stub(asm, ExitKind::Link, live_tail);
     stubs.link_saved = call_stub(asm, ExitKind::Link, saved_tail);
+    stubs.across = call_stub(asm, ExitKind::Across, saved_tail);
     stubs.emulate = call_stub(asm, ExitKind::Emulate, live_tail);
     stubs.emulate_saved = call_stub(asm, ExitKind::Emulate, saved_tail);
     stubs.dead = call_stub(asm, ExitKind::Dead, live_tail);
     stubs.dead_saved = call_stub(asm, ExitKind::Dead, saved_tail);
+
+    for table in 0..TABLES {
+        asm.align(16, 0);
+        stubs.sentinels[table] = asm.here();
+        asm.lea(reg::RSP, Mem::at(reg::RSP, -8));
+        stubs.by_table[table] = asm.here();
+        asm.movzx16(reg::R10, reg::R11);
+        asm.jmp_table(reg::R10, jump_table(table));
+    }
 
     asm.align(16, 0);
     stubs.signal = asm.here();
@@ -129,11 +146,24 @@ fn enter(asm: &mut Asm) {
     for (guest, host) in pinned_pairs() {
         asm.load(host, gpr(guest));
     }
+    asm.load(reg::RSP, at::RETURNS);
     asm.jmp_mem(at::ENTRY);
+}
+
+/// From the stack of returns to the host's, for Rust code.
+fn to_host_stack(asm: &mut Asm) {
+    asm.store(at::RETURNS, reg::RSP);
+    asm.load(reg::RSP, at::HOST_RSP);
+}
+
+/// And back.
+fn to_returns(asm: &mut Asm) {
+    asm.load(reg::RSP, at::RETURNS);
 }
 
 /// Leaves: R11 is the exit value, flags have been saved, all pinned registers hold guest values.
 fn exit(asm: &mut Asm) {
+    asm.store(at::RETURNS, reg::RSP);
     for (guest, host) in pinned_pairs() {
         asm.store(gpr(guest), host);
     }
@@ -181,30 +211,29 @@ fn access(asm: &mut Asm) {
     for r in CALLER_SAVED {
         asm.store(gpr(r), r);
     }
-    // The return address made RSP odd; one push makes it even again.
-    asm.push(reg::R11);
+    to_host_stack(asm);
     asm.push(reg::R10);
     asm.push(reg::R11);
     keep_xmm(asm, Asm::store_xmm);
     call_access(asm, at::HELPER_QUICK);
     asm.mov_rr(reg::R10, reg::RAX);
     keep_xmm(asm, Asm::load_xmm);
-    asm.pop(reg::R11);
     asm.test_rr(reg::R10);
     let (slow, done) = (asm.label(), asm.label());
     asm.jcc(cc::E, slow);
-    asm.lea(reg::RSP, Mem::at(reg::RSP, 16));
     asm.bind(done);
+    to_returns(asm);
     for r in CALLER_SAVED {
         asm.load(r, gpr(r));
     }
     asm.ret();
 
     asm.bind(slow);
-    asm.pop(reg::R10);
     save_vectors(asm);
+    asm.load(reg::R11, Mem::at(reg::RSP, 0));
+    asm.load(reg::R10, Mem::at(reg::RSP, 8));
     call_access(asm, at::HELPER_ACCESS);
-    asm.pop(reg::R11);
+    asm.load(reg::R11, Mem::at(reg::RSP, 0));
     asm.mov_rr(reg::R10, reg::RAX);
     asm.test_rr(reg::R10);
     let fault = asm.label();
@@ -239,18 +268,17 @@ fn refill(asm: &mut Asm, write: bool, exit: u64) -> u64 {
     for r in CALLER_SAVED {
         asm.store(gpr(r), r);
     }
-    // The return address made RSP odd.
-    asm.lea(reg::RSP, Mem::at(reg::RSP, -8));
+    asm.load(reg::RDX, Mem::at(reg::RSP, 0));
+    to_host_stack(asm);
     keep_xmm(asm, Asm::store_xmm);
     asm.load(reg::RDI, at::BLOCK);
     asm.mov_rr(reg::RSI, reg::R10);
-    asm.load(reg::RDX, Mem::at(reg::RSP, 8));
     asm.lea(reg::RDX, Mem::at(reg::RDX, JUMP));
     asm.mov_ri(reg::RCX, u64::from(write));
     asm.call_mem(at::HELPER_REFILL);
     asm.mov_rr(reg::R11, reg::RAX);
     keep_xmm(asm, Asm::load_xmm);
-    asm.lea(reg::RSP, Mem::at(reg::RSP, 8));
+    to_returns(asm);
     for r in CALLER_SAVED {
         asm.load(r, gpr(r));
     }
@@ -301,11 +329,14 @@ fn commit(asm: &mut Asm) {
     asm.flags_to_ax();
     asm.store_sized(at::LATE_FLAG_WORD, reg::RAX, 4);
     save_vectors(asm);
+    to_host_stack(asm);
+    asm.push(reg::R11);
     asm.push(reg::R11);
     asm.load(reg::RDI, at::BLOCK);
     asm.mov_rr(reg::RSI, reg::R11);
     asm.call_mem(at::HELPER_COMMIT);
     asm.pop(reg::R11);
+    to_returns(asm);
     asm.test_rr(reg::RAX);
     let out = asm.label();
     asm.jcc(cc::NE, out);
@@ -325,6 +356,10 @@ fn commit(asm: &mut Asm) {
 /// Leaves after a helper: what it may have changed was saved before; if the vectors were the guest's they have been
 /// saved too, and must not be saved again.
 fn leave_from_helper(asm: &mut Asm) {
+    // Without the return to the code that has called.
+    asm.load(reg::R10, at::RETURNS);
+    asm.lea(reg::R10, Mem::at(reg::R10, 8));
+    asm.store(at::RETURNS, reg::R10);
     for r in CALLER_SAVED {
         asm.load(r, gpr(r));
     }

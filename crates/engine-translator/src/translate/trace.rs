@@ -1,8 +1,8 @@
 //! Which instructions a block is made of: those up to the next jump, or, where the code is hot, the path that the guest
 //! probably takes from the first one.
 //!
-//! A path stays on its page. It goes on behind conditional jumps that lead forward and with direct jumps forward, and
-//! goes round a loop that closes at its beginning several times. So what is found out about an instruction (which
+//! A path stays on its page. It goes on behind conditional jumps that lead forward, with direct jumps forward and behind
+//! calls, and goes round a loop that closes at its beginning several times. So what is found out about an instruction (which
 //! flags matter, that an address is on a page that may be accessed) serves many of those behind it.
 
 use iced_x86::{Decoder, DecoderError};
@@ -145,6 +145,7 @@ impl<'a> Tracer<'a> {
         let forward = target > insn.rip() && self.position(target).is_some();
         match insn.class {
             Class::Jump if forward => Some(target),
+            Class::Call | Class::CallIndirect => self.position(insn.next()).map(|_| insn.next()),
             Class::JumpIf if target > insn.rip() => self.position(insn.next()).map(|_| insn.next()),
             Class::Jump | Class::JumpIf if target == self.source.key.rip => {
                 let round = (self.trace.insns.len() + 1) / *rounds;
