@@ -17,7 +17,7 @@ use crate::{
     exception::{Exception, vector},
     interrupt::{self, Event, Shutdown},
     lapic,
-    mailbox::{Mailbox, request},
+    mailbox::{ATTENTION, Mailbox, request},
     reset,
     segment::is_canonical,
     system::emulate,
@@ -344,28 +344,25 @@ impl TranslatedVcpu {
             && (cpu.lapic.pending().is_some() || cpu.shared.extint.load(Ordering::Acquire));
         cpu.emitted.vectors = u32::from(context.mode.vectors());
         cpu.emitted.flag_word = to_flag_word(cpu.rflags);
-        let miss = cpu.emitted.miss;
         let table = context.mode.table();
         let rip = cpu.rip;
-        let mut entry = match cpu.emitted.jumps() {
-            Some(jumps) => {
-                jumps.enter(context, miss);
-                jumps.get(table, rip)
-            }
-            None => miss,
-        };
+        let mut known = cpu.emitted.jumps().and_then(|jumps| {
+            jumps.enter(context);
+            jumps.get(table, rip)
+        });
         loop {
             let rip = self.cpu().rip;
-            if entry == miss || step {
-                entry = match self.cpu().block(context, rip) {
+            let entry = match known.filter(|_| !step) {
+                Some(entry) => entry,
+                None => match self.cpu().block(context, rip) {
                     Ok(found) => {
                         self.remember(context, rip, &found);
-                        found.checked_entry
+                        found.saved_entry
                     }
                     Err(stop) => return self.stopped(stop),
-                };
-            }
-            match self.enter(entry, rip, table) {
+                },
+            };
+            match self.enter(entry, table) {
                 Left::NotEntered => return Leave::Look,
                 Left::Miss(rip) => {
                     self.cpu().rip = rip;
@@ -374,7 +371,7 @@ impl TranslatedVcpu {
                         self.cpu().rflags &= !rflags::RF;
                         return Leave::Done;
                     }
-                    entry = miss;
+                    known = None;
                 }
                 Left::Link { rip, flags, from, origin } => {
                     self.cpu().rip = rip;
@@ -391,7 +388,7 @@ impl TranslatedVcpu {
                                 let entry = if saved { found.saved_entry } else { found.entry };
                                 self.shared.code.link(from, &origin, entry, &found);
                             }
-                            entry = found.checked_entry;
+                            known = Some(found.saved_entry);
                         }
                         Err(stop) => return self.stopped(stop),
                     }
@@ -402,7 +399,7 @@ impl TranslatedVcpu {
                         Ok(found) => {
                             self.remember(context, desc.rip, &found);
                             self.shared.code.link_across(at, desc.check(at), generation, &found);
-                            entry = found.checked_entry;
+                            known = Some(found.saved_entry);
                         }
                         Err(stop) => return self.stopped(stop),
                     }
@@ -423,7 +420,7 @@ impl TranslatedVcpu {
         let global = [first, second].iter().all(|&linear| cpu.tlb.is_global_code(privilege, linear));
         if let Some(jumps) = cpu.emitted.jumps() {
             let table = context.mode.table();
-            jumps.set(table, rip, [first, second], found.checked_entry, global);
+            jumps.set(table, rip, [first, second], found.saved_entry, global);
             if found.linkable {
                 jumps.set_page(table, first, found.page_id, global);
             }
@@ -510,12 +507,12 @@ impl TranslatedVcpu {
             self.look();
             return unexpected();
         };
-        cpu.rip = point.rip;
+        cpu.rip = point.rip.unwrap_or(cpu.rip);
         if !point.flags_saved {
             cpu.emitted.flag_word = cpu.emitted.late_flag_word;
         }
         self.look();
-        if place == crate::mailbox::ATTENTION as u64 && signal == libc::SIGSEGV as u32 {
+        if place == ATTENTION as u64 && signal == libc::SIGSEGV as u32 {
             return Leave::Look;
         }
         let cpu = self.cpu();
@@ -599,7 +596,7 @@ impl TranslatedVcpu {
     }
 
     /// Enters emitted code, of the mode that jump table `table` is for.
-    fn enter(&mut self, entry: u64, rip: u64, table: usize) -> Left {
+    fn enter(&mut self, entry: u64, table: usize) -> Left {
         let mailbox = self.mailbox();
         let emitted = &mut self.cpu().emitted;
         emitted.returns = emitted.jumps().map_or(0, |jumps| jumps.returns.pointer(table));
@@ -613,8 +610,8 @@ impl TranslatedVcpu {
         // SAFETY: `enter` is the stub of that type; GS points at this vCPU's block, whose Cpu nobody refers to
         // meanwhile but the helpers that emitted code calls; `entry` leads to a block for this mode and RIP.
         unsafe {
-            let enter: extern "C" fn(u64, u64) = std::mem::transmute(enter);
-            enter(entry, rip);
+            let enter: extern "C" fn(u64) = std::mem::transmute(enter);
+            enter(entry);
         }
         let left = self.how_left();
         let emitted = &mut self.cpu().emitted;
@@ -630,20 +627,22 @@ impl TranslatedVcpu {
     fn how_left(&mut self) -> Left {
         let code64 = self.cpu().code64();
         let emitted = &self.cpu().emitted;
-        let (kind, value, address) = (ExitKind::from_raw(emitted.exit_kind), emitted.exit_value, emitted.signal.2);
-        let branch = emitted.branch;
+        let (kind, value) = (ExitKind::from_raw(emitted.exit_kind), emitted.exit_value);
+        let (_, _, address, place) = emitted.signal;
+        let branch = emitted.branch as *const u8;
         // SAFETY: for these kinds emitted code passes the address of such a descriptor.
         let (exit_desc, access_desc) =
             unsafe { (|| ExitDesc::read(value as *const u8), || *(value as *const AccessDesc)) };
+        let missed = |rip: u64| match code64 && !is_canonical(rip) && !branch.is_null() {
+            // SAFETY: emitted code has stored the descriptor's address on its way here.
+            true => Left::Astray(unsafe { ExitDesc::read(branch) }),
+            false => Left::Miss(rip),
+        };
         let code = &self.shared.code;
         match kind {
-            ExitKind::Miss => match branch as *const u8 {
-                branch if code64 && !is_canonical(value) && !branch.is_null() => {
-                    // SAFETY: emitted code has stored the descriptor's address on its way here.
-                    Left::Astray(unsafe { ExitDesc::read(branch) })
-                }
-                _ => Left::Miss(value),
-            },
+            ExitKind::Miss => missed(value),
+            // The poll on the way to a table.
+            ExitKind::Signal if place == ATTENTION as u64 && code.is_stub(address) => missed(value),
             ExitKind::Link => {
                 // SAFETY: such a descriptor follows the call of this exit, of five bytes.
                 let desc = unsafe { LinkDesc::read(value as *const u8) };
@@ -666,7 +665,10 @@ impl TranslatedVcpu {
             ExitKind::Emulate => Left::Emulate(exit_desc()),
             ExitKind::Fault => Left::Fault(access_desc()),
             ExitKind::After => Left::After(access_desc()),
-            ExitKind::Signal => Left::Signal(self.shared.code.fault_at(address)),
+            ExitKind::Signal => match code.fault_at(address) {
+                Some(FaultPoint { rip: None, .. }) => missed(value),
+                point => Left::Signal(point),
+            },
         }
     }
 }
@@ -801,7 +803,6 @@ pub unsafe fn init_block(block: *mut Block, shared: &Arc<Shared>, cpu: Cpu) {
         cpu.emitted.helpers = helpers();
         cpu.emitted.jumps = &raw mut (*block).jumps;
         cpu.emitted.returns_base = returns_base;
-        cpu.emitted.miss = shared.code.stubs.miss_saved;
         cpu.emitted.xsave_mask = host_components();
     }
 }

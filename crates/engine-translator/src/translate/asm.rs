@@ -150,11 +150,11 @@ impl Asm {
 
     fn base(&self, section: Section) -> u32 {
         // Jumps that are patched are aligned in their section; descriptors are read by Rust code as structures.
-        let cold = self.sections[0].len().next_multiple_of(16);
+        let cold = self.sections[0].len().next_multiple_of(8);
         match section {
             Section::Hot => 0,
             Section::Cold => cold as u32,
-            Section::Data => (cold + self.sections[1].len()).next_multiple_of(16) as u32,
+            Section::Data => (cold + self.sections[1].len()).next_multiple_of(8) as u32,
         }
     }
 
@@ -411,6 +411,11 @@ impl Asm {
         self.imm32(value);
     }
 
+    /// `cmp reg, [mem]`, 64 bits
+    pub fn cmp_reg_mem(&mut self, reg: u8, mem: Mem) {
+        self.op_mem(None, true, &[0x3b], reg, mem);
+    }
+
     /// `cmp a, b`
     pub fn cmp_rr(&mut self, a: u8, b: u8) {
         self.op_rr(true, &[0x39], b, a);
@@ -551,30 +556,13 @@ impl Asm {
         self.op_mem(None, false, &[0xff], 4, mem);
     }
 
-    /// `jmp gs:[index * 8 + disp]`
-    pub fn jmp_table(&mut self, index: u8, disp: i32) {
-        self.by_table(4, index, disp);
-    }
-
-    /// `call gs:[index * 8 + disp]`: [`Self::CALL_TABLE`] bytes.
-    pub fn call_table(&mut self, index: u8, disp: i32) {
-        self.by_table(2, index, disp);
-    }
-
-    /// Length of [`Self::call_table`].
-    pub const CALL_TABLE: usize = 9;
-
-    fn by_table(&mut self, digit: u8, index: u8, disp: i32) {
-        // With REX in any case. No base: SIB with base 101 and mod 00 is disp32.
-        let rex = 0x40 | (index >> 3) << 1;
-        self.bytes(&[0x65, rex, 0xff, digit << 3 | 4, 3 << 6 | (index & 7) << 3 | 5]);
-        self.imm32(disp);
-    }
-
     /// `call [mem]`
     pub fn call_mem(&mut self, mem: Mem) {
         self.op_mem(None, false, &[0xff], 2, mem);
     }
+
+    /// Length of [`Self::call_mem`] where the operand is relative to GS and one of R8 to R15, and its displacement large.
+    pub const CALL_GS: usize = 8;
 
     /// `push reg`
     pub fn push(&mut self, r: u8) {

@@ -6,9 +6,9 @@ use super::{
     asm::{Asm, Mem, Section, cc, reg},
     classify::Class,
     desc::AccessDesc,
-    emit::{Access, Emitter, Insn},
+    emit::{Access, Emitter, Insn, look_up_jump},
     flags::{FlagUse, STATUS},
-    layout::{at, gpr, jump_table, page_id, pinned},
+    layout::{at, gpr, page_id, pinned},
     operands::{Operand, STACK},
 };
 
@@ -232,7 +232,7 @@ impl Emitter<'_> {
         self.asm.call_to(self.stubs.across);
         self.asm.offset_to(check);
         self.asm.mov_wide(reg::R11, rip);
-        self.asm.jmp_mem(Mem::gs(jump_table(table) + 8 * i32::from(rip as u16)));
+        self.asm.jmp_to(self.stubs.by_table[table]);
         self.asm.section(section);
     }
 
@@ -260,13 +260,31 @@ impl Emitter<'_> {
         }
         self.asm.load(reg::R11, at::TEMP);
         if !self.pairs_returns() {
-            self.jump_r11(None);
+            self.jump_r11();
             return;
         }
         self.free_flags(STATUS);
-        self.asm.movzx16(reg::R10, reg::R11);
-        self.asm.align_patch_behind(Asm::CALL_TABLE);
-        self.asm.call_table(reg::R10, jump_table(self.mode.table()));
+        let table = self.mode.table();
+        if !self.hot {
+            self.asm.align_patch_behind(CALL);
+            self.asm.call_to(self.stubs.by_table[table]);
+            self.return_site(insn);
+            return;
+        }
+        self.poll(None, true);
+        let host = look_up_jump(&mut self.asm, table);
+        let unknown = self.asm.label();
+        self.asm.jcc(cc::NE, unknown);
+        self.asm.align_patch_behind(Asm::CALL_GS);
+        self.asm.call_mem(host);
+        self.asm.section(Section::Cold);
+        self.asm.bind(unknown);
+        let site = self.asm.label();
+        self.asm.lea_label(reg::R10, site);
+        self.asm.push(reg::R10);
+        self.asm.jmp_to(self.stubs.miss_saved);
+        self.asm.section(Section::Hot);
+        self.asm.bind(site);
         self.return_site(insn);
     }
 
@@ -276,7 +294,7 @@ impl Emitter<'_> {
         if self.mode.bits() == 64 {
             self.tell_branch(insn);
         }
-        self.jump_r11(None);
+        self.jump_r11();
     }
 
     fn tell_branch(&mut self, insn: &Insn) {

@@ -44,11 +44,9 @@ pub struct Key {
 /// A block as the run loop uses it.
 #[derive(Clone, Copy, Debug)]
 pub struct Found {
-    /// Host address of the checked entry.
-    pub checked_entry: u64,
-    /// Host address of the entry for linked jumps with the flags in `flag_word`.
+    /// Host address of the entry with the flags in `flag_word`.
     pub saved_entry: u64,
-    /// Host address of the entry for linked jumps with the flags in the host's.
+    /// Host address of the entry with the flags in the host's; the same if they do not matter.
     pub entry: u64,
     /// Its physical page.
     pub page: u64,
@@ -122,7 +120,6 @@ struct Block {
     /// Offset of its first byte in the cache; blocks are in ascending order.
     start: u32,
     code_len: u32,
-    checked_entry: u32,
     entry: u32,
     saved_entry: u32,
     /// See [`Found::page_id`].
@@ -184,7 +181,6 @@ impl CodeCache {
 
     fn found(&self, block: &Block) -> Found {
         Found {
-            checked_entry: self.memory.base() + u64::from(block.checked_entry),
             saved_entry: self.memory.base() + u64::from(block.saved_entry),
             entry: self.memory.base() + u64::from(block.entry),
             page: block.key.physical >> 12,
@@ -230,7 +226,7 @@ impl CodeCache {
         let emitted = emit(self.memory.base() + u64::from(start));
         assert!(emitted.bytes.len() as u32 <= BLOCK_ROOM, "a block is too large");
         self.memory.write(start, &emitted.bytes);
-        inner.used = (start + emitted.bytes.len() as u32).next_multiple_of(16);
+        inner.used = (start + emitted.bytes.len() as u32).next_multiple_of(8);
 
         let page = (key.context, key.rip >> 12, key.physical >> 12);
         // None is 0, none is `NEVER`.
@@ -241,7 +237,6 @@ impl CodeCache {
             page_id,
             start,
             code_len: emitted.code_len,
-            checked_entry: start + emitted.checked_entry,
             entry: start + emitted.entry,
             saved_entry: start + emitted.saved_entry,
             span,
@@ -253,7 +248,6 @@ impl CodeCache {
             let old = &inner.blocks[old as usize];
             self.memory.redirect(old.entry, block.entry);
             self.memory.redirect(old.saved_entry, block.saved_entry);
-            self.memory.redirect(old.checked_entry, block.checked_entry);
         }
         let index = inner.blocks.len() as u32;
         inner.blocks.push(block);
@@ -304,7 +298,6 @@ impl CodeCache {
         let key = block.key;
         self.memory.redirect_call(block.entry, self.offset(self.stubs.dead));
         self.memory.redirect_call(block.saved_entry, self.offset(self.stubs.dead_saved));
-        self.memory.redirect(block.checked_entry, self.offset(self.stubs.miss_saved));
         for &site in &block.return_sites {
             self.memory.redirect(site, self.offset(self.stubs.by_table[key.context.mode.table()]));
         }
@@ -412,6 +405,11 @@ impl CodeCache {
         }
         // Where that does not hold, the jump table says.
         self.memory.redirect(desc - CALL, desc + across::TABLE);
+    }
+
+    /// Whether `address` is one of the fixed pieces'.
+    pub fn is_stub(&self, address: u64) -> bool {
+        (self.memory.base()..self.memory.base() + u64::from(self.stubs_end)).contains(&address)
     }
 
     /// The fault point of the host instruction at `address`.

@@ -10,12 +10,13 @@ use super::{
     classify::{Class, needs_alignment, waits},
     desc::{AccessDesc, ExitDesc, LinkDesc, RefillDesc},
     flags::{FlagUse, STATUS},
+    jumps::JumpEntry,
     layout::{at, gpr, jump_table},
     masking::Masking,
     mode::Mode,
     operands::{Operand, keeps_hosts},
     plan::{Check, plan},
-    source::MAX_INSN,
+    source::{BMI2, MAX_INSN},
     stubs::Stubs,
 };
 use crate::segment::is_canonical;
@@ -54,8 +55,8 @@ impl Insn {
 pub struct FaultPoint {
     /// Offset of the host instruction in the block.
     pub offset: u32,
-    /// The guest is at this offset in CS.
-    pub rip: u64,
+    /// The guest is at this offset in CS; `None` if R11 has it.
+    pub rip: Option<u64>,
     /// Its flags are in `flag_word`, not in the host's.
     pub flags_saved: bool,
 }
@@ -64,11 +65,9 @@ pub struct FaultPoint {
 pub struct Emitted {
     /// Code and descriptors.
     pub bytes: Vec<u8>,
-    /// Offset of the entry that checks R11 against the block's RIP, with the flags in `flag_word`.
-    pub checked_entry: u32,
-    /// Offset of the entry for linked jumps, flags live.
+    /// Offset of the entry with the flags in the host's.
     pub entry: u32,
-    /// Offset of the entry for linked jumps, flags in `flag_word`.
+    /// Offset of the entry with the flags in `flag_word`.
     pub saved_entry: u32,
     /// Length of the code, without descriptors.
     pub code_len: u32,
@@ -89,8 +88,10 @@ pub struct Emitter<'a> {
     pub(super) flags_saved: bool,
     /// Whether the host has BMI2.
     pub(super) bmi2: bool,
+    /// Whether it is to be fast; else it is to be short.
+    pub(super) hot: bool,
     encoder: Encoder,
-    faults: Vec<(Label, u64, bool)>,
+    faults: Vec<(Label, Option<u64>, bool)>,
     pub(super) return_sites: Vec<Label>,
     /// The page (linear) of the block's first byte: jumps that stay on it are linked directly.
     page: u64,
@@ -109,13 +110,14 @@ pub struct Emitter<'a> {
 
 impl<'a> Emitter<'a> {
     /// For a block that will lie at host address `origin`.
-    pub fn new(origin: u64, stubs: &'a Stubs, mode: Mode, cs_base: u64, rip: u64, bmi2: bool) -> Self {
+    pub fn new(origin: u64, stubs: &'a Stubs, mode: Mode, cs_base: u64, rip: u64, hot: bool) -> Self {
         Self {
             asm: Asm::new(origin),
             mode,
             stubs,
             flags_saved: false,
-            bmi2,
+            bmi2: *BMI2,
+            hot,
             encoder: Encoder::new(64),
             faults: Vec::new(),
             return_sites: Vec::new(),
@@ -130,23 +132,11 @@ impl<'a> Emitter<'a> {
     }
 
     /// Emits the block. `next` is where execution goes on if its last instruction does not say.
-    pub fn block(mut self, rip: u64, insns: &[Insn], next: u64) -> Emitted {
-        self.asm.align(16, 0);
-        let live = insns.first().map_or(STATUS, |i| i.live);
-        let checked_entry = self.asm.label_here();
-        self.checked_entry(rip);
-        // The entries can be redirected while others pass through them: each begins with an instruction of five bytes or
-        // more.
-        self.asm.align_patch();
-        let saved_entry = self.asm.label_here();
-        if live != 0 {
-            self.load_flags();
-        } else {
-            self.asm.bytes(NOP5);
-        }
-        self.asm.align_patch();
+    pub fn block(mut self, insns: &[Insn], next: u64) -> Emitted {
+        // The entry can be redirected while others pass through it: it begins with an instruction of five bytes.
         let entry = self.asm.label_here();
         self.asm.bytes(NOP5);
+        let saved_entry = self.saved_entry(insns, entry);
 
         let checks = plan(insns, self.mode);
         let mut open = true;
@@ -163,10 +153,23 @@ impl<'a> Emitter<'a> {
             let backward = insns.last().is_some_and(|last| next <= last.rip());
             self.jump(next, backward);
         }
-        self.finish([checked_entry, saved_entry, entry])
+        self.finish([saved_entry, entry])
     }
 
-    fn finish(mut self, labels: [Label; 3]) -> Emitted {
+    /// The entry with the flags in `flag_word`: the other one, if they do not matter.
+    fn saved_entry(&mut self, insns: &[Insn], entry: Label) -> Label {
+        if insns.first().is_some_and(|first| first.live == 0) {
+            return entry;
+        }
+        self.asm.section(Section::Cold);
+        let saved_entry = self.asm.label_here();
+        self.load_flags();
+        self.asm.jmp(entry);
+        self.asm.section(Section::Hot);
+        saved_entry
+    }
+
+    fn finish(mut self, labels: [Label; 2]) -> Emitted {
         let code_len = self.asm.code_len();
         let bytes = self.asm.finish();
         let mut faults: Vec<_> = self
@@ -175,16 +178,9 @@ impl<'a> Emitter<'a> {
             .map(|&(label, rip, flags_saved)| FaultPoint { offset: self.asm.offset_of(label), rip, flags_saved })
             .collect();
         faults.sort_by_key(|f| f.offset);
-        let [checked_entry, saved_entry, entry] = labels.map(|label| self.asm.offset_of(label));
+        let [saved_entry, entry] = labels.map(|label| self.asm.offset_of(label));
         let return_sites = self.return_sites.iter().map(|&site| self.asm.offset_of(site)).collect();
-        Emitted { checked_entry, saved_entry, entry, code_len, bytes, faults, return_sites }
-    }
-
-    /// R11 holds the RIP wanted, the flags are in `flag_word`. Falls through to the entry for that.
-    fn checked_entry(&mut self, rip: u64) {
-        self.compare_r11(rip);
-        self.asm.jcc_to(cc::NE, self.stubs.miss_saved);
-        self.poll(rip, true);
+        Emitted { saved_entry, entry, code_len, bytes, faults, return_sites }
     }
 
     /// Emits one instruction; false if it ends the block.
@@ -292,7 +288,7 @@ impl<'a> Emitter<'a> {
     /// Marks the next host instruction as one that may fault.
     pub(super) fn may_fault(&mut self, rip: u64) {
         let label = self.asm.label_here();
-        self.faults.push((label, rip, self.flags_saved));
+        self.faults.push((label, Some(rip), self.flags_saved));
     }
 
     // --- flags
@@ -305,7 +301,7 @@ impl<'a> Emitter<'a> {
         self.save_flags();
     }
 
-    /// Flags into `flag_word`.
+    /// Flags into `flag_word`. R10 is changed.
     pub(super) fn save_flags(&mut self) {
         self.hosts[0] = None;
         self.asm.mov_rr(reg::R10, reg::RAX);
@@ -315,7 +311,7 @@ impl<'a> Emitter<'a> {
         self.flags_saved = true;
     }
 
-    /// Flags from `flag_word`; R10 and R11 are kept.
+    /// Flags from `flag_word`; R10 and R11 are kept. It begins with an instruction of at least five bytes.
     fn load_flags(&mut self) {
         self.asm.store(at::LENT, reg::RAX);
         self.asm.load_sized(reg::RAX, at::FLAG_WORD, 4);
@@ -344,8 +340,10 @@ impl<'a> Emitter<'a> {
 
     // --- leaving the block
 
-    /// Loads from the address in the mailbox, which faults when the run loop is wanted. Keeps R11 and flags.
-    pub(super) fn poll(&mut self, rip: u64, flags_saved: bool) {
+    /// Loads from the address in the mailbox, which faults when the run loop is wanted. Keeps R11 and flags. `rip`: where
+    /// the guest is then, if not R11 says that.
+    pub(super) fn poll(&mut self, rip: Option<u64>, flags_saved: bool) {
+        self.hosts[0] = None;
         self.asm.load(reg::R10, at::POLL);
         let label = self.asm.label_here();
         self.faults.push((label, rip, flags_saved));
@@ -360,7 +358,7 @@ impl<'a> Emitter<'a> {
         if self.mode.bits() == 64 && !self.mode.step() && !same_page && is_canonical(rip) {
             self.free_flags(STATUS);
             if backward {
-                self.poll(rip, true);
+                self.poll(Some(rip), true);
             }
             self.jump_across(rip);
             return;
@@ -370,11 +368,11 @@ impl<'a> Emitter<'a> {
                 self.asm.store_imm(at::BRANCH, 0, 8);
             }
             self.asm.mov_ri(reg::R11, rip);
-            self.jump_r11(Some(rip));
+            self.jump_r11();
             return;
         }
         if backward {
-            self.poll(rip, self.flags_saved);
+            self.poll(Some(rip), self.flags_saved);
         }
         self.link(rip, if self.flags_saved { LinkDesc::SAVED } else { 0 });
     }
@@ -388,23 +386,18 @@ impl<'a> Emitter<'a> {
         self.asm.bytes(&LinkDesc::new(self.rip, rip, flags).to_bytes());
     }
 
-    /// Jumps to the RIP in R11 by way of the jump table; `known` if it is a constant.
-    pub(super) fn jump_r11(&mut self, known: Option<u64>) {
-        if !self.flags_saved {
-            self.save_flags();
-        }
-        if self.mode.step() {
-            self.asm.jmp_to(self.stubs.miss_saved);
+    /// Jumps to the RIP in R11 by way of the jump table.
+    pub(super) fn jump_r11(&mut self) {
+        self.free_flags(STATUS);
+        let (table, step) = (self.mode.table(), self.mode.step());
+        if !self.hot || step {
+            self.asm.jmp_to(if step { self.stubs.miss_saved } else { self.stubs.by_table[table] });
             return;
         }
-        let table = jump_table(self.mode.table());
-        match known {
-            Some(rip) => self.asm.jmp_mem(Mem::gs(table + 8 * i32::from(rip as u16))),
-            None => {
-                self.asm.movzx16(reg::R10, reg::R11);
-                self.asm.jmp_table(reg::R10, table);
-            }
-        }
+        self.poll(None, true);
+        let host = look_up_jump(&mut self.asm, table);
+        self.asm.jcc_to(cc::NE, self.stubs.miss_saved);
+        self.asm.jmp_mem(host);
     }
 
     // --- accesses
@@ -600,6 +593,17 @@ impl<'a> Emitter<'a> {
             None => self.asm.load(host, gpr(index)),
         }
     }
+}
+
+/// Looks the RIP in R11 up in a jump table: compares so that it is found if the flags then say "equal", in the place that
+/// is the result. Changes R10.
+pub fn look_up_jump(asm: &mut Asm, table: usize) -> Mem {
+    const _: () = assert!(size_of::<JumpEntry>() == 1 << 4);
+    let field = |offset: usize| Mem::gs_at(reg::R10, jump_table(table) + offset as i32);
+    asm.movzx16(reg::R10, reg::R11);
+    asm.shl(reg::R10, 4);
+    asm.cmp_reg_mem(reg::R11, field(std::mem::offset_of!(JumpEntry, rip)));
+    field(std::mem::offset_of!(JumpEntry, host))
 }
 
 /// Whether a segment that counts as flat (see [`Mode::flat`]) may have a base.

@@ -1,8 +1,7 @@
 //! Where indirect jumps lead, and which pages direct jumps may lead to.
 //!
-//! *Indirect* jumps go by tables from the low 16 bits of RIP to emitted code. The target's prologue checks that it is the
-//! block for that RIP; so an entry may be wrong, but it must lead to code that was translated for the mode at hand, and from
-//! the page that the linear address means now.
+//! *Indirect* jumps go by tables, indexed by the low 16 bits of RIP. An entry leads to code that was translated for the mode
+//! at hand, and from the page that the linear address means now.
 //!
 //! *Direct* jumps to other pages are linked, behind a check that the page they lead to is what it was: each combination of
 //! mode, linear page and physical page has a number (`CodeCache::page_id`), and a table by linear page has the numbers of
@@ -12,9 +11,8 @@
 
 use super::{mode::Mode, returns::ReturnStacks};
 
-/// log2 of the entries of a table: `movzx r10d, r11w` is the only index that costs no flags.
-const TABLE_BITS: u32 = 16;
-const TABLE_ENTRIES: usize = 1 << TABLE_BITS;
+/// Entries of a table.
+const TABLE_ENTRIES: usize = 1 << 16;
 /// Number of tables.
 pub const TABLES: usize = 8;
 /// Entries of a table of pages.
@@ -27,11 +25,28 @@ pub fn page_index(linear: u64) -> usize {
     (linear >> 12) as usize % PAGE_ENTRIES
 }
 
-/// The tables of one vCPU: host addresses of blocks' checked entries.
+/// Where a jump leads.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct JumpEntry {
+    /// The RIP that this is for. That of an entry that leads nowhere is one that does not belong here.
+    pub rip: u64,
+    /// Host address of the block's entry with the flags in `flag_word`.
+    pub host: u64,
+}
+
+impl JumpEntry {
+    /// Entry `index`, leading nowhere.
+    fn none(index: usize) -> Self {
+        Self { rip: index as u64 ^ 1, host: 0 }
+    }
+}
+
+/// The tables of one vCPU.
 #[repr(C, align(64))]
 pub struct JumpTables {
     /// Read by emitted code.
-    pub entries: [[u64; TABLE_ENTRIES]; TABLES],
+    pub entries: [[JumpEntry; TABLE_ENTRIES]; TABLES],
     /// The same, by [`page_index`].
     pub page_ids: [[u32; PAGE_ENTRIES]; TABLES],
     /// The third way: where returns lead.
@@ -83,6 +98,9 @@ impl Context {
 }
 
 impl JumpTables {
+    /// Bytes of a table.
+    pub const SIZE: usize = size_of::<[JumpEntry; TABLE_ENTRIES]>();
+
     /// Makes zeroed memory an empty set of tables.
     ///
     /// # Safety
@@ -98,29 +116,28 @@ impl JumpTables {
         }
     }
 
-    /// Makes the table of `context.mode` one for `context`. `miss` is where its empty entries lead.
-    pub fn enter(&mut self, context: &Context, miss: u64) {
+    /// Makes the table of `context.mode` one for `context`.
+    pub fn enter(&mut self, context: &Context) {
         let table = context.mode.table();
-        let state = &mut self.state[table];
-        match state.context {
+        match self.state[table].context {
             Some(current) if current == *context => return,
             Some(_) => {
-                for index in state.local.drain(..).chain(state.global.drain(..)) {
-                    self.entries[table][index as usize] = miss;
-                }
-                for index in state.local_pages.drain(..).chain(state.global_pages.drain(..)) {
-                    self.page_ids[table][index as usize] = NO_PAGE;
-                }
+                self.forget_table(table, false);
                 self.returns.forget_table(table);
             }
-            None => self.entries[table].fill(miss),
+            None => {
+                for (index, entry) in self.entries[table].iter_mut().enumerate() {
+                    *entry = JumpEntry::none(index);
+                }
+            }
         }
-        state.context = Some(*context);
+        self.state[table].context = Some(*context);
     }
 
-    /// The entry for `rip`.
-    pub fn get(&self, table: usize, rip: u64) -> u64 {
-        self.entries[table][rip as u16 as usize]
+    /// Where a jump to `rip` leads, if that is known.
+    pub fn get(&self, table: usize, rip: u64) -> Option<u64> {
+        let entry = self.entries[table][rip as u16 as usize];
+        (entry.rip == rip).then_some(entry.host)
     }
 
     /// Whether any entry may lead to code on the page of `linear`.
@@ -136,7 +153,7 @@ impl JumpTables {
             self.pages[word] |= bit;
         }
         let state = &mut self.state[table];
-        self.entries[table][rip as u16 as usize] = host;
+        self.entries[table][rip as u16 as usize] = JumpEntry { rip, host };
         let list = if global { &mut state.global } else { &mut state.local };
         list.push(rip as u16);
         if list.len() > TABLE_ENTRIES {
@@ -165,25 +182,27 @@ impl JumpTables {
     }
 
     /// Empties the tables; what is of global pages stays if `keep_global`.
-    pub fn forget(&mut self, miss: u64, keep_global: bool) {
+    pub fn forget(&mut self, keep_global: bool) {
         self.returns.forget();
         if !keep_global {
             self.pages = [0; PAGE_WORDS];
         }
-        let tables = self.entries.iter_mut().zip(&mut self.page_ids);
-        for ((entries, page_ids), state) in tables.zip(&mut self.state) {
-            forget_entries(entries, miss, &mut state.local);
-            forget_entries(page_ids, NO_PAGE, &mut state.local_pages);
-            if !keep_global {
-                forget_entries(entries, miss, &mut state.global);
-                forget_entries(page_ids, NO_PAGE, &mut state.global_pages);
-            }
+        for table in 0..TABLES {
+            self.forget_table(table, keep_global);
         }
     }
-}
 
-fn forget_entries<T: Copy>(entries: &mut [T], nothing: T, set: &mut Vec<u16>) {
-    for index in set.drain(..) {
-        entries[index as usize] = nothing;
+    fn forget_table(&mut self, table: usize, keep_global: bool) {
+        let state = &mut self.state[table];
+        let local = (&mut state.local, &mut state.local_pages);
+        let global = (!keep_global).then_some((&mut state.global, &mut state.global_pages));
+        for (entries, pages) in [local].into_iter().chain(global) {
+            for index in entries.drain(..).map(usize::from) {
+                self.entries[table][index] = JumpEntry::none(index);
+            }
+            for index in pages.drain(..).map(usize::from) {
+                self.page_ids[table][index] = NO_PAGE;
+            }
+        }
     }
 }

@@ -81,8 +81,6 @@ pub struct EmittedState {
     pub generation: u64,
     /// This vCPU's jump tables; null for processors without a block.
     pub jumps: *mut JumpTables,
-    /// Where empty entries of the jump tables lead.
-    pub miss: u64,
 }
 
 impl Default for EmittedState {
@@ -119,7 +117,6 @@ impl Default for EmittedState {
             refill_failed: None,
             generation: 0,
             jumps: std::ptr::null_mut(),
-            miss: 0,
         }
     }
 }
@@ -144,9 +141,8 @@ impl EmittedState {
     }
 
     fn forget(&mut self, keep_global: bool) {
-        let miss = self.miss;
         if let Some(jumps) = self.jumps() {
-            jumps.forget(miss, keep_global);
+            jumps.forget(keep_global);
         }
     }
 
@@ -265,7 +261,7 @@ pub fn tlb(privilege: Privilege, field: usize) -> i32 {
 
 /// Displacement of jump table `table`.
 pub fn jump_table(table: usize) -> i32 {
-    (offset_of!(Block, jumps) + offset_of!(JumpTables, entries) + table * (8 << 16)) as i32
+    (offset_of!(Block, jumps) + offset_of!(JumpTables, entries) + table * JumpTables::SIZE) as i32
 }
 
 /// Place in the table of pages that goes with jump table `table`, for the page of `linear`.

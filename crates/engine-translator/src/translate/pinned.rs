@@ -59,6 +59,7 @@ const SEQUENCES: &[(&str, usize, usize, Guest)] = &[
 
 /// Host instructions from the entry of the block at [`CODE`] to its end; no-ops, which are for alignment, left out.
 fn translated(cpu: &mut Cpu) -> usize {
+    cpu.shared.code.set_all_hot(true);
     let context = cpu.context(true, false);
     let entry = cpu.block(&context, CODE).expect("there is a block").entry;
     // SAFETY: emitted code is readable, and a block is followed by others' room or its own cold code.

@@ -105,7 +105,7 @@ impl Cpu {
                 let physical = key.physical & !0xfff | rip & 0xfff;
                 self.shared.code.make_hot(Key { physical, rip, ..key });
             }
-            match self.add(&source, context, &trace) {
+            match self.add(&source, context, &trace, hot) {
                 Ok(found) => return Ok(found),
                 Err(NotAdded::Full) => return Err(Stop::Full),
                 Err(NotAdded::Stale) => {}
@@ -113,12 +113,12 @@ impl Cpu {
         }
     }
 
-    fn add(&self, source: &Source, context: &Context, trace: &Trace) -> Result<Found, NotAdded> {
+    fn add(&self, source: &Source, context: &Context, trace: &Trace, hot: bool) -> Result<Found, NotAdded> {
         let rip = source.key.rip;
         let code = &self.shared.code;
         let emit = |origin| {
-            let emitter = Emitter::new(origin, &code.stubs, context.mode, context.cs_base, rip, *BMI2);
-            emitter.block(rip, &trace.insns, trace.next)
+            let emitter = Emitter::new(origin, &code.stubs, context.mode, context.cs_base, rip, hot);
+            emitter.block(&trace.insns, trace.next)
         };
         let pages = || source.pages.iter().flatten();
         let stores: Vec<_> = pages().map(|&(_, physical, stores)| (physical, stores)).collect();

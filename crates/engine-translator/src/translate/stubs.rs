@@ -3,15 +3,16 @@
 use super::{
     asm::{Asm, Mem, cc, reg},
     desc::RefillDesc,
+    emit::look_up_jump,
     jumps::TABLES,
-    layout::{ExitKind, at, gpr, jump_table, pinned_pairs, tlb},
+    layout::{ExitKind, at, gpr, pinned_pairs, tlb},
 };
 use crate::tlb::{Entry, Privilege};
 
 /// Addresses of the stubs.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Stubs {
-    /// `extern "C" fn(entry, rip)`: loads the guest's registers and jumps to the checked `entry`.
+    /// `extern "C" fn(entry)`: loads the guest's registers and jumps to `entry`, with the flags in `flag_word`.
     pub enter: u64,
     /// Jumped to with the target RIP in R11, flags live.
     pub miss: u64,
@@ -101,8 +102,7 @@ pub fn assemble(asm: &mut Asm) -> Stubs {
         stubs.sentinels[table] = asm.here();
         asm.lea(reg::RSP, Mem::at(reg::RSP, -8));
         stubs.by_table[table] = asm.here();
-        asm.movzx16(reg::R10, reg::R11);
-        asm.jmp_table(reg::R10, jump_table(table));
+        by_table(asm, table, stubs.miss_saved);
     }
 
     asm.align(16, 0);
@@ -133,6 +133,15 @@ pub fn assemble(asm: &mut Asm) -> Stubs {
     stubs
 }
 
+/// Jumps to the block for the RIP in R11, if the table has it. The poll is for the jump itself: R11 says where the guest is.
+fn by_table(asm: &mut Asm, table: usize, miss: u64) {
+    asm.load(reg::R10, at::POLL);
+    asm.load8(reg::R10, Mem::at(reg::R10, 0));
+    let host = look_up_jump(asm, table);
+    asm.jcc_to(cc::NE, miss);
+    asm.jmp_mem(host);
+}
+
 fn enter(asm: &mut Asm) {
     for r in CALLEE_SAVED {
         asm.push(r);
@@ -141,7 +150,6 @@ fn enter(asm: &mut Asm) {
     asm.lea(reg::RSP, Mem::at(reg::RSP, -8));
     asm.store(at::HOST_RSP, reg::RSP);
     asm.store(at::ENTRY, reg::RDI);
-    asm.mov_rr(reg::R11, reg::RSI);
     restore_vectors(asm);
     for (guest, host) in pinned_pairs() {
         asm.load(host, gpr(guest));
