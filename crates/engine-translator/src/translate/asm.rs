@@ -438,6 +438,12 @@ impl Asm {
         self.code().push(value);
     }
 
+    /// `test byte [mem], imm`
+    pub fn test8_mem(&mut self, mem: Mem, value: u8) {
+        self.op_mem(None, false, &[0xf6], 0, mem);
+        self.code().push(value);
+    }
+
     /// `cmp qword mem, value`
     pub fn cmp_mem(&mut self, mem: Mem, value: i8) {
         self.op_mem(None, true, &[0x83], 7, mem);

@@ -1,8 +1,9 @@
 //! What is done with an instruction: an allow-list of those that the host executes as they are.
 
-use iced_x86::{Code, CpuidFeature, EncodingKind, Instruction, Mnemonic, OpKind};
+use iced_x86::{Code, CpuidFeature, EncodingKind, Instruction, Mnemonic, OpKind, Register};
+use purlin_arch::x86_64::regs::seg;
 
-use super::{offered::offered, source::AMD};
+use super::{mode::Mode, offered::offered, registers::control_field, source::AMD};
 
 /// What the translator does with an instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,8 +42,29 @@ pub enum Class {
     Swapgs,
     /// See [`Self::Cli`].
     Pushf,
+    /// Others that are emulated in general and have code of their own in 64-bit mode (see `registers.rs`, `strings.rs`).
+    Own(Own),
     /// Plain Rust deals with it, or finds that it is undefined.
     Emulate,
+}
+
+/// What has code of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Own {
+    /// MOV of a selector to a general register.
+    Selector,
+    /// RDTSC, RDTSCP.
+    TimeStamp,
+    /// RDFSBASE, RDGSBASE.
+    ReadBase,
+    /// WRFSBASE, WRGSBASE.
+    WriteBase,
+    /// CLD, STD.
+    Direction,
+    /// MOV from a control register.
+    ReadControl,
+    /// MOVS and STOS.
+    String,
 }
 
 /// Which vector state an instruction needs.
@@ -83,16 +105,41 @@ pub fn classify(insn: &Instruction, bits: u32) -> Class {
     }
 }
 
-/// The class of an instruction of 64-bit code that is emulated in general, but has emitted code of its own: `kernel` at
-/// CPL 0.
-pub fn inlined(insn: &Instruction, kernel: bool) -> Option<Class> {
-    match insn.code() {
-        Code::Cli if kernel => Some(Class::Cli),
-        Code::Sti if kernel => Some(Class::Sti),
-        Code::Swapgs if kernel => Some(Class::Swapgs),
-        Code::Pushfq => Some(Class::Pushf),
-        _ => None,
-    }
+/// The class of an instruction of 64-bit code that is emulated in general, but has emitted code of its own in this mode.
+pub fn inlined(insn: &Instruction, mode: Mode) -> Option<Class> {
+    use Code::{
+        Mov_r32m16_Sreg, Mov_r64_cr, Mov_r64m16_Sreg, Mov_rm16_Sreg, Rdfsbase_r32, Rdfsbase_r64, Rdgsbase_r32,
+        Rdgsbase_r64, Rdtsc, Rdtscp, Wrfsbase_r32, Wrfsbase_r64, Wrgsbase_r32, Wrgsbase_r64,
+    };
+    let own = match insn.code() {
+        Code::Cli if mode.kernel() => return Some(Class::Cli),
+        Code::Sti if mode.kernel() => return Some(Class::Sti),
+        Code::Swapgs if mode.kernel() => return Some(Class::Swapgs),
+        Code::Pushfq => return Some(Class::Pushf),
+        Mov_rm16_Sreg | Mov_r32m16_Sreg | Mov_r64m16_Sreg if insn.op0_kind() == OpKind::Register => Own::Selector,
+        Rdtsc if mode.time_stamp() => Own::TimeStamp,
+        Rdtscp if mode.time_stamp() && mode.rdtscp() => Own::TimeStamp,
+        Rdfsbase_r32 | Rdfsbase_r64 | Rdgsbase_r32 | Rdgsbase_r64 if mode.fsgsbase() => Own::ReadBase,
+        Wrfsbase_r32 | Wrfsbase_r64 | Wrgsbase_r32 | Wrgsbase_r64 if mode.fsgsbase() => Own::WriteBase,
+        Code::Cld | Code::Std => Own::Direction,
+        Mov_r64_cr if mode.kernel() && control_field(insn.op1_register()).is_some() => Own::ReadControl,
+        _ if is_plain_string(insn) && mode.flat(seg::DS) => Own::String,
+        _ => return None,
+    };
+    Some(Class::Own(own))
+}
+
+/// MOVS or STOS with addresses of 64 bits in flat segments.
+fn is_plain_string(insn: &Instruction) -> bool {
+    use Mnemonic::{Movsb, Movsd, Movsq, Movsw, Stosb, Stosd, Stosq, Stosw};
+    let source = match insn.mnemonic() {
+        // (Not SSE's MOVSD.)
+        Movsb | Movsw | Movsd | Movsq if insn.is_string_instruction() => OpKind::MemorySegRSI,
+        Stosb | Stosw | Stosd | Stosq => OpKind::Register,
+        _ => return false,
+    };
+    let based = matches!(insn.memory_segment(), Register::FS | Register::GS);
+    insn.op0_kind() == OpKind::MemoryESRDI && insn.op1_kind() == source && !based && !insn.has_lock_prefix()
 }
 
 /// Control transfers and stack instructions.

@@ -220,6 +220,7 @@ impl<'a> Emitter<'a> {
             Class::Sti => return self.sti(insn),
             Class::Swapgs => self.swapgs(),
             Class::Pushf => self.pushf(insn),
+            Class::Own(own) => self.own(insn, own),
             Class::Emulate => {
                 self.emulate(insn);
                 return false;
@@ -585,6 +586,20 @@ impl<'a> Emitter<'a> {
     }
 
     // --- guest registers
+
+    /// Guest register `index` = a host register, of `size` bytes (2, 4 or 8), which may be changed.
+    pub(super) fn write_gpr(&mut self, index: u8, host: u8, size: usize) {
+        match (super::layout::pinned(index), size) {
+            (Some(home), 2) => self.asm.mov_rr16(home, host),
+            (Some(home), 4) => self.asm.mov_rr32(home, host),
+            (Some(home), _) => self.asm.mov_rr(home, host),
+            (None, 4) => {
+                self.asm.mov_rr32(host, host);
+                self.asm.store(gpr(index), host);
+            }
+            (None, size) => self.asm.store_sized(gpr(index), host, size),
+        }
+    }
 
     /// Loads guest register `index` into a host register.
     pub(super) fn read_gpr(&mut self, host: u8, index: u8) {

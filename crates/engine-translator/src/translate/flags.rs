@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, RflagsBits};
 
-use super::classify::Class;
+use super::classify::{Class, Own};
 
 /// The six status flags, in iced's bits.
 pub const STATUS: u32 =
@@ -28,7 +28,8 @@ pub fn flag_use(insn: &Instruction, class: Class) -> FlagUse {
             FlagUse { reads: insn.rflags_read() & STATUS, kills, touches }
         }
         Class::Nothing | Class::Push | Class::Pop | Class::Leave | Class::Cli | Class::Swapgs => FlagUse::default(),
-        // Where an interrupt waits, it leaves.
+        Class::Own(own) if !matches!(own, Own::WriteBase | Own::String) => FlagUse::default(),
+        // Where an interrupt waits, it leaves; so do others where there is more to them.
         _ => FlagUse { reads: STATUS, kills: 0, touches: 0 },
     }
 }

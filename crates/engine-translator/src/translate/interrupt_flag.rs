@@ -9,14 +9,10 @@ use super::{
     layout::{at, segment_base},
 };
 
-/// Of a register rotated to the right by this, the highest bit is RFLAGS.IF.
-const IF_TO_TOP: u8 = 10;
-const _: () = assert!(rflags::IF.rotate_right(IF_TO_TOP as u32) == 1 << 63);
-
 impl Emitter<'_> {
     /// CLI at CPL 0.
     pub(super) fn cli(&mut self) {
-        self.set_interrupt_flag(0);
+        self.set_flag(rflags::IF, 0);
     }
 
     /// STI at CPL 0. False if it ends the block.
@@ -33,7 +29,7 @@ impl Emitter<'_> {
         let (waiting, saved) = (self.asm.label(), self.flags_saved);
         self.asm.cmp8_mem(at::WAITING, 0);
         self.asm.jcc(cc::NE, waiting);
-        self.set_interrupt_flag(1);
+        self.set_flag(rflags::IF, 1);
         self.asm.section(Section::Cold);
         self.asm.bind(waiting);
         self.emulate(insn);
@@ -42,13 +38,15 @@ impl Emitter<'_> {
         true
     }
 
-    /// RFLAGS.IF = `value`.
-    fn set_interrupt_flag(&mut self, value: i32) {
+    /// A bit of RFLAGS that is in memory = `value`.
+    pub(super) fn set_flag(&mut self, flag: u64, value: i32) {
+        // Rotated to the right by this, it is the highest bit.
+        let to_top = flag.trailing_zeros() as u8 + 1;
         let twice = Mem { gs: false, base: Some(reg::R10), index: Some((reg::R10, 0)), disp: value };
         self.asm.load(reg::R10, at::RFLAGS);
-        self.asm.rorx(reg::R10, reg::R10, IF_TO_TOP);
+        self.asm.rorx(reg::R10, reg::R10, to_top);
         self.asm.lea(reg::R10, twice);
-        self.asm.rorx(reg::R10, reg::R10, 64 - (IF_TO_TOP - 1));
+        self.asm.rorx(reg::R10, reg::R10, 64 - (to_top - 1));
         self.asm.store(at::RFLAGS, reg::R10);
     }
 

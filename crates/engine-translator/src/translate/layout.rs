@@ -7,6 +7,7 @@ use super::{
     jumps::{JumpTables, PAGE_ENTRIES, page_index},
 };
 use crate::{
+    clock::GuestClock,
     cpu::{Block, Cpu, Segment},
     exception::Exception,
     mailbox::Mailbox,
@@ -216,6 +217,12 @@ pub mod at {
     pub const WAITING: Mem = emitted!(waiting);
     pub const RFLAGS: Mem = Mem::gs((CPU + offset_of!(Cpu, rflags)) as i32);
     pub const KERNEL_GS_BASE: Mem = Mem::gs((CPU + offset_of!(Cpu, msrs) + offset_of!(Msrs, kernel_gs_base)) as i32);
+    pub const CR0: Mem = Mem::gs((CPU + offset_of!(Cpu, cr0)) as i32);
+    pub const CR2: Mem = Mem::gs((CPU + offset_of!(Cpu, cr2)) as i32);
+    pub const CR3: Mem = Mem::gs((CPU + offset_of!(Cpu, cr3)) as i32);
+    pub const CR4: Mem = Mem::gs((CPU + offset_of!(Cpu, cr4)) as i32);
+    pub const TSC_AUX: Mem = Mem::gs((CPU + offset_of!(Cpu, msrs) + offset_of!(Msrs, tsc_aux)) as i32);
+    pub const TSC_OFFSET: Mem = Mem::gs((CPU + offset_of!(Cpu, clock) + offset_of!(GuestClock, tsc_offset)) as i32);
     pub const VECTORS: Mem = emitted!(vectors);
     pub const HOST_MXCSR: Mem = emitted!(host_mxcsr);
     pub const XSAVE_MASK: Mem = emitted!(xsave_mask);
@@ -249,8 +256,16 @@ pub fn gpr(index: u8) -> Mem {
 
 /// Base of segment register `index`.
 pub fn segment_base(index: usize) -> Mem {
-    let segment = CPU + offset_of!(Cpu, seg) + index * size_of::<Segment>();
-    Mem::gs((segment + offset_of!(Segment, base)) as i32)
+    segment(index, offset_of!(Segment, base))
+}
+
+/// Selector of segment register `index`.
+pub fn selector(index: usize) -> Mem {
+    segment(index, offset_of!(Segment, selector))
+}
+
+fn segment(index: usize, field: usize) -> Mem {
+    Mem::gs((CPU + offset_of!(Cpu, seg) + index * size_of::<Segment>() + field) as i32)
 }
 
 /// Displacement of the TLB set of `privilege`, plus that of `field` in an entry.

@@ -20,9 +20,11 @@ mod operands;
 #[cfg(test)]
 mod pinned;
 mod plan;
+mod registers;
 mod returns;
 mod signals;
 pub mod source;
+mod strings;
 mod stubs;
 mod trace;
 

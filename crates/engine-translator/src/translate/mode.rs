@@ -32,6 +32,12 @@ const STEP: u32 = 1 << 13;
 const UNGROUPED: u32 = 1 << 14;
 /// 64-bit code at CPL 0.
 const KERNEL: u32 = 1 << 15;
+/// RDTSC may be executed.
+const TIME_STAMP: u32 = 1 << 16;
+/// RDTSCP exists.
+const RDTSCP: u32 = 1 << 17;
+/// CR4.FSGSBASE.
+const FSGSBASE: u32 = 1 << 18;
 
 impl Mode {
     /// 16, 32 or 64.
@@ -107,6 +113,21 @@ impl Mode {
         self.0 & KERNEL != 0
     }
 
+    /// Whether RDTSC may be executed.
+    pub fn time_stamp(self) -> bool {
+        self.0 & TIME_STAMP != 0
+    }
+
+    /// Whether there is RDTSCP.
+    pub fn rdtscp(self) -> bool {
+        self.0 & RDTSCP != 0
+    }
+
+    /// Whether there are RDFSBASE and its kin.
+    pub fn fsgsbase(self) -> bool {
+        self.0 & FSGSBASE != 0
+    }
+
     /// Whether accesses may be checked together. Where such a check does not hold, the same code without goes on; it
     /// leads back to code of the plain mode.
     pub fn grouped(self) -> bool {
@@ -145,6 +166,9 @@ impl Cpu {
             mode |= CODE32;
         }
         mode |= (self.privilege() as u32) << PRIVILEGE_SHIFT;
+        if code64 {
+            mode |= self.own_code();
+        }
         let checks_alignment = self.cpl == 3 && self.cr0 & cr0::AM != 0 && self.rflags & rflags::AC != 0;
         if !checks_alignment && !self.watches_data() {
             let flat = |s: &Segment| code64 || no_limit(s);
@@ -170,6 +194,14 @@ impl Cpu {
         }
         let (cs_base, cs_limit) = if code64 { (0, 0) } else { (cs.base, cs.limit) };
         Context { mode: Mode(mode), cs_base, cs_limit }
+    }
+
+    /// Which instructions can be executed without being emulated.
+    fn own_code(&self) -> u32 {
+        let bit = |on: bool, bit: u32| if on { bit } else { 0 };
+        bit(self.cpl == 0 || self.cr4 & cr4::TSD == 0, TIME_STAMP)
+            | bit(self.features.rdtscp, RDTSCP)
+            | bit(self.cr4 & cr4::FSGSBASE != 0, FSGSBASE)
     }
 
     /// Whether a debug register watches loads or stores.

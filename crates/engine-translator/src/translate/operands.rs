@@ -234,17 +234,7 @@ impl Emitter<'_> {
             return;
         }
         self.address(&operand);
-        match (pinned(number), size) {
-            (Some(host), 8) => self.asm.mov_rr(host, reg::R10),
-            (Some(host), 4) => self.asm.mov_rr32(host, reg::R10),
-            (Some(host), _) => self.asm.mov_rr16(host, reg::R10),
-            (None, 8) => self.asm.store(gpr(number), reg::R10),
-            (None, 4) => {
-                self.asm.mov_rr32(reg::R10, reg::R10);
-                self.asm.store(gpr(number), reg::R10);
-            }
-            (None, _) => self.asm.store_sized(gpr(number), reg::R10, 2),
-        }
+        self.write_gpr(number, reg::R10, size);
     }
 
     /// BT and its kin with a register operand: R10 += the operand's whole part, in units of its size (SDM vol. 2, BT).

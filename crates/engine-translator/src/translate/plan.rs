@@ -9,7 +9,7 @@ use purlin_arch::x86_64::regs::seg;
 
 use super::{
     asm::reg,
-    classify::Class,
+    classify::{Class, Own},
     desc::AccessDesc,
     emit::Insn,
     masking::Masking,
@@ -151,8 +151,8 @@ impl Planner {
             self.close(|_| true);
             return;
         }
-        if insn.class == Class::Swapgs {
-            self.close(|open| open.key.segment == seg::GS);
+        if matches!(insn.class, Class::Swapgs | Class::Own(Own::WriteBase)) {
+            self.close(|open| matches!(open.key.segment, seg::FS | seg::GS));
         }
         let moved = adds(insn);
         if let Some((register, by)) = moved {

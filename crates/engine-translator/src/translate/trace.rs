@@ -131,7 +131,7 @@ impl<'a> Tracer<'a> {
 
     fn class(&self, insn: &iced_x86::Instruction) -> Class {
         let mode = self.context.mode;
-        let own = (mode.bits() == 64 && !mode.step() && *BMI2).then(|| inlined(insn, mode.kernel())).flatten();
+        let own = (mode.bits() == 64 && !mode.step() && *BMI2).then(|| inlined(insn, mode)).flatten();
         own.unwrap_or_else(|| classify(insn, mode.bits()))
     }
 
@@ -214,6 +214,6 @@ impl<'a> Tracer<'a> {
 
 /// Whether nothing behind the instruction is executed unless a jump leads there.
 fn ends_block(class: Class) -> bool {
-    use Class::{Cli, Copy, Leave, Nothing, Pop, Push, Pushf, Sti, Swapgs, Vector};
-    !matches!(class, Copy | Vector(_) | Nothing | Push | Pop | Leave | Cli | Sti | Swapgs | Pushf)
+    use Class::{Cli, Copy, Leave, Nothing, Own, Pop, Push, Pushf, Sti, Swapgs, Vector};
+    !matches!(class, Copy | Vector(_) | Nothing | Push | Pop | Leave | Cli | Sti | Swapgs | Pushf | Own(_))
 }
