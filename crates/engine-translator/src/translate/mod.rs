@@ -25,7 +25,7 @@ pub mod source;
 mod stubs;
 mod trace;
 
-pub use cache::{CodeCache, Found, Origin};
+pub use cache::{CodeCache, Content, Ends, Found, GuestPlace, Origin, Piece};
 pub use desc::{AccessDesc, ExitDesc, LinkDesc, RefillDesc};
 pub use emit::FaultPoint;
 pub use helpers::helpers;
