@@ -13,6 +13,7 @@ use crate::{
     cpu::Cpu,
     lapic,
     mailbox::request,
+    profile::Profile,
     ram::Ram,
     translate::CodeCache,
     vcpu::{TranslatedVcpu, init_block},
@@ -27,9 +28,13 @@ const CODE_CACHE: usize = 64 << 20;
 pub struct TranslatorEngine {
     tsc_khz: u32,
     code_cache: usize,
+    profile: Option<Arc<Profile>>,
 }
 
 impl TranslatorEngine {
+    /// What it is called.
+    pub const NAME: &str = "translator";
+
     /// The engine, if this host can run it.
     pub fn new() -> Result<Self, EngineError> {
         // LAHF in 64-bit code carries the flags past address checks, XSAVE the guest's vector registers.
@@ -38,7 +43,7 @@ impl TranslatorEngine {
             let why = "the translator needs a processor with XSAVE and 64-bit LAHF (made since 2011): use another host";
             return Err(EngineError::Unavailable(why.into()));
         }
-        Ok(Self { tsc_khz: host_tsc_khz(), code_cache: CODE_CACHE })
+        Ok(Self { tsc_khz: host_tsc_khz(), code_cache: CODE_CACHE, profile: None })
     }
 
     /// With room for `bytes` of emitted code in each VM instead of the default, 64 MiB. At least 512 KiB.
@@ -46,11 +51,17 @@ impl TranslatorEngine {
         self.code_cache = bytes.max(512 << 10);
         self
     }
+
+    /// Counting in `profile` what its VMs do.
+    pub fn with_profile(mut self, profile: Arc<Profile>) -> Self {
+        self.profile = Some(profile);
+        self
+    }
 }
 
 impl Engine for TranslatorEngine {
     fn name(&self) -> &'static str {
-        "translator"
+        Self::NAME
     }
 
     fn tsc_khz(&self) -> u32 {
@@ -76,6 +87,7 @@ impl TranslatorEngine {
             tsc_khz: self.tsc_khz,
             watching: Mutex::new(()),
             world: Mutex::new(()),
+            profile: self.profile.clone(),
         });
         let blocks = Blocks::allocate(config.cpuid.len());
         // The local APICs announce themselves in their mailboxes, which have to be there by then.
@@ -83,6 +95,9 @@ impl TranslatorEngine {
             let cpu = Cpu::new(shared.clone(), index as u32, Arc::new(cpuid));
             // SAFETY: just allocated, zeroed, and freed only with the VM.
             unsafe { init_block(block.0.as_ptr(), &shared, cpu) };
+            if let Some(profile) = &self.profile {
+                let _ = block.mailbox().profile.set(profile.vcpu(&shared.code));
+            }
         }
         let _ = shared.blocks.set(blocks.clone());
         // SAFETY: allocated and initialised just now.

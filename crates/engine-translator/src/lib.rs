@@ -17,6 +17,7 @@ pub mod msr;
 pub mod mtrr;
 pub mod operand;
 pub mod paging;
+pub mod profile;
 pub mod ram;
 pub mod reset;
 pub mod segment;

@@ -5,11 +5,13 @@
 
 use std::{
     sync::{
-        Condvar, Mutex, PoisonError,
+        Arc, Condvar, Mutex, OnceLock, PoisonError,
         atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
+
+use crate::profile::{Phase, VcpuProfile};
 
 /// Requests, as bits.
 pub mod request {
@@ -52,6 +54,10 @@ pub struct Mailbox {
     pub inside: AtomicU64,
     /// Where in the code cache the last sample was taken; with [`request::SAMPLE`].
     pub sample: AtomicU64,
+    /// What the vCPU's thread is doing.
+    pub phase: Phase,
+    /// Where samples are counted, if they are; set before the vCPU runs.
+    pub profile: OnceLock<Arc<VcpuProfile>>,
     /// Host pages that may no longer be stored to unnoticed; with [`request::SAFE_POINT`].
     pub forbidden: Mutex<Vec<u64>>,
     asleep: Mutex<bool>,
@@ -70,6 +76,8 @@ impl Default for Mailbox {
             sipi_vector: AtomicU32::new(0),
             inside: AtomicU64::new(0),
             sample: AtomicU64::new(0),
+            phase: Phase::default(),
+            profile: OnceLock::new(),
             forbidden: Mutex::default(),
             asleep: Mutex::new(false),
             wake: Condvar::new(),

@@ -1,6 +1,7 @@
 //! Timers that signal the vCPU's own thread: when its local APIC's timer is due, and for samples of what it executes.
 //!
-//! The signals' handlers only leave requests in the mailbox; they cost the guest a microsecond and need no other thread.
+//! The signals' handlers only leave requests in the mailbox, and count for a profile; they cost the guest a microsecond
+//! and need no other thread.
 #![allow(unsafe_code)]
 
 use std::sync::{Once, atomic::Ordering};
@@ -46,8 +47,14 @@ extern "C" fn sample(_signal: i32, info: *mut libc::siginfo_t, context: *mut lib
     // SAFETY: as in `wake`; the context is the interrupted thread's.
     unsafe {
         let rip = (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs[libc::REG_RIP as usize] as u64;
-        if (*info).si_code == libc::SI_TIMER && in_emitted_code(rip) {
-            let mailbox = (*info).si_value().sival_ptr.cast::<Mailbox>();
+        if (*info).si_code != libc::SI_TIMER {
+            return;
+        }
+        let mailbox = (*info).si_value().sival_ptr.cast::<Mailbox>();
+        if let Some(profile) = (*mailbox).profile.get() {
+            profile.sampled(rip, &(*mailbox).phase);
+        }
+        if in_emitted_code(rip) {
             (*mailbox).sample.store(rip, Ordering::Relaxed);
             (*mailbox).request_from_signal(request::SAMPLE);
         }

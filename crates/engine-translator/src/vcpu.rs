@@ -18,6 +18,7 @@ use crate::{
     interrupt::{self, Event, Shutdown},
     lapic,
     mailbox::{ATTENTION, Mailbox, request},
+    profile::{Place, VcpuProfile},
     reset,
     segment::is_canonical,
     system::emulate,
@@ -45,6 +46,7 @@ pub struct TranslatedVcpu {
     timer: WakeTimer,
     decoded: DecodedCache,
     samples: SampleTimer,
+    profile: Option<Arc<VcpuProfile>>,
 }
 
 // SAFETY: the block's `Cpu` belongs to whoever holds the vCPU, and all in it may move between threads.
@@ -107,6 +109,7 @@ enum Left {
 impl TranslatedVcpu {
     /// Takes the vCPU that `block` is. Nobody else has.
     pub fn new(block: BlockPtr, shared: Arc<Shared>, blocks: Arc<Blocks>) -> Self {
+        let profile = block.mailbox().profile.get().cloned();
         Self {
             block,
             shared,
@@ -117,6 +120,7 @@ impl TranslatedVcpu {
             timer: WakeTimer::default(),
             decoded: DecodedCache::default(),
             samples: SampleTimer::default(),
+            profile,
         }
     }
 
@@ -128,6 +132,21 @@ impl TranslatedVcpu {
     fn cpu(&mut self) -> &mut Cpu {
         // SAFETY: this is the only handle on the vCPU, borrowed mutably.
         unsafe { &mut *(*self.block.0.as_ptr()).cpu.get() }
+    }
+
+    fn run_on(&mut self, bus: &dyn Bus) -> Result<Exit, EngineError> {
+        // SAFETY: the lifetime is erased for the time of this call; it is cleared before it ends.
+        let bus: *const dyn Bus = unsafe { std::mem::transmute::<&dyn Bus, &'static dyn Bus>(bus) };
+        self.cpu().bus = Some(bus);
+        crate::clock::refresh(self.cpu());
+        set_gs_base(self.block.0.as_ptr() as u64);
+        self.timer.start();
+        self.samples.start(self.mailbox());
+        let result = self.go();
+        self.samples.stop();
+        self.timer.stop();
+        self.cpu().bus = None;
+        result
     }
 
     fn go(&mut self) -> Result<Exit, EngineError> {
@@ -185,11 +204,15 @@ impl TranslatedVcpu {
 
     /// Deals with what other threads have left. True if the run is to end.
     fn handle(&mut self, requests: u32) -> bool {
+        // First: at a safe point another one may empty the code cache.
+        if requests & request::SAMPLE != 0 {
+            let place = self.shared.code.sampled(self.mailbox().sample.load(Ordering::Relaxed));
+            if let (Some(profile), Some(place)) = (&self.shared.profile, place) {
+                profile.sampled(place);
+            }
+        }
         if requests & request::SAFE_POINT != 0 {
             self.safe_point();
-        }
-        if requests & request::SAMPLE != 0 {
-            self.shared.code.sampled(self.mailbox().sample.load(Ordering::Relaxed));
         }
         let cpu = self.cpu();
         lapic::take_requests(cpu, requests);
@@ -209,6 +232,7 @@ impl TranslatedVcpu {
 
     /// Others wait for this one to be outside of emitted code, where it is.
     fn safe_point(&mut self) {
+        let _phase = self.mailbox().phase.during(Place::Waiting);
         // Whoever empties the code cache holds this.
         drop(self.shared.world.lock());
         let forbidden = std::mem::take(&mut *self.mailbox().forbidden.lock().unwrap_or_else(|e| e.into_inner()));
@@ -256,6 +280,7 @@ impl TranslatedVcpu {
     }
 
     fn deliver(&mut self, event: Event) -> Result<(), Shutdown> {
+        let _phase = self.mailbox().phase.during(Place::Events);
         interrupt::deliver(self.cpu(), event)
     }
 
@@ -411,6 +436,7 @@ impl TranslatedVcpu {
 
     /// Lets indirect jumps to `rip` find `found`.
     fn remember(&mut self, context: &Context, rip: u64, found: &Found) {
+        let _phase = self.mailbox().phase.during(Place::Lookup);
         let wide = context.mode.bits() == 64;
         let within = |linear: u64| if wide { linear } else { linear & 0xffff_ffff };
         let first = within(context.cs_base.wrapping_add(rip));
@@ -546,7 +572,14 @@ impl TranslatedVcpu {
             return self.want_vectors(&insn);
         }
         use iced_x86::Mnemonic::{Int, Int1, Int3, Into, Syscall, Sysenter};
-        match emulate(self.cpu(), &insn) {
+        if let Some(profile) = &self.profile {
+            profile.emulates(insn.mnemonic());
+        }
+        let phase = &self.mailbox().phase;
+        phase.emulating(insn.mnemonic());
+        let emulated = emulate(self.cpu(), &insn);
+        phase.set(Place::Loop);
+        match emulated {
             // They clear TF, and there is no trap behind them (SDM vol. 3A 6.8.1).
             Ok(()) if self.may_go_on(insn.mnemonic()) => Leave::GoOn,
             Ok(()) if matches!(insn.mnemonic(), Int | Int1 | Int3 | Into | Syscall | Sysenter) => Leave::Look,
@@ -607,12 +640,14 @@ impl TranslatedVcpu {
             self.look();
             return Left::NotEntered;
         }
+        mailbox.phase.set(if self.cpu().cpl == 3 { Place::User } else { Place::Kernel });
         // SAFETY: `enter` is the stub of that type; GS points at this vCPU's block, whose Cpu nobody refers to
         // meanwhile but the helpers that emitted code calls; `entry` leads to a block for this mode and RIP.
         unsafe {
             let enter: extern "C" fn(u64) = std::mem::transmute(enter);
             enter(entry);
         }
+        mailbox.phase.set(Place::Loop);
         let left = self.how_left();
         let emitted = &mut self.cpu().emitted;
         let returns = emitted.returns;
@@ -638,6 +673,9 @@ impl TranslatedVcpu {
             true => Left::Astray(unsafe { ExitDesc::read(branch) }),
             false => Left::Miss(rip),
         };
+        if let Some(profile) = &self.profile {
+            profile.left(kind);
+        }
         let code = &self.shared.code;
         match kind {
             ExitKind::Miss => missed(value),
@@ -727,18 +765,10 @@ fn from_flag_word(flags: u64, word: u32) -> u64 {
 
 impl Vcpu for TranslatedVcpu {
     fn run(&mut self, bus: &dyn Bus) -> Result<Exit, EngineError> {
-        // SAFETY: the lifetime is erased for the time of this call; it is cleared before it ends.
-        let bus: *const dyn Bus = unsafe { std::mem::transmute::<&dyn Bus, &'static dyn Bus>(bus) };
-        self.cpu().bus = Some(bus);
-        crate::clock::refresh(self.cpu());
-        set_gs_base(self.block.0.as_ptr() as u64);
-        self.timer.start();
-        self.samples.start(self.mailbox());
-        let result = self.go();
-        self.samples.stop();
-        self.timer.stop();
-        self.cpu().bus = None;
-        result
+        match self.profile.clone() {
+            Some(profile) => profile.time(&self.mailbox().phase, bus, |bus| self.run_on(bus)),
+            None => self.run_on(bus),
+        }
     }
 
     fn save(&mut self) -> Result<VcpuState, EngineError> {

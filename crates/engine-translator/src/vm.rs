@@ -4,7 +4,7 @@ use std::{
     alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error},
     ptr::NonNull,
     sync::{
-        Mutex, MutexGuard, OnceLock, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -13,6 +13,7 @@ use crate::{
     clock::VmClock,
     cpu::Block,
     mailbox::{Mailbox, request},
+    profile::{Place, Profile},
     ram::Ram,
     translate::CodeCache,
 };
@@ -35,6 +36,16 @@ pub struct Shared {
     pub watching: Mutex<()>,
     /// Held by the vCPU that has all others stand outside of emitted code.
     pub world: Mutex<()>,
+    /// What is counted of it.
+    pub profile: Option<Arc<Profile>>,
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if let Some(profile) = &self.profile {
+            profile.ended(&self.code);
+        }
+    }
 }
 
 /// A vCPU's block: the mailbox may be used by any thread, the `Cpu` by the one that took the vCPU.
@@ -119,6 +130,7 @@ impl Shared {
     /// Makes the vCPUs in `writers` (bit `index % 64`), but `me`, forget that the page at `host` may be stored to, and
     /// waits until they have: they are outside of emitted code, or have been since. The caller is outside.
     pub fn forbid_stores(&self, writers: u64, host: u64, me: u32) {
+        let _phase = self.mailbox(me as usize).map(|m| m.phase.during(Place::Waiting));
         let mut waiting = Vec::new();
         for (_, mailbox) in self.others(me).filter(|(i, _)| writers & (1 << (i % 64)) != 0) {
             mailbox.forbidden.lock().unwrap_or_else(PoisonError::into_inner).push(host);
@@ -133,6 +145,7 @@ impl Shared {
 
     /// Has all vCPUs stand outside of emitted code until the result is dropped. The caller is outside.
     pub fn stop_world(&self, me: u32) -> MutexGuard<'_, ()> {
+        let _phase = self.mailbox(me as usize).map(|m| m.phase.during(Place::Waiting));
         let world = self.world.lock().unwrap_or_else(PoisonError::into_inner);
         for (_, mailbox) in self.others(me) {
             mailbox.request(request::SAFE_POINT);

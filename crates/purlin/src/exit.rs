@@ -8,7 +8,7 @@ use crate::{signals::Signal, terminal};
 pub const HELP: &str = "\
 Exit status:
   0      the guest powered off (or reset, with --no-reboot), or you ended the run with Ctrl-A x
-  1      the machine could not be started, or its console was lost
+  1      the machine could not be started, its console was lost, or its profile could not be written
   2      wrong usage
   4      the guest crashed (its kernel panicked, with --on-panic exit or --no-reboot) or the engine failed
   128+n  ended by signal n

@@ -7,6 +7,7 @@ mod current;
 mod disk;
 mod net;
 mod panic;
+mod profile;
 mod quantity;
 mod vsock;
 
@@ -33,6 +34,7 @@ use self::{
     current::Current,
     net::{Connected, Net},
     panic::Panicked,
+    profile::Profiling,
 };
 use crate::{
     console::{self, LogFile, Output},
@@ -55,7 +57,14 @@ pub fn run(args: RunArgs, signals: Signals) -> Result<Ended> {
         return Ok(Ended::WrongUsage(wrong.into()));
     }
     // Before anything long begins.
-    let chosen = engines::choose(args.engine)?;
+    let profiling = args.profile.as_deref().map(Profiling::open).transpose()?;
+    let mut chosen = engines::choose(args.engine)?;
+    if let Some(profiling) = &profiling {
+        let Some(profiled) = profiling.of(chosen)? else {
+            return Ok(Ended::WrongUsage(profile::NOT_OF_KVM.into()));
+        };
+        chosen = profiled;
+    }
     for spec in &args.disk {
         Disk::open(spec)?;
     }
@@ -107,7 +116,11 @@ pub fn run(args: RunArgs, signals: Signals) -> Result<Ended> {
     connect(&args, &current, &running, &stop, interactive, prompt);
     let outcome = running.wait();
     drop(raw);
-    Ok(ended(outcome, &stop, &panicked))
+    let ended = ended(outcome, &stop, &panicked);
+    Ok(match profiling {
+        Some(profiling) => profiling.end(ended),
+        None => ended,
+    })
 }
 
 fn watch(
@@ -185,6 +198,9 @@ fn at_odds(args: &RunArgs, net: &Net) -> Option<&'static str> {
     }
     if args.serial == Some(Target::Stdio) && args.console == Target::Stdio {
         return Some("--serial and --console cannot both have stdio: give one of them file:PATH or none");
+    }
+    if args.profile.is_some() && args.engine == EngineChoice::Kvm {
+        return Some(profile::NOT_OF_KVM);
     }
     if !args.publish.is_empty() && !matches!(net, Net::User { .. }) {
         return Some("--publish leads through the user network: add --net user, or leave --publish out");

@@ -29,6 +29,7 @@ fn wrong_usage() {
         ("run shell --console tcp:1", &["'tcp:1'", "stdio, file:PATH, none"]),
         ("run shell --console stdio --serial stdio", &["--serial", "--console", "file:PATH or none"]),
         ("run shell --on-panic stop", &["'stop'", "continue, exit"]),
+        ("run shell --engine kvm --profile p", &["--profile", "--engine translator", "leave --profile out"]),
         ("run shell --kernel x", &["--kernel"]),
         ("run --initrd x", &["--kernel"]),
         ("run shell --disk a,format=vmdk", &["'format=vmdk'", "raw or qcow2"]),
@@ -57,7 +58,18 @@ fn wrong_usage() {
 fn help_goes_to_standard_output() {
     for (arguments, words) in [
         ("--help", &["run", "doctor", "Examples:", "purlin run debian"][..]),
-        ("run --help", &["--kernel <FILE>", "--no-reboot", "Examples:", "Ctrl-A x", "Exit status:"]),
+        (
+            "run --help",
+            &[
+                "--kernel <FILE>",
+                "--no-reboot",
+                "--profile <FILE>",
+                "perf-PID.map",
+                "Examples:",
+                "Ctrl-A x",
+                "Exit status:",
+            ],
+        ),
         ("doctor --help", &["--json"]),
     ] {
         let output = run(arguments);
@@ -151,6 +163,8 @@ fn what_is_wrong_is_told_before_a_guest_is_fetched_or_built() {
         // (Where there is no TAP at all, or none for this user, that is what is told.)
         (&["shell", "--net", "tap=nosuch"], 1, &["TAP|interface|/dev/net/tun"]),
         (&["shell", "--net", "user", "--publish", &publish], 1, &["in use by another program"]),
+        (&["shell", "--profile", "/no/such/directory/p"], 1, &["/no/such/directory/p", "No such file", "--profile"]),
+        (&["shell", "--profile", "/dev/null"], 1, &["/dev/null", "not a regular file"]),
         (&["shell", "--vsock", "/no/such/directory/x"], 1, &["/no/such/directory/x", "No such file"]),
         (&["debian", "--user-data", "/no/such.yaml"], 1, &["cannot open '/no/such.yaml': No such file"]),
         (&["debian", "--disk-size", "1M"], 2, &["--disk-size 1M", "10240M"]),

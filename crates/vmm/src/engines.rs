@@ -4,7 +4,7 @@ use std::{fmt, str::FromStr, sync::Arc};
 
 use purlin_engine::{Engine, EngineError};
 use purlin_engine_kvm::{KvmEngine, Obstacle, Probed, probe};
-use purlin_engine_translator::TranslatorEngine;
+use purlin_engine_translator::{TranslatorEngine, profile::Profile};
 
 /// What the user asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -50,6 +50,17 @@ pub struct Chosen {
     pub engine: Arc<dyn Engine>,
     /// Which it is and why, in one line for a person.
     pub why: String,
+}
+
+impl Chosen {
+    /// The same engine, counting in `profile` what it does; `None` for KVM, which has no such profile.
+    pub fn profiled(self, profile: Arc<Profile>) -> Result<Option<Self>, EngineError> {
+        if self.engine.name() != TranslatorEngine::NAME {
+            return Ok(None);
+        }
+        let engine = TranslatorEngine::new()?.with_profile(profile);
+        Ok(Some(Self { engine: Arc::new(engine), ..self }))
+    }
 }
 
 impl fmt::Debug for Chosen {
@@ -100,10 +111,12 @@ fn translator(why: &str) -> Result<Chosen, EngineError> {
 
 #[cfg(test)]
 mod tests {
-    use purlin_engine::EngineError;
+    use std::sync::Arc;
+
+    use purlin_engine::{Engine, EngineError, Vm, VmConfig};
     use purlin_engine_kvm::{DeviceError, Obstacle};
 
-    use super::{EngineChoice, auto, kvm};
+    use super::{Chosen, EngineChoice, auto, choose, kvm};
 
     #[test]
     fn names_are_those_that_are_shown() {
@@ -126,6 +139,25 @@ mod tests {
             chosen.why,
             "engine: translator (this host's KVM does not run kernels: it cannot execute `int3` in ring 0)"
         );
+    }
+
+    #[test]
+    fn only_the_translator_has_a_profile() {
+        struct Kvm;
+        impl Engine for Kvm {
+            fn name(&self) -> &'static str {
+                "kvm"
+            }
+            fn create_vm(&self, _config: VmConfig) -> Result<Arc<dyn Vm>, EngineError> {
+                Err(EngineError::Unavailable(String::new()))
+            }
+        }
+        let kvm = Chosen { engine: Arc::new(Kvm), why: "asked for".into() };
+        assert!(kvm.profiled(Arc::default()).expect("no failure").is_none());
+        let translator = choose(EngineChoice::Translator).expect("the translator runs anywhere");
+        let why = translator.why.clone();
+        let profiled = translator.profiled(Arc::default()).expect("no failure").expect("a profile");
+        assert_eq!((profiled.engine.name(), profiled.why), ("translator", why));
     }
 
     #[test]

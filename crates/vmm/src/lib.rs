@@ -14,6 +14,7 @@ mod vcpu;
 pub use config::{OnIoError, Outcome, RunConfig};
 pub use lifecycle::{LifecycleError, StartError};
 pub use purlin_devices::virtio::vsock;
+pub use purlin_engine_translator::profile;
 pub use purlin_machine::{
     GuestEvent, GuestInput,
     config::{

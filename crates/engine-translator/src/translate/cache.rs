@@ -9,6 +9,8 @@
 //!
 //! Lock order: `Shared::world` before `CodeCache::inner`. Nothing is waited for with `inner` held.
 
+mod listing;
+
 use std::{
     io,
     sync::{
@@ -27,6 +29,8 @@ use super::{
     memory::CodeMemory,
     stubs::{self, Stubs},
 };
+
+pub use self::listing::{Content, Ends, GuestPlace, Piece};
 
 /// What a block was translated from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -99,6 +103,8 @@ struct Inner {
     hot: HashSet<Key>,
     /// See [`Found::page_id`]: by context, linear and physical page number.
     page_ids: HashMap<(Context, u64, u64), u32>,
+    /// How blocks came to their end otherwise.
+    ends: Ends,
 }
 
 impl Inner {
@@ -285,6 +291,7 @@ impl CodeCache {
                     || b.key.second != 0 && (b.key.second - 1) >> 12 == page && overlaps(page << 12, 15)
             })
             .collect();
+        inner.ends.stored += hit.len() as u64;
         for i in hit {
             self.kill(&mut inner, i);
         }
@@ -316,16 +323,14 @@ impl CodeCache {
         }
     }
 
-    /// A sample found emitted code executing at `address`: its block is hot.
-    pub fn sampled(&self, address: u64) {
+    /// A sample found emitted code executing at `address`: its block is hot. Returns what that was translated from.
+    pub fn sampled(&self, address: u64) -> Option<GuestPlace> {
         let mut inner = self.lock();
         let offset = address.checked_sub(self.memory.base()).and_then(|o| u32::try_from(o).ok());
-        if let Some(offset) = offset.filter(|&o| o >= self.stubs_end && o < inner.used)
-            && let Some(block) = inner.block_at(offset)
-        {
-            let key = block.key;
-            self.heat(&mut inner, key);
-        }
+        let offset = offset.filter(|&o| o >= self.stubs_end && o < inner.used)?;
+        let key = inner.block_at(offset)?.key;
+        self.heat(&mut inner, key);
+        Some((&key).into())
     }
 
     /// What is at `key` is hot.
@@ -346,6 +351,7 @@ impl CodeCache {
         if inner.hot.insert(key)
             && let Some(&index) = inner.by_key.get(&key)
         {
+            inner.ends.heated += 1;
             self.kill(inner, index);
         }
     }
@@ -433,6 +439,7 @@ impl CodeCache {
             used: self.stubs_end,
             stores: std::mem::take(&mut inner.stores),
             hot: std::mem::take(&mut inner.hot),
+            ends: inner.ends,
             ..Inner::default()
         };
         self.generation.fetch_add(1, Ordering::SeqCst);

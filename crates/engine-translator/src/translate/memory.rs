@@ -1,22 +1,25 @@
-//! Memory for emitted code: one memfd mapped twice, to write and to execute.
+//! Memory for emitted code: shared memory mapped twice, to write and to execute.
+//!
+//! It has no file of its own: perf looks names up in a perf map only for addresses that no file is mapped at.
 
 use std::{
+    ffi::c_void,
     io,
-    ptr::NonNull,
+    ptr::{self, NonNull},
     sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
-use rustix::{
-    fs::{MemfdFlags, ftruncate, memfd_create},
-    mm::{MapFlags, ProtFlags, mmap, munmap},
-};
+use rustix::mm::{MapFlags, MprotectFlags, MremapFlags, ProtFlags, mmap_anonymous, mprotect, mremap, munmap};
 
 /// Two views of the same memory.
 pub struct CodeMemory {
-    write: NonNull<u8>,
-    execute: NonNull<u8>,
+    write: View,
+    execute: View,
     len: usize,
 }
+
+/// A mapping, and its length.
+struct View(NonNull<u8>, usize);
 
 #[allow(unsafe_code)]
 // SAFETY: the pointers are to shared mappings of its own; who writes holds the code cache's lock, but for `patch`,
@@ -30,21 +33,24 @@ unsafe impl Sync for CodeMemory {}
 impl CodeMemory {
     /// `len` bytes, a multiple of the page size. Pages are allocated as they are written.
     pub fn new(len: usize) -> io::Result<Self> {
-        let fd = memfd_create(c"purlin-code", MemfdFlags::CLOEXEC)?;
-        ftruncate(&fd, len as u64)?;
-        let map = |prot| {
-            // SAFETY: a new mapping, at an address of the kernel's choice.
-            let pointer = unsafe { mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, &fd, 0)? };
-            NonNull::new(pointer.cast()).ok_or(io::Error::from(io::ErrorKind::OutOfMemory))
+        let view = |pointer: *mut c_void| {
+            NonNull::new(pointer.cast()).map(|p| View(p, len)).ok_or(io::Error::from(io::ErrorKind::OutOfMemory))
         };
-        let write = map(ProtFlags::READ | ProtFlags::WRITE)?;
-        let execute = map(ProtFlags::READ | ProtFlags::EXEC)?;
+        let writable = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::SHARED | MapFlags::NORESERVE;
+        // SAFETY: a new mapping, at an address of the kernel's choice.
+        let write = view(unsafe { mmap_anonymous(ptr::null_mut(), len, writable, flags)? })?;
+        // SAFETY: with an old size of zero this is one more mapping of the same shared memory (mremap(2)), at an address
+        // of the kernel's choice.
+        let execute = view(unsafe { mremap(write.0.as_ptr().cast(), 0, len, MremapFlags::MAYMOVE)? })?;
+        // SAFETY: nobody uses it yet.
+        unsafe { mprotect(execute.0.as_ptr().cast(), len, MprotectFlags::READ | MprotectFlags::EXEC)? };
         Ok(Self { write, execute, len })
     }
 
     /// Address at which the code executes.
     pub fn base(&self) -> u64 {
-        self.execute.as_ptr() as u64
+        self.execute.0.as_ptr() as u64
     }
 
     /// Size in bytes.
@@ -56,13 +62,15 @@ impl CodeMemory {
     pub fn write(&self, offset: u32, bytes: &[u8]) {
         assert!(offset as usize + bytes.len() <= self.len, "code cache overrun");
         // SAFETY: in bounds, as just checked; nobody reads what was not published yet.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.write.as_ptr().add(offset as usize), bytes.len()) }
+        unsafe {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.write.0.as_ptr().add(offset as usize), bytes.len())
+        }
     }
 
     fn word(&self, offset: u32) -> &AtomicU32 {
         assert!(offset.is_multiple_of(4) && (offset as usize) < self.len);
         // SAFETY: in bounds and aligned, as just checked.
-        unsafe { &*self.write.as_ptr().add(offset as usize).cast::<AtomicU32>() }
+        unsafe { &*self.write.0.as_ptr().add(offset as usize).cast::<AtomicU32>() }
     }
 
     /// The four bytes at `offset`, which is a multiple of four.
@@ -89,7 +97,7 @@ impl CodeMemory {
     fn replace(&self, offset: u32, opcode: u64, target: u32) {
         let (start, shift) = (offset & !7, offset % 8 * 8);
         assert!(offset % 8 <= 3 && (offset as usize) < self.len);
-        let at = self.write.as_ptr().wrapping_add(start as usize).cast::<AtomicU64>();
+        let at = self.write.0.as_ptr().wrapping_add(start as usize).cast::<AtomicU64>();
         // SAFETY: in bounds and aligned, as just checked.
         let word = unsafe { &*at };
         let old = word.load(Ordering::Relaxed);
@@ -99,12 +107,10 @@ impl CodeMemory {
     }
 }
 
-impl Drop for CodeMemory {
+impl Drop for View {
     fn drop(&mut self) {
-        for view in [self.write, self.execute] {
-            // SAFETY: both were mapped by `new` with this length, and nobody uses them any more.
-            #[allow(unsafe_code)]
-            let _ = unsafe { munmap(view.as_ptr().cast(), self.len) };
-        }
+        // SAFETY: it was mapped with this length, and nobody uses it any more.
+        #[allow(unsafe_code)]
+        let _ = unsafe { munmap(self.0.as_ptr().cast(), self.1) };
     }
 }

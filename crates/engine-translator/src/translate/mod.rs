@@ -28,7 +28,7 @@ mod strings;
 mod stubs;
 mod trace;
 
-pub use cache::{CodeCache, Found, Origin};
+pub use cache::{CodeCache, Content, Ends, Found, GuestPlace, Origin, Piece};
 pub use desc::{AccessDesc, AcrossDesc, ExitDesc, LinkDesc, RefillDesc};
 pub use emit::FaultPoint;
 pub use helpers::helpers;

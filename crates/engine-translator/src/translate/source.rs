@@ -14,6 +14,7 @@ use crate::{
     cpu::Cpu,
     exception::Exception,
     mem::{Access, Target, copy_from_guest},
+    profile::Place,
     ram::Page,
 };
 
@@ -67,6 +68,20 @@ impl Source {
 impl Cpu {
     /// The block at `rip`, translated if need be.
     pub fn block(&mut self, context: &Context, rip: u64) -> Result<Found, Stop> {
+        self.is_at(Place::Lookup);
+        let found = self.find_or_translate(context, rip);
+        self.is_at(Place::Loop);
+        found
+    }
+
+    /// Says what the thread is doing.
+    fn is_at(&self, place: Place) {
+        if let Some(mailbox) = self.shared.mailbox(self.index as usize) {
+            mailbox.phase.set(place);
+        }
+    }
+
+    fn find_or_translate(&mut self, context: &Context, rip: u64) -> Result<Found, Stop> {
         let linear = self.fetch_address(context, rip)?;
         let first = self.fetch_page(linear)?;
         let mut key = Key { physical: first.1 | linear & 0xfff, rip, second: 0, context: *context };
@@ -80,6 +95,7 @@ impl Cpu {
             }
         }
         let hot = self.shared.code.is_hot(&key);
+        self.is_at(Place::Translation);
         loop {
             let mut source = self.source(key, linear, first, None);
             let mut trace = trace::trace(&source, context, hot);
@@ -118,7 +134,11 @@ impl Cpu {
         let code = &self.shared.code;
         let emit = |origin| {
             let emitter = Emitter::new(origin, &code.stubs, context.mode, context.cs_base, rip, hot);
-            emitter.block(&trace.insns, trace.next)
+            let emitted = emitter.block(&trace.insns, trace.next);
+            if let Some(profile) = &self.shared.profile {
+                profile.translated(hot, emitted.bytes.len());
+            }
+            emitted
         };
         let pages = || source.pages.iter().flatten();
         let stores: Vec<_> = pages().map(|&(_, physical, stores)| (physical, stores)).collect();

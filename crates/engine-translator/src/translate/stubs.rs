@@ -14,6 +14,8 @@ use crate::tlb::{Entry, Privilege};
 pub struct Stubs {
     /// `extern "C" fn(entry)`: loads the guest's registers and jumps to `entry`, with the flags in `flag_word`.
     pub enter: u64,
+    /// What all exits end with.
+    pub exit: u64,
     /// Jumped to with the target RIP in R11, flags live.
     pub miss: u64,
     /// The same with the flags in `flag_word`.
@@ -39,6 +41,8 @@ pub struct Stubs {
     /// look-up in the TLB leaves them that was in vain. Returns with R10 = 0 and R11 the host address. Keeps all other
     /// registers, not the flags. Otherwise it does not return.
     pub refill: [[u64; 2]; PRIVILEGES],
+    /// What they have in common.
+    pub refill_body: u64,
     /// Called from an entry of a dead block, flags live; does not return.
     pub dead: u64,
     /// The same with the flags in `flag_word`.
@@ -47,6 +51,33 @@ pub struct Stubs {
     pub commit: u64,
     /// Where the signal handler sends the thread.
     pub signal: u64,
+}
+
+impl Stubs {
+    /// Where each piece begins, and its name; by address.
+    pub fn names(&self) -> Vec<(u64, &'static str)> {
+        let mut names = vec![
+            (self.enter, "enter"),
+            (self.exit, "exit"),
+            (self.miss, "miss"),
+            (self.miss_saved, "miss"),
+            (self.link, "link"),
+            (self.link_saved, "link"),
+            (self.emulate, "emulate"),
+            (self.emulate_saved, "emulate"),
+            (self.dead, "dead"),
+            (self.dead_saved, "dead"),
+            (self.across, "link"),
+            (self.sentinels[0], "jump"),
+            (self.signal, "signal"),
+            (self.access, "access"),
+            (self.refill_body, "refill"),
+            (self.commit, "commit"),
+        ];
+        names.extend(self.refill.iter().flatten().map(|&refill| (refill, "refill")));
+        names.sort_unstable();
+        names
+    }
 }
 
 const PRIVILEGES: usize = 3;
@@ -64,6 +95,7 @@ pub fn assemble(asm: &mut Asm) -> Stubs {
     // Exits: `late` has the flags in `late_flag_word`'s or `flag_word`'s place already.
     asm.align(16, 0);
     let live_tail = asm.here();
+    stubs.exit = live_tail;
     asm.store(gpr(reg::RAX), reg::RAX);
     asm.flags_to_ax();
     asm.store_sized(at::FLAG_WORD, reg::RAX, 4);
@@ -118,6 +150,7 @@ pub fn assemble(asm: &mut Asm) -> Stubs {
     stubs.access = asm.here();
     access(asm);
     asm.align(16, 0);
+    stubs.refill_body = asm.here();
     let refills = [false, true].map(|write| refill(asm, write, saved_tail));
     for privilege in [Privilege::User, Privilege::Supervisor, Privilege::SupervisorAc] {
         for (write, body) in refills.into_iter().enumerate() {

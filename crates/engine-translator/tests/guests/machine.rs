@@ -244,7 +244,8 @@ impl Machine {
         Self::with_engine(cpus, TranslatorEngine::new().expect("the translator").with_code_cache(512 << 10))
     }
 
-    fn with_engine(cpus: u32, engine: TranslatorEngine) -> Self {
+    /// With an engine of the test's own.
+    pub fn with_engine(cpus: u32, engine: TranslatorEngine) -> Self {
         let memory = Arc::new(memory::create(&[(0, MEMORY)]).expect("guest memory"));
         let cpuid = (0..cpus).map(|i| leaves(CpuModel::Host, &host_cpuid, i, cpus, engine.tsc_khz())).collect();
         let vm = engine.create_vm(VmConfig { memory: memory.clone(), cpuid }).expect("VM");

@@ -7,5 +7,6 @@ mod faults;
 mod interrupts;
 mod machine;
 mod modes;
+mod profile;
 mod smc;
 mod smp;

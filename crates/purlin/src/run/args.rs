@@ -122,6 +122,12 @@ pub struct RunArgs {
     /// comes next to the guest, exit ends the run with status 4
     #[arg(long, value_name = "WHAT", default_value = "continue", value_parser = on_panic_parser())]
     pub on_panic: OnPanic,
+
+    /// Where guest time goes under the translator, written to FILE at the end of the run (JSON if it ends in .json): shares
+    /// of translated code, misses, helpers, translation and so on, and the guest's hottest addresses. Beside it comes
+    /// /tmp/perf-PID.map, in which 'perf report' finds the names of the translated code that 'perf record' has seen
+    #[arg(long, value_name = "FILE")]
+    pub profile: Option<PathBuf>,
 }
 
 /// What follows a disk's failure.
@@ -193,7 +199,8 @@ Examples:
   purlin run --kernel kernel.elf --device debug-exit --serial file:log --no-reboot
   purlin run shell --console stdio --serial file:log
   purlin run debian --vsock /tmp/vm.sock    # then: socat - UNIX-CONNECT:/tmp/vm.sock, and CONNECT 22
-  purlin run debian --memory 8G --balloon size=0";
+  purlin run debian --memory 8G --balloon size=0
+  purlin run shell --engine translator --profile profile.txt";
 
 const KEYS: &str = "\
 On a terminal:

@@ -1,0 +1,53 @@
+//! The names of emitted code for Linux's perf: /tmp/perf-PID.map has a line for each piece, with its start and size in
+//! hexadecimal (tools/perf/Documentation/jit-interface.txt in the kernel's sources).
+
+use std::{
+    fmt::Write,
+    path::{Path, PathBuf},
+};
+
+use purlin_vmm::profile::{Content, Piece};
+
+/// Where perf looks for the names of a process.
+pub fn path(process: u32) -> PathBuf {
+    Path::new("/tmp").join(format!("perf-{process}.map"))
+}
+
+/// The map.
+pub fn text(pieces: &[Piece]) -> String {
+    let mut text = String::new();
+    for Piece { addresses, content } in pieces {
+        let size = addresses.end - addresses.start;
+        let _ = write!(text, "{:x} {size:x} ", addresses.start);
+        let _ = match content {
+            Content::Stub(name) => writeln!(text, "purlin-stub-{name}"),
+            Content::Block(place) if place.user => writeln!(text, "guest-user {:#x}", place.linear),
+            Content::Block(place) => writeln!(text, "guest-kernel {:#x}", place.linear),
+        };
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use purlin_vmm::profile::GuestPlace;
+
+    use super::*;
+
+    #[test]
+    fn lines() {
+        let block = |linear, user| Content::Block(GuestPlace { linear, physical: 0, user });
+        let pieces = [
+            Piece { addresses: 0x7f00_0000_0000..0x7f00_0000_0040, content: Content::Stub("enter") },
+            Piece { addresses: 0x7f00_0000_0040..0x7f00_0000_0052, content: block(0x40_1234, true) },
+            Piece { addresses: 0x7f00_0000_0052..0x7f00_0000_1052, content: block(0xffff_ffff_8100_0000, false) },
+        ];
+        let expected = "\
+7f0000000000 40 purlin-stub-enter
+7f0000000040 12 guest-user 0x401234
+7f0000000052 1000 guest-kernel 0xffffffff81000000
+";
+        assert_eq!(text(&pieces), expected);
+        assert_eq!(path(42), Path::new("/tmp/perf-42.map"));
+    }
+}
