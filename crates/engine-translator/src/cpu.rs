@@ -21,7 +21,7 @@ use crate::{
     mailbox::Mailbox,
     msr::Msrs,
     tlb::{Tlb, TlbHandle},
-    translate::JumpTables,
+    translate::{JumpTables, PageCopies},
     vm::Shared,
     xstate::XState,
 };
@@ -177,6 +177,8 @@ pub struct Cpu {
     pub tlb: TlbHandle,
     /// What it shares with the other vCPUs of the VM.
     pub shared: Arc<Shared>,
+    /// What it has translated from lately.
+    pub copies: PageCopies,
     /// The bus of the run under way.
     pub(crate) bus: Option<*const dyn Bus>,
     /// A bus access answered `After::Leave`: the run ends before the next instruction.

@@ -11,6 +11,7 @@ use purlin_arch::x86_64::{
 use crate::{
     cpu::{Cpu, Segment, Table, access},
     debug::{dr6, dr7},
+    translate::PageCopies,
     vm::Shared,
 };
 
@@ -72,6 +73,7 @@ impl Cpu {
             index,
             tlb: crate::tlb::TlbHandle::standalone(),
             shared,
+            copies: PageCopies::default(),
             bus: None,
             leave: false,
         };

@@ -85,6 +85,8 @@ pub struct Asm {
     uses: Vec<(Section, u32, Label)>,
     /// Positions of rel32 fields and the addresses that they refer to.
     far_uses: Vec<(Section, u32, u64)>,
+    /// All of it, once it is finished.
+    all: Vec<u8>,
 }
 
 /// Condition codes as in the encoding of Jcc.
@@ -105,7 +107,17 @@ impl Asm {
             labels: Vec::new(),
             uses: Vec::new(),
             far_uses: Vec::new(),
+            all: Vec::new(),
         }
+    }
+
+    /// Makes it an empty one, for code that will lie at `origin`.
+    pub fn restart(&mut self, origin: u64) {
+        self.sections.iter_mut().for_each(Vec::clear);
+        self.labels.clear();
+        self.uses.clear();
+        self.far_uses.clear();
+        (self.current, self.origin) = (Section::Hot, origin);
     }
 
     /// The current section's bytes.
@@ -163,25 +175,31 @@ impl Asm {
         self.base(Section::Cold) + self.sections[1].len() as u32
     }
 
-    /// Fills in all references and returns the whole.
-    pub fn finish(&mut self) -> Vec<u8> {
-        for (section, at, label) in std::mem::take(&mut self.uses) {
+    /// Fills in all references.
+    pub fn finish(&mut self) {
+        for i in 0..self.uses.len() {
+            let (section, at, label) = self.uses[i];
             let target = self.offset_of(label);
             let rel = target.wrapping_sub(self.base(section) + at + 4);
             self.patch(section, at, rel);
         }
-        for (section, at, target) in std::mem::take(&mut self.far_uses) {
+        for i in 0..self.far_uses.len() {
+            let (section, at, target) = self.far_uses[i];
             let next = self.origin + u64::from(self.base(section) + at + 4);
             let rel = target.wrapping_sub(next) as i64;
             debug_assert_eq!(rel, i64::from(rel as i32));
             self.patch(section, at, rel as u32);
         }
-        let mut all = Vec::new();
+        self.all.clear();
         for section in [Section::Hot, Section::Cold, Section::Data] {
-            all.resize(self.base(section) as usize, 0xcc);
-            all.extend_from_slice(&self.sections[section as usize]);
+            self.all.resize(self.base(section) as usize, 0xcc);
+            self.all.extend_from_slice(&self.sections[section as usize]);
         }
-        all
+    }
+
+    /// The whole, once it is finished.
+    pub fn all(&self) -> &[u8] {
+        &self.all
     }
 
     fn patch(&mut self, section: Section, at: u32, value: u32) {

@@ -9,17 +9,20 @@
 //!
 //! Lock order: `Shared::world` before `CodeCache::inner`. Nothing is waited for with `inner` held.
 
+mod blocks;
 mod listing;
+mod pages;
 
 use std::{
     io,
+    ops::Range,
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
-use rustc_hash::{FxHashMap as HashMap, FxHashSet as HashSet};
+use rustc_hash::FxHashSet as HashSet;
 
 use super::{
     asm::Asm,
@@ -27,10 +30,15 @@ use super::{
     emit::{Emitted, FaultPoint},
     jumps::Context,
     memory::CodeMemory,
+    spare,
     stubs::{self, Stubs},
 };
 
 pub use self::listing::{Content, Ends, GuestPlace, Piece};
+use self::{
+    blocks::{Block, Blocks, MAX_CACHE},
+    pages::Pages,
+};
 
 /// What a block was translated from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -87,54 +95,22 @@ pub struct CodeCache {
 #[derive(Default)]
 struct Inner {
     used: u32,
-    blocks: Vec<Block>,
-    /// For each granule of the cache the block that its first byte belongs to.
-    granules: Vec<u32>,
-    by_key: HashMap<Key, u32>,
-    /// Blocks with bytes on a physical page (its number), living ones only.
-    by_page: HashMap<u64, Vec<u32>>,
-    /// Dead blocks that a new one for the same key replaces.
-    dead: HashMap<Key, Vec<u32>>,
+    blocks: Blocks,
+    pages: Pages,
     /// Keys without a second page for which there is no block, because not even one instruction is whole without that.
     crossing: HashSet<Key>,
     /// Stores to watched pages so far, by page number modulo the length: what has to stand still while a block is made.
     stores: Vec<u64>,
     /// What was found executing.
     hot: HashSet<Key>,
-    /// See [`Found::page_id`]: by context, linear and physical page number.
-    page_ids: HashMap<(Context, u64, u64), u32>,
     /// How blocks came to their end otherwise.
     ends: Ends,
 }
 
 impl Inner {
-    /// The block that the byte at `offset` of the cache belongs to, living or dead.
-    fn block_at(&self, offset: u32) -> Option<&Block> {
-        let first = *self.granules.get(offset as usize / GRANULE)? as usize;
-        self.blocks.get(first..)?.iter().take_while(|b| b.start <= offset).last()
+    fn find(&self, key: &Key) -> Option<&Block> {
+        self.pages.find(key, &self.blocks).map(|index| self.blocks.get(index))
     }
-
-    /// Takes note of the block that was just added, up to `used`.
-    fn fill_granules(&mut self) {
-        let last = (self.blocks.len() as u32).saturating_sub(1);
-        self.granules.resize((self.used as usize).div_ceil(GRANULE), last);
-    }
-}
-
-struct Block {
-    key: Key,
-    /// Offset of its first byte in the cache; blocks are in ascending order.
-    start: u32,
-    code_len: u32,
-    entry: u32,
-    saved_entry: u32,
-    /// See [`Found::page_id`].
-    page_id: u32,
-    /// The bytes of its first page that it depends on: offsets of the first, and behind the last.
-    span: (u32, u32),
-    faults: Vec<FaultPoint>,
-    /// Offsets in the cache of its return sites.
-    return_sites: Vec<u32>,
 }
 
 /// Why a block was not added.
@@ -152,9 +128,6 @@ const STORE_COUNTERS: usize = 256;
 /// Hot places at most; the set begins anew when it is full.
 const MAX_HOT: usize = 1 << 16;
 
-/// Bytes of a granule: some blocks.
-const GRANULE: usize = 512;
-
 /// Length of a call.
 const CALL: u32 = 5;
 
@@ -164,11 +137,12 @@ const BLOCK_ROOM: u32 = 256 << 10;
 impl CodeCache {
     /// A cache of `capacity` bytes.
     pub fn new(capacity: usize) -> io::Result<Self> {
-        let memory = CodeMemory::new(capacity)?;
+        let memory = CodeMemory::new(capacity.min(MAX_CACHE))?;
         let mut asm = Asm::new(memory.base());
         let stubs = stubs::assemble(&mut asm);
-        let bytes = asm.finish();
-        memory.write(0, &bytes);
+        asm.finish();
+        let bytes = asm.all();
+        memory.write(0, bytes);
         let stubs_end = (bytes.len() as u32).next_multiple_of(64);
         super::signals::register(memory.base(), memory.len() as u64, stubs.signal);
         let inner = Mutex::new(Inner { used: stubs_end, stores: vec![0; STORE_COUNTERS], ..Inner::default() });
@@ -181,14 +155,13 @@ impl CodeCache {
 
     /// The block for `key`.
     pub fn find(&self, key: &Key) -> Option<Found> {
-        let inner = self.lock();
-        inner.by_key.get(key).map(|&i| self.found(&inner.blocks[i as usize]))
+        self.lock().find(key).map(|block| self.found(block))
     }
 
     fn found(&self, block: &Block) -> Found {
         Found {
             saved_entry: self.memory.base() + u64::from(block.saved_entry),
-            entry: self.memory.base() + u64::from(block.entry),
+            entry: self.memory.base() + u64::from(block.start),
             page: block.key.physical >> 12,
             linkable: block.key.second == 0,
             page_id: block.page_id,
@@ -206,70 +179,63 @@ impl CodeCache {
         self.lock().stores[counter(physical >> 12)]
     }
 
-    /// Adds the block that `emit` makes for the address it is given, unless another vCPU was faster. `span` are
-    /// the bytes of its first page that it depends on (see [`super::trace::Trace::span`]); `stores` what [`CodeCache::stores`] said of each page of it, `watched` whether all of them
-    /// still are.
+    /// Adds the block that `emit` makes for the address it is given, unless another vCPU was faster; the function that it
+    /// is given, too, knows the blocks of the plain context for RIPs on the same page. `span` are the bytes of its first page
+    /// that it depends on (see [`super::trace::Trace::span`]); `stores` what [`CodeCache::stores`] said of each page of it,
+    /// `watched` whether all of them still are.
     pub fn add(
         &self,
         key: Key,
         span: (u32, u32),
         stores: &[(u64, u64)],
         watched: impl FnOnce() -> bool,
-        emit: impl FnOnce(u64) -> Emitted,
+        emit: impl FnOnce(u64, &dyn Fn(u64) -> Option<Found>) -> Emitted,
     ) -> Result<Found, NotAdded> {
         let mut inner = self.lock();
         let unchanged = stores.iter().all(|&(physical, n)| inner.stores[counter(physical >> 12)] == n);
         if !unchanged || !watched() {
             return Err(NotAdded::Stale);
         }
-        if let Some(&i) = inner.by_key.get(&key) {
-            return Ok(self.found(&inner.blocks[i as usize]));
+        if let Some(block) = inner.find(&key) {
+            return Ok(self.found(block));
         }
         if inner.used + BLOCK_ROOM > self.memory.len() as u32 {
             return Err(NotAdded::Full);
         }
         let start = inner.used;
-        let emitted = emit(self.memory.base() + u64::from(start));
-        assert!(emitted.bytes.len() as u32 <= BLOCK_ROOM, "a block is too large");
-        self.memory.write(start, &emitted.bytes);
-        inner.used = (start + emitted.bytes.len() as u32).next_multiple_of(8);
-
-        let page = (key.context, key.rip >> 12, key.physical >> 12);
-        // None is 0, none is `NEVER`.
-        let next_id = inner.page_ids.len() as u32 + 1;
-        let page_id = *inner.page_ids.entry(page).or_insert(next_id);
-        let block = Block {
-            key,
-            page_id,
-            start,
-            code_len: emitted.code_len,
-            entry: start + emitted.entry,
-            saved_entry: start + emitted.saved_entry,
-            span,
-            faults: emitted.faults,
-            return_sites: emitted.return_sites.iter().map(|offset| start + offset).collect(),
+        let known = |rip: u64| {
+            let linear = key.context.cs_base.wrapping_add(rip);
+            let physical = key.physical & !0xfff | linear & 0xfff;
+            let key = Key { physical, rip, second: 0, context: key.context.grouped() };
+            inner.find(&key).map(|block| self.found(block))
         };
-        let found = self.found(&block);
-        for &old in inner.dead.get(&key).map_or(&[][..], Vec::as_slice) {
-            let old = &inner.blocks[old as usize];
-            self.memory.redirect(old.entry, block.entry);
+        let emitted = emit(self.memory.base() + u64::from(start), &known);
+        let bytes = emitted.asm.all();
+        assert!(bytes.len() as u32 <= BLOCK_ROOM, "a block is too large");
+        self.memory.write(start, bytes);
+        let used = (start + bytes.len() as u32).next_multiple_of(8);
+        let found = self.push(&mut inner, key, start..used, span, &emitted);
+        spare::return_asm(emitted.asm);
+        Ok(found)
+    }
+
+    fn push(&self, inner: &mut Inner, key: Key, place: Range<u32>, span: (u32, u32), emitted: &Emitted) -> Found {
+        inner.used = place.end;
+        let page_id = inner.pages.id(&key);
+        let index = inner.blocks.push(key, place.start, place.end, page_id, span, emitted);
+        let predecessor = inner.pages.add(&key, index, &inner.blocks);
+        let block = inner.blocks.get(index);
+        if let Some(old) = predecessor.map(|old| inner.blocks.get(old)) {
+            self.memory.redirect(old.start, block.start);
             self.memory.redirect(old.saved_entry, block.saved_entry);
         }
-        let index = inner.blocks.len() as u32;
-        inner.blocks.push(block);
-        inner.fill_granules();
-        inner.by_key.insert(key, index);
-        inner.by_page.entry(key.physical >> 12).or_default().push(index);
-        let first = Key { second: 0, ..key };
-        if key.second == 0 {
-            inner.crossing.remove(&first)
-        } else {
-            inner.crossing.insert(first)
-        };
-        if key.second != 0 && (key.second - 1) >> 12 != key.physical >> 12 {
-            inner.by_page.entry((key.second - 1) >> 12).or_default().push(index);
+        let found = self.found(block);
+        if key.second != 0 {
+            inner.crossing.insert(Key { second: 0, ..key });
+        } else if !inner.crossing.is_empty() {
+            inner.crossing.remove(&key);
         }
-        Ok(found)
+        found
     }
 
     /// `len` bytes at guest physical `address`, on one page, were stored to: blocks made from them die.
@@ -278,12 +244,10 @@ impl CodeCache {
         let mut inner = self.lock();
         let page = address >> 12;
         inner.stores[counter(page)] += 1;
-        let blocks = inner.by_page.get(&page).map_or(&[][..], Vec::as_slice);
+        let blocks = inner.pages.blocks_on(page);
         let hit: Vec<u32> = blocks
-            .iter()
-            .copied()
             .filter(|&i| {
-                let b = &inner.blocks[i as usize];
+                let b = inner.blocks.get(i);
                 let overlaps = |from: u64, n: u64| address < from + n && from < address + len;
                 // What lies on a second page is at most the rest of one instruction, at its start. Both may be the same.
                 let first = (page << 12) + u64::from(b.span.0);
@@ -295,32 +259,23 @@ impl CodeCache {
         for i in hit {
             self.kill(&mut inner, i);
         }
-        if !inner.by_page.contains_key(&page) {
+        if !inner.pages.holds_code(page) {
             unwatch();
         }
     }
 
     fn kill(&self, inner: &mut Inner, index: u32) {
-        let block = &inner.blocks[index as usize];
+        let block = inner.blocks.get(index);
         let key = block.key;
-        self.memory.redirect_call(block.entry, self.offset(self.stubs.dead));
+        self.memory.redirect_call(block.start, self.offset(self.stubs.dead));
         self.memory.redirect_call(block.saved_entry, self.offset(self.stubs.dead_saved));
-        for &site in &block.return_sites {
+        for &site in inner.blocks.return_sites(index) {
             self.memory.redirect(site, self.offset(self.stubs.by_table[key.context.mode.table()]));
         }
-        inner.by_key.remove(&key);
         if key.second != 0 {
             inner.crossing.remove(&Key { second: 0, ..key });
         }
-        inner.dead.entry(key).or_default().push(index);
-        for page in [Some(key.physical), key.second.checked_sub(1)].into_iter().flatten() {
-            if let Some(blocks) = inner.by_page.get_mut(&(page >> 12)) {
-                blocks.retain(|&i| i != index);
-                if blocks.is_empty() {
-                    inner.by_page.remove(&(page >> 12));
-                }
-            }
-        }
+        inner.pages.kill(&key, index);
     }
 
     /// A sample found emitted code executing at `address`: its block is hot. Returns what that was translated from.
@@ -328,7 +283,7 @@ impl CodeCache {
         let mut inner = self.lock();
         let offset = address.checked_sub(self.memory.base()).and_then(|o| u32::try_from(o).ok());
         let offset = offset.filter(|&o| o >= self.stubs_end && o < inner.used)?;
-        let key = inner.block_at(offset)?.key;
+        let key = inner.blocks.at(offset)?.key;
         self.heat(&mut inner, key);
         Some((&key).into())
     }
@@ -349,7 +304,7 @@ impl CodeCache {
             inner.hot.clear();
         }
         if inner.hot.insert(key)
-            && let Some(&index) = inner.by_key.get(&key)
+            && let Some(index) = inner.pages.find(&key, &inner.blocks)
         {
             inner.ends.heated += 1;
             self.kill(inner, index);
@@ -374,8 +329,8 @@ impl CodeCache {
     /// the generation of the cache.
     pub fn origin(&self, address: u64) -> Origin {
         let inner = self.lock();
-        let (rip, page) =
-            inner.block_at(self.offset(address) - 1).map_or((0, u64::MAX), |b| (b.key.rip, b.key.physical >> 12));
+        let block = inner.blocks.at(self.offset(address) - 1);
+        let (rip, page) = block.map_or((0, u64::MAX), |b| (b.key.rip, b.key.physical >> 12));
         Origin { rip, page, generation: self.generation() }
     }
 
@@ -420,24 +375,19 @@ impl CodeCache {
 
     /// The fault point of the host instruction at `address`.
     pub fn fault_at(&self, address: u64) -> Option<FaultPoint> {
-        let inner = self.lock();
         let offset = address.checked_sub(self.memory.base()).and_then(|o| u32::try_from(o).ok())?;
-        let block = inner.block_at(offset)?;
-        if offset >= block.start + block.code_len {
-            return None;
-        }
-        let i = block.faults.binary_search_by_key(&(offset - block.start), |f| f.offset).ok()?;
-        Some(block.faults[i])
+        self.lock().blocks.fault_at(offset)
     }
 
     /// Forgets all translations. No vCPU is inside emitted code, and all will empty their jump tables before they
     /// enter it. Returns the physical pages that held code.
     pub fn clear(&self) -> Vec<u64> {
         let mut inner = self.lock();
-        let pages = inner.by_page.keys().map(|page| page << 12).collect();
+        let pages = inner.pages.with_code().map(|page| page << 12).collect();
         *inner = Inner {
             used: self.stubs_end,
-            stores: std::mem::take(&mut inner.stores),
+            // Pages are not watched any more: what was read of them may change unnoticed.
+            stores: inner.stores.iter().map(|n| n + 1).collect(),
             hot: std::mem::take(&mut inner.hot),
             ends: inner.ends,
             ..Inner::default()

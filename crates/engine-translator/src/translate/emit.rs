@@ -7,17 +7,20 @@ use iced_x86::{Encoder, Instruction, Mnemonic};
 
 use super::{
     asm::{Asm, Label, Mem, Section, cc, reg},
+    cache::Found,
     classify::{Class, needs_alignment, waits},
     desc::{AccessDesc, ExitDesc, LinkDesc, RefillDesc},
     flags::{FlagUse, STATUS},
-    jumps::JumpEntry,
+    jumps::{Context, JumpEntry},
     layout::{at, gpr, jump_table},
     masking::Masking,
     mode::Mode,
     operands::{Operand, keeps_hosts},
     plan::{Check, plan},
     source::{BMI2, MAX_INSN},
+    spare,
     stubs::Stubs,
+    trace::{SHORT_LOOK_AHEAD, ends_block},
 };
 use crate::segment::is_canonical;
 
@@ -63,8 +66,8 @@ pub struct FaultPoint {
 
 /// A finished block.
 pub struct Emitted {
-    /// Code and descriptors.
-    pub bytes: Vec<u8>,
+    /// Has the code and descriptors.
+    pub asm: Asm,
     /// Offset of the entry with the flags in the host's.
     pub entry: u32,
     /// Offset of the entry with the flags in `flag_word`.
@@ -93,6 +96,8 @@ pub struct Emitter<'a> {
     encoder: Encoder,
     faults: Vec<(Label, Option<u64>, bool)>,
     pub(super) return_sites: Vec<Label>,
+    /// The blocks for RIPs on the same page that there are.
+    known: &'a dyn Fn(u64) -> Option<Found>,
     /// The page (linear) of the block's first byte: jumps that stay on it are linked directly.
     page: u64,
     cs_base: u64,
@@ -110,11 +115,20 @@ pub struct Emitter<'a> {
 
 impl<'a> Emitter<'a> {
     /// For a block that will lie at host address `origin`.
-    pub fn new(origin: u64, stubs: &'a Stubs, mode: Mode, cs_base: u64, rip: u64, hot: bool) -> Self {
+    pub fn new(
+        origin: u64,
+        stubs: &'a Stubs,
+        known: &'a dyn Fn(u64) -> Option<Found>,
+        context: &Context,
+        rip: u64,
+        hot: bool,
+    ) -> Self {
+        let (mode, cs_base) = (context.mode, context.cs_base);
         Self {
-            asm: Asm::new(origin),
+            asm: spare::asm(origin),
             mode,
             stubs,
+            known,
             flags_saved: false,
             bmi2: *BMI2,
             hot,
@@ -158,12 +172,15 @@ impl<'a> Emitter<'a> {
 
     /// The entry with the flags in `flag_word`: the other one, if they do not matter.
     fn saved_entry(&mut self, insns: &[Insn], entry: Label) -> Label {
-        if insns.first().is_some_and(|first| first.live == 0) {
+        if self.mode.bits() == 64 && kills_flags_soon(insns) {
             return entry;
         }
         self.asm.section(Section::Cold);
+        self.asm.align_patch();
         let saved_entry = self.asm.label_here();
-        self.load_flags();
+        if insns.first().is_none_or(|first| first.live != 0) {
+            self.load_flags();
+        }
         self.asm.jmp(entry);
         self.asm.section(Section::Hot);
         saved_entry
@@ -171,7 +188,7 @@ impl<'a> Emitter<'a> {
 
     fn finish(mut self, labels: [Label; 2]) -> Emitted {
         let code_len = self.asm.code_len();
-        let bytes = self.asm.finish();
+        self.asm.finish();
         let mut faults: Vec<_> = self
             .faults
             .iter()
@@ -180,7 +197,7 @@ impl<'a> Emitter<'a> {
         faults.sort_by_key(|f| f.offset);
         let [saved_entry, entry] = labels.map(|label| self.asm.offset_of(label));
         let return_sites = self.return_sites.iter().map(|&site| self.asm.offset_of(site)).collect();
-        Emitted { saved_entry, entry, code_len, bytes, faults, return_sites }
+        Emitted { saved_entry, entry, code_len, asm: self.asm, faults, return_sites }
     }
 
     /// Emits one instruction; false if it ends the block.
@@ -383,6 +400,12 @@ impl<'a> Emitter<'a> {
     pub(super) fn link(&mut self, rip: u64, flags: u8) {
         self.asm.align_patch();
         let saved = flags & LinkDesc::SAVED != 0;
+        if flags & LinkDesc::UNGROUPED == 0
+            && let Some(known) = (self.known)(rip)
+        {
+            self.asm.jmp_to(if saved { known.saved_entry } else { known.entry });
+            return;
+        }
         self.asm.call_to(if saved { self.stubs.link_saved } else { self.stubs.link });
         self.asm.bytes(&LinkDesc::new(self.rip, rip, flags).to_bytes());
     }
@@ -608,6 +631,22 @@ impl<'a> Emitter<'a> {
             None => self.asm.load(host, gpr(index)),
         }
     }
+}
+
+/// Whether everybody who jumps here without saving the flags has seen that they do not matter. (So if that changes, the
+/// jump's own block is no longer valid either, and none can come with flags that matter for what has replaced this one.)
+fn kills_flags_soon(insns: &[Insn]) -> bool {
+    let mut killed = 0;
+    for insn in &insns[..insns.len().min(SHORT_LOOK_AHEAD)] {
+        if insn.flags.reads & !killed != 0 || ends_block(insn.class) {
+            return false;
+        }
+        killed |= insn.flags.kills;
+        if killed == STATUS {
+            return true;
+        }
+    }
+    false
 }
 
 /// Looks the RIP in R11 up in a jump table: compares so that it is found if the flags then say "equal", in the place that

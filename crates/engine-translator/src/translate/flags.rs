@@ -57,13 +57,3 @@ fn may_leave_flags(insn: &Instruction) -> bool {
         _ => matches!(insn.code(), Code::INVALID),
     }
 }
-
-/// For each instruction of a block the flags that are live before it. `live` are after the last.
-pub fn live_before(uses: &[FlagUse], mut live: u32) -> Vec<u32> {
-    let mut result = vec![0; uses.len()];
-    for (i, flags) in uses.iter().enumerate().rev() {
-        live = live & !flags.kills | flags.reads;
-        result[i] = live;
-    }
-    result
-}

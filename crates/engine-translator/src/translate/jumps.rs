@@ -91,6 +91,11 @@ pub struct Context {
 }
 
 impl Context {
+    /// That of plain code, in which accesses are checked together.
+    pub fn grouped(self) -> Self {
+        Self { mode: self.mode.plain(), ..self }
+    }
+
     /// That of code in which each access is checked by itself.
     pub fn ungrouped(self) -> Self {
         Self { mode: self.mode.ungrouped(), ..self }

@@ -140,6 +140,11 @@ impl Mode {
         self.grouped() && self.bits() == 64
     }
 
+    /// The same with checking accesses together.
+    pub fn plain(self) -> Self {
+        Self(self.0 & !UNGROUPED)
+    }
+
     /// The same without checking accesses together.
     pub fn ungrouped(self) -> Self {
         Self(self.0 | UNGROUPED)

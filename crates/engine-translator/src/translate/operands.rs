@@ -1,8 +1,6 @@
 //! Copied instructions: their memory operand goes through the address check, their registers to where the guest's are.
 
-use iced_x86::{
-    Code, Instruction, InstructionInfoFactory, InstructionInfoOptions, MemorySize, Mnemonic, OpAccess, OpKind, Register,
-};
+use iced_x86::{Code, Instruction, InstructionInfoOptions, MemorySize, Mnemonic, OpAccess, OpKind, Register};
 use purlin_arch::x86_64::regs::seg;
 
 use super::{
@@ -12,6 +10,7 @@ use super::{
     emit::{Access, Emitter, Insn},
     layout::{at, gpr, pinned},
     source::AMD,
+    spare,
 };
 
 /// A memory operand as the guest wrote it.
@@ -429,20 +428,18 @@ fn sized(number: u8, size: usize) -> Register {
 
 /// General registers that an instruction uses in any way, as a bit mask.
 fn used_registers(insn: &Instruction) -> u32 {
-    let mut factory = InstructionInfoFactory::new();
-    let info = factory.info(insn);
-    info.used_registers()
-        .iter()
-        .filter(|u| u.register().is_gpr())
-        .fold(0, |mask, u| mask | 1 << u.register().full_register().number())
+    spare::with_factory(|factory| {
+        let used = factory.info(insn).used_registers();
+        let numbers = used.iter().filter(|u| u.register().is_gpr()).map(|u| u.register().full_register().number());
+        numbers.fold(0, |mask, number| mask | 1 << number)
+    })
 }
 
 /// What the memory operand is used for.
 pub(super) fn access_flags(insn: &Instruction, operand: u32) -> u16 {
-    let mut factory = InstructionInfoFactory::new();
     let options = InstructionInfoOptions::NO_MEMORY_USAGE | InstructionInfoOptions::NO_REGISTER_USAGE;
     let (read, write) = (AccessDesc::READ, AccessDesc::WRITE);
-    match factory.info_options(insn, options).op_access(operand) {
+    match spare::with_factory(|factory| factory.info_options(insn, options).op_access(operand)) {
         OpAccess::Write => write,
         // Part of it may be left alone: a bounced access has to know what was there.
         OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite => read | write,

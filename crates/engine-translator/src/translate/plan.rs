@@ -2,9 +2,7 @@
 //! constants are added to in between, if they lie close to each other. The first of them, the *lead*, is checked for the
 //! range of all. What it finds is the host address of that range; the others just use it.
 
-use iced_x86::{
-    Code, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register,
-};
+use iced_x86::{Code, Instruction, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register};
 use purlin_arch::x86_64::regs::seg;
 
 use super::{
@@ -15,6 +13,7 @@ use super::{
     masking::Masking,
     mode::Mode,
     operands::{Operand, STACK, access_flags, is_bit_string, operand_size},
+    spare,
 };
 
 /// Bytes that a group spans at most: the larger, the more often it crosses a page.
@@ -81,8 +80,10 @@ struct Open {
     write: bool,
     /// Number of jumps out of the block before the lead.
     exits: usize,
-    /// Instruction and offset (from the key's value at the lead) of each access.
-    accesses: Vec<(usize, i64)>,
+    /// Offset of the lead from the key's value there; those of the others are in their checks until the group ends.
+    at: i64,
+    /// The last access.
+    last: usize,
     operand: Operand,
 }
 
@@ -92,12 +93,11 @@ pub fn plan(insns: &[Insn], mode: Mode) -> Vec<Check> {
     if !mode.grouped() || mode.bits() != 64 {
         return planner.checks;
     }
-    let mut factory = InstructionInfoFactory::new();
     for (i, insn) in insns.iter().enumerate() {
         if let Some(reference) = reference(insn, mode) {
             planner.access(i, reference);
         }
-        planner.registers(insn, &mut factory);
+        planner.registers(insn);
         if insn.class == Class::JumpIf {
             planner.exits += 1;
         }
@@ -126,7 +126,8 @@ impl Planner {
             let at = open.shift + access.disp;
             (open.low, open.high) = (open.low.min(at), open.high.max(at + access.size));
             open.write |= access.write;
-            open.accesses.push((i, at));
+            open.last = i;
+            self.checks[i] = Check::Member { group: open.number, offset: at as i32 };
             return;
         }
         self.close(|open| open.key == access.key);
@@ -140,13 +141,14 @@ impl Planner {
             high: access.disp + access.size,
             write: access.write,
             exits,
-            accesses: vec![(i, access.disp)],
+            at: access.disp,
+            last: i,
             operand: access.operand,
         });
     }
 
     /// What the instruction does to the registers that groups depend on.
-    fn registers(&mut self, insn: &Insn, factory: &mut InstructionInfoFactory) {
+    fn registers(&mut self, insn: &Insn) {
         if matches!(insn.class, Class::Call | Class::CallIndirect) {
             self.close(|_| true);
             return;
@@ -169,12 +171,10 @@ impl Planner {
             // Far from where an address can be an offset.
             self.close(|open| open.shift.unsigned_abs() > 1 << 30);
         }
-        let info = factory.info_options(&insn.insn, InstructionInfoOptions::NO_MEMORY_USAGE);
-        let written = info.used_registers().iter().filter(|used| {
-            use OpAccess::{CondWrite, ReadCondWrite, ReadWrite, Write};
-            used.register().is_gpr() && matches!(used.access(), Write | ReadWrite | CondWrite | ReadCondWrite)
-        });
-        let mut mask = written.fold(0u32, |mask, used| mask | 1 << used.register().full_register().number());
+        if self.open.is_empty() {
+            return;
+        }
+        let mut mask = written_registers(&insn.insn);
         if let Some((register, _)) = moved {
             mask &= !(1 << register);
         }
@@ -191,24 +191,42 @@ impl Planner {
             if !which(open) {
                 return true;
             }
-            if open.accesses.len() > 1
-                && let Some(low) = open.operand.moved(open.low)
-            {
-                let offset = |at: i64| (at - open.low) as i32;
-                for &(i, at) in &open.accesses {
-                    checks[i] = Check::Member { group: open.number, offset: offset(at) };
+            let low = open.operand.moved(open.low);
+            for check in &mut checks[open.lead..=open.last] {
+                match check {
+                    Check::Member { group, offset } if *group == open.number => match low {
+                        Some(_) => *offset = offset.wrapping_sub(open.low as i32),
+                        None => *check = Check::Alone,
+                    },
+                    _ => {}
                 }
+            }
+            if open.last != open.lead
+                && let Some(low) = low
+            {
                 checks[open.lead] = Check::Lead(Lead {
                     group: open.number,
                     low,
                     span: (open.high - open.low) as u32,
                     write: open.write,
-                    offset: offset(open.accesses[0].1),
+                    offset: (open.at - open.low) as i32,
                 });
             }
             false
         });
     }
+}
+
+/// General registers that an instruction may write to, as a bit mask.
+fn written_registers(insn: &Instruction) -> u32 {
+    use OpAccess::{CondWrite, ReadCondWrite, ReadWrite, Write};
+    spare::with_factory(|factory| {
+        let used = factory.info_options(insn, InstructionInfoOptions::NO_MEMORY_USAGE).used_registers();
+        let written = used.iter().filter(|used| {
+            used.register().is_gpr() && matches!(used.access(), Write | ReadWrite | CondWrite | ReadCondWrite)
+        });
+        written.fold(0, |mask, used| mask | 1 << used.register().full_register().number())
+    })
 }
 
 /// The access of an instruction, if it may be one of a group.

@@ -1,6 +1,9 @@
 //! From RIP to a block: where the bytes are, what they decode to, and that nobody changes them unnoticed.
 
-use std::sync::{LazyLock, PoisonError};
+use std::{
+    borrow::Cow,
+    sync::{LazyLock, PoisonError},
+};
 
 use iced_x86::DecoderOptions;
 
@@ -8,6 +11,7 @@ use super::{
     cache::{Found, Key, NotAdded},
     emit::{Emitter, Insn},
     jumps::Context,
+    spare,
     trace::{self, Trace},
 };
 use crate::{
@@ -46,22 +50,49 @@ pub static AMD: LazyLock<bool> = LazyLock::new(|| {
 });
 
 /// A piece of source: bytes that were read after their pages had begun to be watched.
-pub struct Source {
+pub struct Source<'a> {
     /// What it is the source of.
     pub key: Key,
     /// The block's first byte.
     pub start: usize,
     /// The page of that; behind it the beginning of the next one, if the block needs it.
-    page: [u8; 4096 + MAX_INSN],
-    len: usize,
+    bytes: Cow<'a, [u8]>,
     /// Its pages: what they are, where, and how many stores to them there had been.
     pages: [Option<(Page, u64, u64)>; 2],
 }
 
-impl Source {
+impl Source<'_> {
     /// All that is known.
     pub fn bytes(&self) -> &[u8] {
-        &self.page[..self.len]
+        &self.bytes
+    }
+}
+
+/// Copies of pages that blocks were translated from lately: a page is often the source of many.
+#[derive(Default)]
+pub struct PageCopies(Vec<PageCopy>);
+
+struct PageCopy {
+    /// Its physical address, and how many stores to it there had been. It is valid as long as there are no more.
+    of: Option<(u64, u64)>,
+    bytes: [u8; 4096],
+}
+
+/// How many there are: by page number modulo this.
+const COPIES: usize = 16;
+
+impl PageCopies {
+    /// The bytes of a page that is watched, and was before `stores` was asked for.
+    fn get(&mut self, page: Page, physical: u64, stores: u64) -> &[u8] {
+        if self.0.is_empty() {
+            self.0.resize_with(COPIES, || PageCopy { of: None, bytes: [0; 4096] });
+        }
+        let copy = &mut self.0[(physical >> 12) as usize % COPIES];
+        if copy.of != Some((physical, stores)) {
+            copy.of = Some((physical, stores));
+            copy_from_guest(page.host, &mut copy.bytes);
+        }
+        &copy.bytes
     }
 }
 
@@ -84,7 +115,7 @@ impl Cpu {
     fn find_or_translate(&mut self, context: &Context, rip: u64) -> Result<Found, Stop> {
         let linear = self.fetch_address(context, rip)?;
         let first = self.fetch_page(linear)?;
-        let mut key = Key { physical: first.1 | linear & 0xfff, rip, second: 0, context: *context };
+        let key = Key { physical: first.1 | linear & 0xfff, rip, second: 0, context: *context };
         if let Some(found) = self.shared.code.find(&key) {
             return Ok(found);
         }
@@ -96,8 +127,24 @@ impl Cpu {
         }
         let hot = self.shared.code.is_hot(&key);
         self.is_at(Place::Translation);
+        let mut copies = std::mem::take(&mut self.copies);
+        let found = self.translate(key, context, linear, first, hot, &mut copies);
+        self.copies = copies;
+        found
+    }
+
+    /// A new block for `key`, whose first byte is at `linear` on page `first`.
+    fn translate(
+        &mut self,
+        mut key: Key,
+        context: &Context,
+        linear: u64,
+        first: (Page, u64),
+        hot: bool,
+        copies: &mut PageCopies,
+    ) -> Result<Found, Stop> {
         loop {
-            let mut source = self.source(key, linear, first, None);
+            let mut source = self.source(key, linear, first, None, copies);
             let mut trace = trace::trace(&source, context, hot);
             if trace.insns.is_empty() {
                 // Not even one whole instruction on this page.
@@ -106,7 +153,7 @@ impl Cpu {
                 if let Some(found) = self.shared.code.find(&key) {
                     return Ok(found);
                 }
-                source = self.source(key, linear, first, Some(second));
+                source = self.source(key, linear, first, Some(second), copies);
                 trace = trace::trace(&source, context, hot);
             }
             if let Some(end) = trace.insns.iter().position(|i| beyond_limit(i, context)) {
@@ -121,7 +168,9 @@ impl Cpu {
                 let physical = key.physical & !0xfff | rip & 0xfff;
                 self.shared.code.make_hot(Key { physical, rip, ..key });
             }
-            match self.add(&source, context, &trace, hot) {
+            let added = self.add(&source, context, &trace, hot);
+            spare::return_insns(trace.insns);
+            match added {
                 Ok(found) => return Ok(found),
                 Err(NotAdded::Full) => return Err(Stop::Full),
                 Err(NotAdded::Stale) => {}
@@ -132,11 +181,11 @@ impl Cpu {
     fn add(&self, source: &Source, context: &Context, trace: &Trace, hot: bool) -> Result<Found, NotAdded> {
         let rip = source.key.rip;
         let code = &self.shared.code;
-        let emit = |origin| {
-            let emitter = Emitter::new(origin, &code.stubs, context.mode, context.cs_base, rip, hot);
+        let emit = |origin, known: &dyn Fn(u64) -> Option<Found>| {
+            let emitter = Emitter::new(origin, &code.stubs, known, context, rip, hot);
             let emitted = emitter.block(&trace.insns, trace.next);
             if let Some(profile) = &self.shared.profile {
-                profile.translated(hot, emitted.bytes.len());
+                profile.translated(hot, emitted.asm.all().len());
             }
             emitted
         };
@@ -169,21 +218,28 @@ impl Cpu {
     }
 
     /// The bytes at `linear`. Their pages are watched before they are read.
-    fn source(&mut self, key: Key, linear: u64, first: (Page, u64), second: Option<(Page, u64)>) -> Source {
+    fn source<'a>(
+        &mut self,
+        key: Key,
+        linear: u64,
+        first: (Page, u64),
+        second: Option<(Page, u64)>,
+        copies: &'a mut PageCopies,
+    ) -> Source<'a> {
         let pages = [Some(first), second].map(|page| {
             page.map(|(page, physical)| {
                 self.watch(page);
                 (page, physical, self.shared.code.stores(physical))
             })
         });
-        let start = (linear & 0xfff) as usize;
-        let mut source = Source { key, start, page: [0; 4096 + MAX_INSN], len: 4096, pages };
-        copy_from_guest(first.0.host, &mut source.page[..4096]);
+        let (page, physical, stores) = (first.0, first.1, pages[0].map_or(0, |(.., stores)| stores));
+        let mut bytes = Cow::Borrowed(copies.get(page, physical, stores));
         if let Some((page, _)) = second {
-            copy_from_guest(page.host, &mut source.page[4096..]);
-            source.len += MAX_INSN;
+            let mut rest = [0; MAX_INSN];
+            copy_from_guest(page.host, &mut rest);
+            bytes.to_mut().extend(rest);
         }
-        source
+        Source { key, start: (linear & 0xfff) as usize, bytes, pages }
     }
 
     /// From here on every store to `page` is noticed.

@@ -10,9 +10,10 @@ use iced_x86::{Decoder, DecoderError};
 use super::{
     classify::{Class, classify, inlined},
     emit::Insn,
-    flags::{FlagUse, STATUS, flag_use, live_before},
+    flags::{FlagUse, STATUS, flag_use},
     jumps::Context,
     source::{BMI2, DECODER_OPTIONS, MAX_INSN, Source},
+    spare,
 };
 
 /// Instructions in a block at most.
@@ -22,7 +23,7 @@ const MAX_ROUNDS: usize = 8;
 /// Instructions behind a jump that are looked at for what they do to the flags.
 const LOOK_AHEAD: usize = 8;
 /// The same where the code is not hot.
-const SHORT_LOOK_AHEAD: usize = 4;
+pub const SHORT_LOOK_AHEAD: usize = 4;
 
 /// The instructions of a block.
 pub struct Trace {
@@ -42,7 +43,7 @@ pub fn trace(source: &Source, context: &Context, hot: bool) -> Trace {
 }
 
 struct Tracer<'a> {
-    source: &'a Source,
+    source: &'a Source<'a>,
     context: &'a Context,
     hot: bool,
     decoder: Decoder<'a>,
@@ -52,11 +53,11 @@ struct Tracer<'a> {
 }
 
 impl<'a> Tracer<'a> {
-    fn new(source: &'a Source, context: &'a Context, hot: bool) -> Self {
+    fn new(source: &'a Source<'a>, context: &'a Context, hot: bool) -> Self {
         let bytes = source.bytes();
         let decoder = Decoder::with_ip(context.mode.bits(), bytes, source.key.rip, *DECODER_OPTIONS);
         let start = source.start as u32;
-        let trace = Trace { insns: Vec::with_capacity(24), next: source.key.rip, closes: None, span: (start, start) };
+        let trace = Trace { insns: spare::insns(), next: source.key.rip, closes: None, span: (start, start) };
         Self { source, context, hot, decoder, trace, live: STATUS }
     }
 
@@ -89,8 +90,9 @@ impl<'a> Tracer<'a> {
     }
 
     fn finish(mut self) -> Trace {
-        let uses: Vec<_> = self.trace.insns.iter().map(|i| i.flags).collect();
-        for (insn, live) in self.trace.insns.iter_mut().zip(live_before(&uses, self.live)) {
+        let mut live = self.live;
+        for insn in self.trace.insns.iter_mut().rev() {
+            live = live & !insn.flags.kills | insn.flags.reads;
             insn.live = live;
         }
         self.trace
@@ -181,7 +183,7 @@ impl<'a> Tracer<'a> {
                 let other = if onward == target { insn.next() } else { target };
                 insn.flags.reads = insn.insn.rflags_read() & STATUS | self.live_at(other);
             }
-            (Class::JumpIf, None) => {
+            (Class::JumpIf | Class::Loop, None) => {
                 let both = self.live_at(target) | self.live_at(insn.next());
                 insn.flags.reads = insn.insn.rflags_read() & STATUS | both;
             }
@@ -213,7 +215,7 @@ impl<'a> Tracer<'a> {
 }
 
 /// Whether nothing behind the instruction is executed unless a jump leads there.
-fn ends_block(class: Class) -> bool {
+pub fn ends_block(class: Class) -> bool {
     use Class::{Cli, Copy, Leave, Nothing, Own, Pop, Push, Pushf, Sti, Swapgs, Vector};
     !matches!(class, Copy | Vector(_) | Nothing | Push | Pop | Leave | Cli | Sti | Swapgs | Pushf | Own(_))
 }
