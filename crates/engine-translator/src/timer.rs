@@ -11,8 +11,9 @@ use crate::{
     translate::in_emitted_code,
 };
 
-/// The processor's time that a vCPU uses between two samples, in ns. (Many hosts count it in ticks of 4 ms.)
-const SAMPLE_PERIOD: i64 = 1_000_000;
+/// Time between two samples, in ns: not one that guests' ticks are a multiple of, or all samples would be of these. (The
+/// clock of the thread's own time is looked at in the host's ticks only, so it has the same flaw.)
+const SAMPLE_PERIOD: i64 = 2_900_000;
 
 /// The timer of one vCPU. It exists while the vCPU runs.
 #[derive(Default)]
@@ -150,8 +151,7 @@ impl Drop for WakeTimer {
 // SAFETY: a timer id may be used by any thread of the process.
 unsafe impl Send for WakeTimer {}
 
-/// Has samples taken of what one vCPU executes, for as long as it runs. While it is idle it uses no time, and is left
-/// alone.
+/// Has samples taken of what one vCPU executes, while it does.
 #[derive(Default)]
 pub struct SampleTimer(Option<libc::timer_t>);
 
@@ -160,9 +160,24 @@ impl SampleTimer {
     pub fn start(&mut self, mailbox: *const Mailbox) {
         install();
         self.stop();
-        self.0 = create(libc::CLOCK_THREAD_CPUTIME_ID, sample_signal(), mailbox);
+        self.0 = create(libc::CLOCK_MONOTONIC, sample_signal(), mailbox);
+        self.set(SAMPLE_PERIOD);
+    }
+
+    /// The vCPU sleeps: it is left alone.
+    pub fn pause(&self) {
+        self.set(0);
+    }
+
+    /// It goes on.
+    pub fn go_on(&self) {
+        self.set(SAMPLE_PERIOD);
+    }
+
+    /// Sets the time between two samples, or none.
+    fn set(&self, ns: i64) {
         let Some(timer) = self.0 else { return };
-        let period = libc::timespec { tv_sec: 0, tv_nsec: SAMPLE_PERIOD };
+        let period = libc::timespec { tv_sec: 0, tv_nsec: ns };
         let spec = libc::itimerspec { it_interval: period, it_value: period };
         // SAFETY: `timer` exists; the specification is a valid structure.
         unsafe {

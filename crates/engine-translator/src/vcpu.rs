@@ -177,7 +177,9 @@ impl TranslatedVcpu {
                 if timeout.is_some_and(|t| t.is_zero()) {
                     lapic::take_requests(self.cpu(), request::TIMER);
                 } else {
+                    self.samples.pause();
                     self.mailbox().sleep(timeout);
+                    self.samples.go_on();
                 }
                 continue;
             }
