@@ -24,7 +24,7 @@ use crate::{
     system::emulate,
     timer::{SampleTimer, WakeTimer},
     translate::{
-        AccessDesc, AcrossDesc, Context, ExitDesc, ExitKind, FaultPoint, Found, LinkDesc, Origin, RefillDesc, Stop,
+        AccessDesc, AcrossDesc, Context, ExitDesc, ExitKind, FaultPoint, LinkDesc, Origin, RefillDesc, Stop,
         source::DECODER_OPTIONS,
     },
     vm::{BlockPtr, Blocks, Shared},
@@ -371,6 +371,7 @@ impl TranslatedVcpu {
             && (cpu.lapic.pending().is_some() || cpu.shared.extint.load(Ordering::Acquire));
         cpu.emitted.vectors = u32::from(context.mode.vectors());
         cpu.emitted.flag_word = to_flag_word(cpu.rflags);
+        cpu.emitted.context = *context;
         let table = context.mode.table();
         let rip = cpu.rip;
         let mut known = cpu.emitted.jumps().and_then(|jumps| {
@@ -383,7 +384,7 @@ impl TranslatedVcpu {
                 Some(entry) => entry,
                 None => match self.cpu().block(context, rip) {
                     Ok(found) => {
-                        self.remember(context, rip, &found);
+                        self.cpu().remember(context, rip, &found);
                         found.saved_entry
                     }
                     Err(stop) => return self.stopped(stop),
@@ -424,7 +425,7 @@ impl TranslatedVcpu {
                     self.cpu().rip = desc.rip;
                     match self.cpu().block(context, desc.rip) {
                         Ok(found) => {
-                            self.remember(context, desc.rip, &found);
+                            self.cpu().remember(context, desc.rip, &found);
                             self.shared.code.link_across(at, desc.check(at), generation, &found);
                             known = Some(found.saved_entry);
                         }
@@ -432,25 +433,6 @@ impl TranslatedVcpu {
                     }
                 }
                 other => return self.left(other),
-            }
-        }
-    }
-
-    /// Lets indirect jumps to `rip` find `found`.
-    fn remember(&mut self, context: &Context, rip: u64, found: &Found) {
-        let _phase = self.mailbox().phase.during(Place::Lookup);
-        let wide = context.mode.bits() == 64;
-        let within = |linear: u64| if wide { linear } else { linear & 0xffff_ffff };
-        let first = within(context.cs_base.wrapping_add(rip));
-        let second = if found.linkable { first } else { within((first & !0xfff).wrapping_add(0x1000)) };
-        let cpu = self.cpu();
-        let privilege = context.mode.privilege();
-        let global = [first, second].iter().all(|&linear| cpu.tlb.is_global_code(privilege, linear));
-        if let Some(jumps) = cpu.emitted.jumps() {
-            let table = context.mode.table();
-            jumps.set(table, rip, [first, second], found.saved_entry, global);
-            if found.linkable {
-                jumps.set_page(table, first, found.page_id, global);
             }
         }
     }

@@ -282,7 +282,7 @@ impl Emitter<'_> {
         let site = self.asm.label();
         self.asm.lea_label(reg::R10, site);
         self.asm.push(reg::R10);
-        self.asm.jmp_to(self.stubs.miss_saved);
+        self.asm.jmp_to(self.stubs.find);
         self.asm.section(Section::Hot);
         self.asm.bind(site);
         self.return_site(insn);

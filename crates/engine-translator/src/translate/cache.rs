@@ -36,8 +36,8 @@ use super::{
 
 pub use self::listing::{Content, Ends, GuestPlace, Piece};
 use self::{
-    blocks::{Block, Blocks, MAX_CACHE},
-    pages::Pages,
+    blocks::{Blocks, MAX_CACHE},
+    pages::{Living, Pages},
 };
 
 /// What a block was translated from.
@@ -108,8 +108,8 @@ struct Inner {
 }
 
 impl Inner {
-    fn find(&self, key: &Key) -> Option<&Block> {
-        self.pages.find(key, &self.blocks).map(|index| self.blocks.get(index))
+    fn find(&self, key: &Key) -> Option<Living> {
+        self.pages.find(key, &self.blocks)
     }
 }
 
@@ -155,16 +155,16 @@ impl CodeCache {
 
     /// The block for `key`.
     pub fn find(&self, key: &Key) -> Option<Found> {
-        self.lock().find(key).map(|block| self.found(block))
+        self.lock().find(key).map(|living| self.found(key, &living))
     }
 
-    fn found(&self, block: &Block) -> Found {
+    fn found(&self, key: &Key, living: &Living) -> Found {
         Found {
-            saved_entry: self.memory.base() + u64::from(block.saved_entry),
-            entry: self.memory.base() + u64::from(block.start),
-            page: block.key.physical >> 12,
-            linkable: block.key.second == 0,
-            page_id: block.page_id,
+            saved_entry: self.memory.base() + u64::from(living.saved_entry),
+            entry: self.memory.base() + u64::from(living.start),
+            page: key.physical >> 12,
+            linkable: !living.crosses,
+            page_id: living.page_id,
         }
     }
 
@@ -196,8 +196,8 @@ impl CodeCache {
         if !unchanged || !watched() {
             return Err(NotAdded::Stale);
         }
-        if let Some(block) = inner.find(&key) {
-            return Ok(self.found(block));
+        if let Some(living) = inner.find(&key) {
+            return Ok(self.found(&key, &living));
         }
         if inner.used + BLOCK_ROOM > self.memory.len() as u32 {
             return Err(NotAdded::Full);
@@ -207,7 +207,7 @@ impl CodeCache {
             let linear = key.context.cs_base.wrapping_add(rip);
             let physical = key.physical & !0xfff | linear & 0xfff;
             let key = Key { physical, rip, second: 0, context: key.context.grouped() };
-            inner.find(&key).map(|block| self.found(block))
+            inner.find(&key).map(|living| self.found(&key, &living))
         };
         let emitted = emit(self.memory.base() + u64::from(start), &known);
         let bytes = emitted.asm.all();
@@ -223,13 +223,12 @@ impl CodeCache {
         inner.used = place.end;
         let page_id = inner.pages.id(&key);
         let index = inner.blocks.push(key, place.start, place.end, page_id, span, emitted);
-        let predecessor = inner.pages.add(&key, index, &inner.blocks);
-        let block = inner.blocks.get(index);
+        let (living, predecessor) = inner.pages.add(&key, index, &inner.blocks);
         if let Some(old) = predecessor.map(|old| inner.blocks.get(old)) {
-            self.memory.redirect(old.start, block.start);
-            self.memory.redirect(old.saved_entry, block.saved_entry);
+            self.memory.redirect(old.start, living.start);
+            self.memory.redirect(old.saved_entry, living.saved_entry);
         }
-        let found = self.found(block);
+        let found = self.found(&key, &living);
         if key.second != 0 {
             inner.crossing.insert(Key { second: 0, ..key });
         } else if !inner.crossing.is_empty() {
@@ -304,10 +303,10 @@ impl CodeCache {
             inner.hot.clear();
         }
         if inner.hot.insert(key)
-            && let Some(index) = inner.pages.find(&key, &inner.blocks)
+            && let Some(living) = inner.find(&key)
         {
             inner.ends.heated += 1;
-            self.kill(inner, index);
+            self.kill(inner, living.index);
         }
     }
 

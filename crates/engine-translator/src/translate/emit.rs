@@ -420,7 +420,7 @@ impl<'a> Emitter<'a> {
         }
         self.poll(None, true);
         let host = look_up_jump(&mut self.asm, table);
-        self.asm.jcc_to(cc::NE, self.stubs.miss_saved);
+        self.asm.jcc_to(cc::NE, self.stubs.find);
         self.asm.jmp_mem(host);
     }
 

@@ -9,14 +9,18 @@ use crate::{
 };
 
 /// The functions behind `EmittedState::helpers`.
-pub fn helpers() -> [u64; 4] {
+pub fn helpers() -> [u64; COUNT] {
     [
         access as *const () as u64,
         commit as *const () as u64,
         quick_access as *const () as u64,
         refill as *const () as u64,
+        find as *const () as u64,
     ]
 }
+
+/// How many there are.
+pub const COUNT: usize = 5;
 
 /// Where the copied instruction of `desc` is to make its access; null if it raises `pending`, or is to come again with
 /// the world stopped.
@@ -81,6 +85,17 @@ extern "C" fn refill(block: *mut Block, address: u64, desc: *const u8, write: u6
         _ => {}
     }
     std::ptr::null_mut()
+}
+
+/// The host address of the block for `rip`, if there is one, which the jump table then has, too; else 0. The same
+/// restrictions as in [`quick_access`].
+extern "C" fn find(block: *mut Block, rip: u64) -> u64 {
+    // SAFETY: as in `access`.
+    let cpu = unsafe { &mut *(*block).cpu.get() };
+    cpu.emitted.lean = true;
+    let found = cpu.find_quickly(rip);
+    cpu.emitted.lean = false;
+    found.unwrap_or(0)
 }
 
 /// Completes a store that [`access`] prepared. Nonzero if the run loop is wanted before the next instruction.

@@ -65,7 +65,6 @@ fn page_bit(linear: u64) -> (usize, u64) {
     (number as usize / 64 % PAGE_WORDS, 1 << (number % 64))
 }
 
-#[derive(Default)]
 struct TableState {
     /// What its entries were translated for; `None`: never used, not even filled with misses.
     context: Option<Context>,
@@ -77,6 +76,15 @@ struct TableState {
     local_pages: Vec<u16>,
     /// The same for global ones.
     global_pages: Vec<u16>,
+}
+
+impl Default for TableState {
+    /// With room for all: `find_quickly` must not allocate.
+    fn default() -> Self {
+        let entries = || Vec::with_capacity(TABLE_ENTRIES + 1);
+        let pages = || Vec::with_capacity(PAGE_ENTRIES + 1);
+        Self { context: None, local: entries(), global: entries(), local_pages: pages(), global_pages: pages() }
+    }
 }
 
 /// What translations depend on beside the bytes: two blocks of one context may jump to each other by RIP alone.
@@ -137,6 +145,14 @@ impl JumpTables {
             }
         }
         self.state[table].context = Some(*context);
+    }
+
+    /// Whether something can be set in a table without tidying up.
+    pub fn has_room(&self, table: usize) -> bool {
+        let state = &self.state[table];
+        let entries = state.local.len().max(state.global.len());
+        let pages = state.local_pages.len().max(state.global_pages.len());
+        entries < TABLE_ENTRIES && pages < PAGE_ENTRIES
     }
 
     /// Where a jump to `rip` leads, if that is known.

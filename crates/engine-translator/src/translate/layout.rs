@@ -4,7 +4,7 @@ use std::mem::offset_of;
 
 use super::{
     asm::{Mem, reg},
-    jumps::{JumpTables, PAGE_ENTRIES, page_index},
+    jumps::{Context, JumpTables, PAGE_ENTRIES, page_index},
 };
 use crate::{
     clock::GuestClock,
@@ -73,13 +73,15 @@ pub struct EmittedState {
     /// The block itself.
     pub block: u64,
     /// Rust functions that stubs call.
-    pub helpers: [u64; 4],
+    pub helpers: [u64; super::helpers::COUNT],
     /// An exception raised by a slow access.
     pub pending: Option<Exception>,
     /// The linear address that a refill found no page for, and whether for a store, if that may be a page fault.
     pub refill_failed: Option<(u64, bool)>,
     /// How often the code cache had been emptied when the jump tables last were for that.
     pub generation: u64,
+    /// What the run loop executes.
+    pub context: Context,
     /// This vCPU's jump tables; null for processors without a block.
     pub jumps: *mut JumpTables,
 }
@@ -113,10 +115,11 @@ impl Default for EmittedState {
             exit_kind: 0,
             signal: (0, 0, 0, 0),
             block: 0,
-            helpers: [0; 4],
+            helpers: [0; super::helpers::COUNT],
             pending: None,
             refill_failed: None,
             generation: 0,
+            context: Context::default(),
             jumps: std::ptr::null_mut(),
         }
     }
@@ -241,6 +244,7 @@ pub mod at {
     pub const HELPER_COMMIT: Mem = Mem::gs(HELPER_ACCESS.disp + 8);
     pub const HELPER_QUICK: Mem = Mem::gs(HELPER_ACCESS.disp + 16);
     pub const HELPER_REFILL: Mem = Mem::gs(HELPER_ACCESS.disp + 24);
+    pub const HELPER_FIND: Mem = Mem::gs(HELPER_ACCESS.disp + 32);
     pub const XMM: Mem = emitted!(xmm);
     pub const POLL: Mem = Mem::gs((offset_of!(Block, mailbox) + offset_of!(Mailbox, poll)) as i32);
     pub const XSTATE: Mem = Mem::gs((CPU + offset_of!(Cpu, xstate) + offset_of!(XState, area)) as i32);

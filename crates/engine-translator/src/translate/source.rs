@@ -112,6 +112,38 @@ impl Cpu {
         }
     }
 
+    /// The entry of the block at `rip` in the context under way, if there is one and nothing out of the way is needed to
+    /// find it.
+    pub fn find_quickly(&mut self, rip: u64) -> Option<u64> {
+        let context = self.emitted.context;
+        let linear = self.fetch_address(&context, rip).ok()?;
+        if linear & 0xfff > (4096 - MAX_INSN) as u64 || !self.emitted.jumps()?.has_room(context.mode.table()) {
+            return None;
+        }
+        let (_, physical) = self.fetch_page(linear).ok()?;
+        let key = Key { physical: physical | linear & 0xfff, rip, second: 0, context };
+        let found = self.shared.code.find(&key)?;
+        self.remember(&context, rip, &found);
+        Some(found.saved_entry)
+    }
+
+    /// Lets indirect jumps to `rip` find `found`, and direct ones to its page know that.
+    pub fn remember(&mut self, context: &Context, rip: u64, found: &Found) {
+        let wide = context.mode.bits() == 64;
+        let within = |linear: u64| if wide { linear } else { linear & 0xffff_ffff };
+        let first = within(context.cs_base.wrapping_add(rip));
+        let second = if found.linkable { first } else { within((first & !0xfff).wrapping_add(0x1000)) };
+        let privilege = context.mode.privilege();
+        let global = [first, second].iter().all(|&linear| self.tlb.is_global_code(privilege, linear));
+        if let Some(jumps) = self.emitted.jumps() {
+            let table = context.mode.table();
+            jumps.set(table, rip, [first, second], found.saved_entry, global);
+            if found.linkable {
+                jumps.set_page(table, first, found.page_id, global);
+            }
+        }
+    }
+
     fn find_or_translate(&mut self, context: &Context, rip: u64) -> Result<Found, Stop> {
         let linear = self.fetch_address(context, rip)?;
         let first = self.fetch_page(linear)?;

@@ -24,6 +24,8 @@ pub struct Stubs {
     pub link: u64,
     /// The same with the flags in `flag_word`.
     pub link_saved: u64,
+    /// Jumped to with a RIP in R11 that no table has, flags in `flag_word`; goes there if it is translated.
+    pub find: u64,
     /// Called in front of an `AcrossDesc`, with the flags in `flag_word`; does not return.
     pub across: u64,
     /// By jump table: jumped to with a RIP in R11, flags in `flag_word`; goes where the table says.
@@ -68,6 +70,7 @@ impl Stubs {
             (self.dead, "dead"),
             (self.dead_saved, "dead"),
             (self.across, "link"),
+            (self.find, "find"),
             (self.sentinels[0], "jump"),
             (self.signal, "signal"),
             (self.access, "access"),
@@ -129,12 +132,15 @@ pub fn assemble(asm: &mut Asm) -> Stubs {
     stubs.dead = call_stub(asm, ExitKind::Dead, live_tail);
     stubs.dead_saved = call_stub(asm, ExitKind::Dead, saved_tail);
 
+    asm.align(16, 0);
+    stubs.find = asm.here();
+    find(asm, stubs.miss_saved);
     for table in 0..TABLES {
         asm.align(16, 0);
         stubs.sentinels[table] = asm.here();
         asm.lea(reg::RSP, Mem::at(reg::RSP, -8));
         stubs.by_table[table] = asm.here();
-        by_table(asm, table, stubs.miss_saved);
+        by_table(asm, table, stubs.find);
     }
 
     asm.align(16, 0);
@@ -189,6 +195,30 @@ fn enter(asm: &mut Asm) {
     }
     asm.load(reg::RSP, at::RETURNS);
     asm.jmp_mem(at::ENTRY);
+}
+
+/// `find(block, rip) -> host address, or 0`, for the RIP in R11, with the flags in `flag_word`.
+fn find(asm: &mut Asm, miss: u64) {
+    for r in CALLER_SAVED {
+        asm.store(gpr(r), r);
+    }
+    to_host_stack(asm);
+    asm.push(reg::R11);
+    asm.push(reg::R11);
+    keep_xmm(asm, Asm::store_xmm);
+    asm.load(reg::RDI, at::BLOCK);
+    asm.mov_rr(reg::RSI, reg::R11);
+    asm.call_mem(at::HELPER_FIND);
+    asm.mov_rr(reg::R10, reg::RAX);
+    keep_xmm(asm, Asm::load_xmm);
+    asm.pop(reg::R11);
+    to_returns(asm);
+    for r in CALLER_SAVED {
+        asm.load(r, gpr(r));
+    }
+    asm.test_rr(reg::R10);
+    asm.jcc_to(cc::E, miss);
+    asm.jmp_reg(reg::R10);
 }
 
 /// From the stack of returns to the host's, for Rust code.

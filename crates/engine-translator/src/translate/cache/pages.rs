@@ -2,15 +2,35 @@
 
 use rustc_hash::FxHashMap as HashMap;
 
-use super::{Key, blocks::Blocks};
+use super::{
+    Key,
+    blocks::{Block, Blocks},
+};
 use crate::translate::jumps::Context;
+
+/// A living block, as whoever looks for it needs it: a look into the list of all blocks would cost as much as all else.
+#[derive(Clone, Copy)]
+pub struct Living {
+    /// Index of the block.
+    pub index: u32,
+    /// See [`super::Found::page_id`].
+    pub page_id: u32,
+    /// See [`super::blocks::Block::start`].
+    pub start: u32,
+    /// See [`super::blocks::Block::saved_entry`].
+    pub saved_entry: u32,
+    /// It lies on two pages.
+    pub crosses: bool,
+}
 
 /// The blocks of one page.
 #[derive(Default)]
 struct Page {
-    /// Living ones that begin on it, by where: their offsets and indices.
-    living: Vec<(u16, u32)>,
-    /// Dead ones that begin on it and have no successor yet.
+    /// Where the living ones begin, in ascending order.
+    offsets: Vec<u16>,
+    /// They, in the same order.
+    living: Vec<Living>,
+    /// Dead ones that begin on it and have no successor yet: their offsets and indices.
     dead: Vec<(u16, u32)>,
     /// Living ones that begin on another page and end on this one.
     ending: Vec<u32>,
@@ -19,6 +39,12 @@ struct Page {
 }
 
 impl Page {
+    fn id(&self, key: &Key) -> Option<u32> {
+        let linear = key.rip >> 12;
+        let same = |(context, page, _): &&(Context, u64, u32)| *page == linear && *context == key.context;
+        self.ids.iter().find(same).map(|(.., id)| *id)
+    }
+
     fn holds_code(&self) -> bool {
         !self.living.is_empty() || !self.ending.is_empty()
     }
@@ -41,39 +67,44 @@ fn second_page(key: &Key) -> Option<u64> {
 }
 
 impl Pages {
-    /// Index of the living block for `key`.
-    pub fn find(&self, key: &Key, blocks: &Blocks) -> Option<u32> {
-        let living = &self.pages.get(&(key.physical >> 12))?.living;
-        let offset = offset_of(key);
-        let first = living.partition_point(|(at, _)| *at < offset);
-        let same = living[first..].iter().take_while(|(at, _)| *at == offset);
-        same.map(|(_, index)| *index).find(|index| blocks.get(*index).key == *key)
+    /// The living block for `key`.
+    pub fn find(&self, key: &Key, blocks: &Blocks) -> Option<Living> {
+        let page = self.pages.get(&(key.physical >> 12))?;
+        let (id, offset) = (page.id(key)?, offset_of(key));
+        let first = page.offsets.partition_point(|at| *at < offset);
+        let same = page.offsets[first..].iter().zip(&page.living[first..]).take_while(|(at, _)| **at == offset);
+        let whole = |living: &&Living| match living.crosses {
+            true => blocks.get(living.index).key.second == key.second,
+            false => key.second == 0,
+        };
+        same.map(|(_, living)| living).find(|living| living.page_id == id && whole(living)).copied()
     }
 
     /// What the page of `key` is called where it is at the linear address of `key`, in its context. None is called 0 or
     /// `NEVER`.
     pub fn id(&mut self, key: &Key) -> u32 {
-        let ids = &mut self.pages.entry(key.physical >> 12).or_default().ids;
-        let linear = key.rip >> 12;
-        if let Some((.., id)) = ids.iter().find(|(context, page, _)| *page == linear && *context == key.context) {
-            return *id;
-        }
-        self.ids += 1;
-        ids.push((key.context, linear, self.ids));
-        self.ids
+        let page = self.pages.entry(key.physical >> 12).or_default();
+        page.id(key).unwrap_or_else(|| {
+            self.ids += 1;
+            page.ids.push((key.context, key.rip >> 12, self.ids));
+            self.ids
+        })
     }
 
-    /// Takes note of a new block. Returns the dead one that it succeeds.
-    pub fn add(&mut self, key: &Key, index: u32, blocks: &Blocks) -> Option<u32> {
+    /// Takes note of a new block. Returns the dead one that it succeeds, too.
+    pub fn add(&mut self, key: &Key, index: u32, blocks: &Blocks) -> (Living, Option<u32>) {
         if let Some(second) = second_page(key) {
             self.pages.entry(second).or_default().ending.push(index);
         }
         let page = self.pages.entry(key.physical >> 12).or_default();
         let offset = offset_of(key);
-        let place = page.living.partition_point(|(at, _)| *at <= offset);
-        page.living.insert(place, (offset, index));
-        let dead = page.dead.iter().position(|(at, i)| *at == offset && blocks.get(*i).key == *key)?;
-        Some(page.dead.swap_remove(dead).1)
+        let place = page.offsets.partition_point(|at| *at <= offset);
+        page.offsets.insert(place, offset);
+        let Block { page_id, start, saved_entry, .. } = *blocks.get(index);
+        let living = Living { index, page_id, start, saved_entry, crosses: key.second != 0 };
+        page.living.insert(place, living);
+        let dead = page.dead.iter().position(|(at, i)| *at == offset && blocks.get(*i).key == *key);
+        (living, dead.map(|dead| page.dead.swap_remove(dead).1))
     }
 
     /// Takes note of a block's death.
@@ -82,7 +113,10 @@ impl Pages {
             page.ending.retain(|i| *i != index);
         }
         if let Some(page) = self.pages.get_mut(&(key.physical >> 12)) {
-            page.living.retain(|(_, i)| *i != index);
+            if let Some(place) = page.living.iter().position(|living| living.index == index) {
+                page.offsets.remove(place);
+                page.living.remove(place);
+            }
             page.dead.push((offset_of(key), index));
         }
     }
@@ -90,7 +124,8 @@ impl Pages {
     /// Living blocks with bytes on a page.
     pub fn blocks_on(&self, number: u64) -> impl Iterator<Item = u32> {
         let page = self.pages.get(&number);
-        page.into_iter().flat_map(|page| page.living.iter().map(|(_, i)| *i).chain(page.ending.iter().copied()))
+        page.into_iter()
+            .flat_map(|page| page.living.iter().map(|living| living.index).chain(page.ending.iter().copied()))
     }
 
     /// Whether there are any.
