@@ -1,6 +1,6 @@
 //! The software TLB: linear page → host address, with the permissions of one privilege baked in.
 //!
-//! Emitted code looks an access up with one unsigned compare: `address - entry.read < 4096 - (size - 1)`. An invalid
+//! Emitted code looks an access up with one unsigned compare: `address - entry.tag < 4096 - (size - 1)`. An invalid
 //! tag is therefore one that no address mapping to the entry can come near (see [`invalid_tag`]), canonical or not.
 
 use crate::{
@@ -29,18 +29,28 @@ pub enum Privilege {
 /// Number of sets.
 pub const SETS: usize = 3;
 
-/// One entry. Its tags are linear page addresses, or invalid.
-#[repr(C, align(32))]
+/// One entry, for loads or for stores.
+#[repr(C, align(16))]
 #[derive(Clone, Copy, Debug)]
 pub struct Entry {
-    /// Tag for loads.
-    pub read: u64,
-    /// Tag for stores. Invalid also where a store has to be noticed (the page holds translated code).
-    pub write: u64,
+    /// Linear address of the page, or invalid. For stores it is that also where they have to be noticed (the page holds
+    /// translated code).
+    pub tag: u64,
     /// Host address of the page's first byte.
     pub host: u64,
-    /// Host address minus linear address.
-    pub delta: u64,
+}
+
+/// log2 of the size of an entry.
+pub const ENTRY_BITS: u32 = 4;
+const _: () = assert!(size_of::<Entry>() == 1 << ENTRY_BITS);
+
+/// The entries of one privilege. Those for loads lie together: most accesses are loads, and fewer cache lines serve them.
+#[repr(C)]
+pub struct Set {
+    /// For loads.
+    pub read: [Entry; SET_ENTRIES],
+    /// For stores.
+    pub write: [Entry; SET_ENTRIES],
 }
 
 /// One entry of the fetch side: where instructions are decoded from.
@@ -66,7 +76,7 @@ pub const fn invalid_tag(index: usize) -> u64 {
 #[repr(C, align(64))]
 pub struct Tlb {
     /// The sets, by [`Privilege`].
-    pub sets: [[Entry; SET_ENTRIES]; SETS],
+    pub sets: [Set; SETS],
     fetch: [[Fetch; FETCH_ENTRIES]; 2],
     /// Entries filled since the last flush, so that a flush touches only those: set and index.
     used: Vec<(u8, u16)>,
@@ -115,8 +125,8 @@ impl Tlb {
             &mut *tlb
         };
         for set in &mut tlb.sets {
-            for (index, entry) in set.iter_mut().enumerate() {
-                entry.invalidate(index);
+            for index in 0..SET_ENTRIES {
+                set.invalidate(index);
             }
         }
         tlb.forget_fetches();
@@ -165,10 +175,10 @@ impl std::ops::DerefMut for TlbHandle {
     }
 }
 
-impl Entry {
+impl Set {
     fn invalidate(&mut self, index: usize) {
-        let tag = invalid_tag(index);
-        (self.read, self.write) = (tag, tag);
+        self.read[index].tag = invalid_tag(index);
+        self.write[index].tag = invalid_tag(index);
     }
 }
 
@@ -183,7 +193,7 @@ impl Tlb {
         self.flush_non_global();
         for i in 0..self.global.len() {
             let (set, index) = self.global[i];
-            self.sets[set as usize][index as usize].invalidate(index as usize);
+            self.sets[set as usize].invalidate(index as usize);
         }
         self.global.clear();
         self.forget_fetches();
@@ -212,7 +222,7 @@ impl Tlb {
     pub fn flush_non_global(&mut self) {
         for i in 0..self.used.len() {
             let (set, index) = self.used[i];
-            self.sets[set as usize][index as usize].invalidate(index as usize);
+            self.sets[set as usize].invalidate(index as usize);
         }
         self.used.clear();
         self.forget_local_fetches();
@@ -227,7 +237,7 @@ impl Tlb {
         }
         let index = index(linear);
         for set in &mut self.sets {
-            set[index].invalidate(index);
+            set.invalidate(index);
         }
         for side in &mut self.fetch {
             side[index % FETCH_ENTRIES].tag = u64::MAX;
@@ -238,27 +248,24 @@ impl Tlb {
     /// Forgets that the page at host address `host` may be stored to.
     pub fn forbid_stores(&mut self, host: u64) {
         for &(set, index) in self.used.iter().chain(&self.global) {
-            let entry = &mut self.sets[set as usize][index as usize];
+            let entry = &mut self.sets[set as usize].write[index as usize];
             if entry.host == host {
-                entry.write = invalid_tag(index as usize);
+                entry.tag = invalid_tag(index as usize);
             }
         }
     }
 
     /// Whether the page of `linear` may be stored to, as far as is known here.
     pub fn may_store(&self, privilege: Privilege, linear: u64) -> bool {
-        self.sets[privilege as usize][index(linear)].write == linear & !0xfff
+        self.sets[privilege as usize].write[index(linear)].tag == linear & !0xfff
     }
 
     fn fill(&mut self, privilege: Privilege, linear: u64, walked: &Walked, host: u64, stores: bool) {
         let (set, index) = (privilege as usize, index(linear));
         let (tag, invalid) = (linear & !0xfff, invalid_tag(index));
-        self.sets[set][index] = Entry {
-            read: if walked.readable { tag } else { invalid },
-            write: if walked.writable && stores { tag } else { invalid },
-            host,
-            delta: host.wrapping_sub(tag),
-        };
+        let entry = |allowed: bool| Entry { tag: if allowed { tag } else { invalid }, host };
+        self.sets[set].read[index] = entry(walked.readable);
+        self.sets[set].write[index] = entry(walked.writable && stores);
         let list = if walked.global { &mut self.global } else { &mut self.used };
         list.push((set as u8, index as u16));
         // A list that only ever grows between flushes would not stay short.
@@ -286,11 +293,11 @@ impl Cpu {
     /// Where an access to linear `address` goes, or the fault that it raises. The address is canonical, and the
     /// access stays on its page.
     pub fn resolve(&mut self, address: u64, access: Access, privilege: Privilege) -> Result<Target, Exception> {
-        let entry = &self.tlb.sets[privilege as usize][index(address)];
+        let set = &self.tlb.sets[privilege as usize];
         let fetch = &self.tlb.fetch[usize::from(privilege != Privilege::User)][index(address) % FETCH_ENTRIES];
         let (tag, host) = match access {
-            Access::Read => (entry.read, entry.host),
-            Access::Write => (entry.write, entry.host),
+            Access::Read => (set.read[index(address)].tag, set.read[index(address)].host),
+            Access::Write => (set.write[index(address)].tag, set.write[index(address)].host),
             Access::Fetch => (fetch.tag, fetch.host),
         };
         if tag == address & !0xfff {

@@ -648,13 +648,14 @@ impl TranslatedVcpu {
         let emitted = &self.cpu().emitted;
         let (kind, value) = (ExitKind::from_raw(emitted.exit_kind), emitted.exit_value);
         let (_, _, address, place) = emitted.signal;
-        let branch = emitted.branch as *const u8;
+        let branch = emitted.branch;
         // SAFETY: for these kinds emitted code passes the address of such a descriptor.
         let (exit_desc, access_desc) =
             unsafe { (|| ExitDesc::read(value as *const u8), || *(value as *const AccessDesc)) };
-        let missed = |rip: u64| match code64 && !is_canonical(rip) && !branch.is_null() {
-            // SAFETY: emitted code has stored the descriptor's address on its way here.
-            true => Left::Astray(unsafe { ExitDesc::read(branch) }),
+        let enter = self.shared.code.stubs.enter;
+        let missed = |rip: u64| match code64 && !is_canonical(rip) && branch != 0 {
+            // SAFETY: emitted code has stored the descriptor's distance from the first stub on its way here.
+            true => Left::Astray(unsafe { ExitDesc::read((enter + branch) as *const u8) }),
             false => Left::Miss(rip),
         };
         if let Some(profile) = &self.profile {

@@ -85,6 +85,10 @@ pub struct Asm {
     uses: Vec<(Section, u32, Label)>,
     /// Positions of rel32 fields and the addresses that they refer to.
     far_uses: Vec<(Section, u32, u64)>,
+    /// Positions of fields for the distance of labels from `base`.
+    distances: Vec<(Section, u32, Label)>,
+    /// See `distances`.
+    pub base: u64,
     /// All of it, once it is finished.
     all: Vec<u8>,
 }
@@ -107,6 +111,8 @@ impl Asm {
             labels: Vec::new(),
             uses: Vec::new(),
             far_uses: Vec::new(),
+            distances: Vec::new(),
+            base: origin,
             all: Vec::new(),
         }
     }
@@ -117,7 +123,8 @@ impl Asm {
         self.labels.clear();
         self.uses.clear();
         self.far_uses.clear();
-        (self.current, self.origin) = (Section::Hot, origin);
+        self.distances.clear();
+        (self.current, self.origin, self.base) = (Section::Hot, origin, origin);
     }
 
     /// The current section's bytes.
@@ -157,10 +164,10 @@ impl Asm {
     /// Offset of `label` from the origin, once all code is there.
     pub fn offset_of(&self, label: Label) -> u32 {
         let (section, at) = self.labels[label.0 as usize].expect("label is bound");
-        self.base(section) + at
+        self.start_of(section) + at
     }
 
-    fn base(&self, section: Section) -> u32 {
+    fn start_of(&self, section: Section) -> u32 {
         // Jumps that are patched are aligned in their section; descriptors are read by Rust code as structures.
         let cold = self.sections[0].len().next_multiple_of(8);
         match section {
@@ -172,7 +179,7 @@ impl Asm {
 
     /// Length of the code so far, descriptors left out.
     pub fn code_len(&self) -> u32 {
-        self.base(Section::Cold) + self.sections[1].len() as u32
+        self.start_of(Section::Cold) + self.sections[1].len() as u32
     }
 
     /// Fills in all references.
@@ -180,19 +187,24 @@ impl Asm {
         for i in 0..self.uses.len() {
             let (section, at, label) = self.uses[i];
             let target = self.offset_of(label);
-            let rel = target.wrapping_sub(self.base(section) + at + 4);
+            let rel = target.wrapping_sub(self.start_of(section) + at + 4);
             self.patch(section, at, rel);
         }
         for i in 0..self.far_uses.len() {
             let (section, at, target) = self.far_uses[i];
-            let next = self.origin + u64::from(self.base(section) + at + 4);
+            let next = self.origin + u64::from(self.start_of(section) + at + 4);
             let rel = target.wrapping_sub(next) as i64;
             debug_assert_eq!(rel, i64::from(rel as i32));
             self.patch(section, at, rel as u32);
         }
+        for i in 0..self.distances.len() {
+            let (section, at, label) = self.distances[i];
+            let distance = self.origin - self.base + u64::from(self.offset_of(label));
+            self.patch(section, at, distance as u32);
+        }
         self.all.clear();
         for section in [Section::Hot, Section::Cold, Section::Data] {
-            self.all.resize(self.base(section) as usize, 0xcc);
+            self.all.resize(self.start_of(section) as usize, 0xcc);
             self.all.extend_from_slice(&self.sections[section as usize]);
         }
     }
@@ -383,6 +395,20 @@ impl Asm {
         }
     }
 
+    /// `mov qword [mem], distance of label from the base`
+    pub fn store_distance(&mut self, mem: Mem, label: Label) {
+        self.store_imm(mem, 0, 8);
+        let at = self.code().len() as u32 - 4;
+        self.distances.push((self.current, at, label));
+    }
+
+    /// Replaces the `len` bytes at `at` of the hot section, at most nine, by one instruction that does nothing.
+    pub fn erase(&mut self, at: usize, len: usize) {
+        const NOP9: [u8; 9] = [0x66, 0x0f, 0x1f, 0x84, 0, 0, 0, 0, 0];
+        debug_assert_eq!(len, NOP9.len());
+        self.sections[Section::Hot as usize][at..at + len].copy_from_slice(&NOP9);
+    }
+
     /// `movzx dst32, byte [mem]`
     pub fn load8(&mut self, dst: u8, mem: Mem) {
         self.op_mem(None, false, &[0x0f, 0xb6], dst, mem);
@@ -402,6 +428,11 @@ impl Asm {
     pub fn lea_label(&mut self, dst: u8, label: Label) {
         self.bytes(&[0x48 | (dst >> 3) << 2, 0x8d, (dst & 7) << 3 | 5]);
         self.rel32(label);
+    }
+
+    /// `sub dst, src`
+    pub fn sub_rr(&mut self, dst: u8, src: u8) {
+        self.op_rr(true, &[0x29], src, dst);
     }
 
     /// `sub dst, [mem]`

@@ -302,8 +302,7 @@ impl Emitter<'_> {
         let desc = self.asm.label_here();
         self.exit_desc(insn);
         self.asm.section(section);
-        self.asm.lea_label(reg::R10, desc);
-        self.asm.store(at::BRANCH, reg::R10);
+        self.asm.store_distance(at::BRANCH, desc);
     }
 
     // --- the stack

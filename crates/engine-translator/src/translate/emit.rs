@@ -16,13 +16,16 @@ use super::{
     masking::Masking,
     mode::Mode,
     operands::{Operand, keeps_hosts},
-    plan::{Check, plan},
+    plan::{Check, GROUPS, plan},
     source::{BMI2, MAX_INSN},
     spare,
     stubs::Stubs,
     trace::{SHORT_LOOK_AHEAD, ends_block},
 };
-use crate::segment::is_canonical;
+use crate::{
+    segment::is_canonical,
+    tlb::{ENTRY_BITS, Entry, SET_ENTRIES},
+};
 
 /// One guest instruction of a block.
 #[derive(Clone, Copy)]
@@ -109,6 +112,8 @@ pub struct Emitter<'a> {
     pub(super) last: bool,
     /// The groups whose host addresses R10 and R11 hold.
     pub(super) hosts: [Option<u8>; 2],
+    /// For each group where its host address is stored, until it is loaded from there.
+    pub(super) stores: [Option<(usize, usize)>; GROUPS],
     /// Which of the two gives way to the next one.
     pub(super) next_host: usize,
 }
@@ -125,7 +130,7 @@ impl<'a> Emitter<'a> {
     ) -> Self {
         let (mode, cs_base) = (context.mode, context.cs_base);
         Self {
-            asm: spare::asm(origin),
+            asm: spare::asm(origin, stubs.enter),
             mode,
             stubs,
             known,
@@ -141,6 +146,7 @@ impl<'a> Emitter<'a> {
             check: Check::Alone,
             last: false,
             hosts: [None; 2],
+            stores: [None; GROUPS],
             next_host: 0,
         }
     }
@@ -187,6 +193,9 @@ impl<'a> Emitter<'a> {
     }
 
     fn finish(mut self, labels: [Label; 2]) -> Emitted {
+        for group in 0..GROUPS {
+            self.erase_store(group);
+        }
         let code_len = self.asm.code_len();
         self.asm.finish();
         let mut faults: Vec<_> = self
@@ -485,7 +494,7 @@ impl<'a> Emitter<'a> {
         let tag = self.look_up(write, access.size as u32);
         let cold = self.asm.label();
         self.asm.jcc(cc::A, cold);
-        self.load_host();
+        self.load_host(write);
         if self.mode.compact() {
             let found = self.asm.label_here();
             self.refill(insn, [cold, found], access, access.size as u16, write);
@@ -520,24 +529,28 @@ impl<'a> Emitter<'a> {
     /// Looks the linear address in R10 up: compares so that it is found if the flags then say "not above". R10 becomes
     /// the offset in the page, R11 points at the entry. Returns the place of the tag there.
     pub(super) fn look_up(&mut self, write: bool, size: u32) -> i32 {
-        let field = if write { std::mem::offset_of!(crate::tlb::Entry, write) } else { 0 };
-        let tag = super::layout::tlb(self.mode.privilege(), field);
+        let tag = self.tlb_field(write, std::mem::offset_of!(Entry, tag));
+        let shift = (12 - ENTRY_BITS) as u8;
         if self.bmi2 {
-            self.asm.rorx(reg::R11, reg::R10, 12 - 5);
+            self.asm.rorx(reg::R11, reg::R10, shift);
         } else {
             self.asm.mov_rr(reg::R11, reg::R10);
-            self.asm.shr(reg::R11, 12 - 5);
+            self.asm.shr(reg::R11, shift);
         }
-        self.asm.and32(reg::R11, ((crate::tlb::SET_ENTRIES - 1) << 5) as u32);
+        self.asm.and32(reg::R11, ((SET_ENTRIES - 1) << ENTRY_BITS) as u32);
         self.asm.sub_mem(reg::R10, Mem::gs_at(reg::R11, tag));
         self.asm.cmp_ri(reg::R10, 0x1000 - size as i32);
         tag
     }
 
     /// R11: from the entry of the TLB to the host address of its page.
-    pub(super) fn load_host(&mut self) {
-        let host = super::layout::tlb(self.mode.privilege(), std::mem::offset_of!(crate::tlb::Entry, host));
+    pub(super) fn load_host(&mut self, write: bool) {
+        let host = self.tlb_field(write, std::mem::offset_of!(Entry, host));
         self.asm.load(reg::R11, Mem::gs_at(reg::R11, host));
+    }
+
+    fn tlb_field(&self, write: bool, field: usize) -> i32 {
+        super::layout::tlb(self.mode.privilege(), write, field)
     }
 
     /// What the TLB does not answer, at the first label: a call that fills it and goes on at the second one, behind the

@@ -20,13 +20,23 @@ impl Emitter<'_> {
         self.look_up(lead.write, lead.span);
         let cold = self.asm.label();
         self.asm.jcc(cc::A, cold);
-        self.load_host();
+        self.load_host(lead.write);
         let looked_up = self.asm.label_here();
         self.asm.lea(reg::R11, Mem::sum(reg::R10, reg::R11));
+        self.erase_store(lead.group.into());
+        let at = self.asm.code().len();
         self.asm.store(slot(lead.group), reg::R11);
+        self.stores[usize::from(lead.group)] = Some((at, self.asm.code().len() - at));
         self.hosts = [None, Some(lead.group)];
 
         self.refill(insn, [cold, looked_up], access, lead.span as u16, lead.write);
+    }
+
+    /// The host address of a group was not loaded from where it is stored: there it is not needed.
+    pub(super) fn erase_store(&mut self, group: usize) {
+        if let Some((at, len)) = self.stores[group].take() {
+            self.asm.erase(at, len);
+        }
     }
 
     /// The register that holds the host address of a group: R10 or R11.
@@ -38,6 +48,7 @@ impl Emitter<'_> {
         let i = self.hosts.iter().position(Option::is_none).unwrap_or(self.next_host);
         self.next_host = 1 - i;
         self.hosts[i] = Some(group);
+        self.stores[usize::from(group)] = None;
         self.asm.load(register(i), slot(group));
         register(i)
     }

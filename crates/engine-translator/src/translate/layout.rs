@@ -12,7 +12,7 @@ use crate::{
     exception::Exception,
     mailbox::Mailbox,
     msr::Msrs,
-    tlb::{Entry, Privilege, SET_ENTRIES, Tlb},
+    tlb::{Privilege, Set, Tlb},
     xstate::XState,
 };
 
@@ -49,7 +49,7 @@ pub struct EmittedState {
     pub xsave_mask: u64,
     /// A value on its way from one access to the next.
     pub temp: u64,
-    /// The `ExitDesc` of the last indirect branch in 64-bit code; 0 after a direct one to an address that is not
+    /// Where the `ExitDesc` of the last indirect branch in 64-bit code is, from the first stub on; 0 after a direct one to an address that is not
     /// canonical.
     pub branch: u64,
     /// Host registers lent to an instruction.
@@ -272,10 +272,11 @@ fn segment(index: usize, field: usize) -> Mem {
     Mem::gs((CPU + offset_of!(Cpu, seg) + index * size_of::<Segment>() + field) as i32)
 }
 
-/// Displacement of the TLB set of `privilege`, plus that of `field` in an entry.
-pub fn tlb(privilege: Privilege, field: usize) -> i32 {
-    let set = privilege as usize * SET_ENTRIES * size_of::<Entry>();
-    (offset_of!(Block, tlb) + offset_of!(Tlb, sets) + set + field) as i32
+/// Displacement of the TLB's entries of `privilege` for loads or stores, plus that of `field` in an entry.
+pub fn tlb(privilege: Privilege, write: bool, field: usize) -> i32 {
+    let set = privilege as usize * size_of::<Set>();
+    let side = if write { offset_of!(Set, write) } else { offset_of!(Set, read) };
+    (offset_of!(Block, tlb) + offset_of!(Tlb, sets) + set + side + field) as i32
 }
 
 /// Displacement of jump table `table`.

@@ -12,15 +12,12 @@ thread_local! {
     static FACTORY: RefCell<InstructionInfoFactory> = RefCell::new(InstructionInfoFactory::new());
 }
 
-/// An empty assembler for code that will lie at `origin`.
-pub fn asm(origin: u64) -> Asm {
-    match ASM.take() {
-        Some(mut asm) => {
-            asm.restart(origin);
-            asm
-        }
-        None => Asm::new(origin),
-    }
+/// An empty assembler for code that will lie at `origin`, in the cache at `base`.
+pub fn asm(origin: u64, base: u64) -> Asm {
+    let mut asm = ASM.take().unwrap_or_else(|| Asm::new(origin));
+    asm.restart(origin);
+    asm.base = base;
+    asm
 }
 
 /// Gives one back.

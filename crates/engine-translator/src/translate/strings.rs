@@ -9,7 +9,6 @@ use super::{
     emit::{Emitter, Insn},
     layout::at,
 };
-use crate::tlb::Entry;
 
 const RSI: u8 = gpr::RSI as u8;
 const RDI: u8 = gpr::RDI as u8;
@@ -53,14 +52,15 @@ impl Emitter<'_> {
         self.asm.mov_rr(reg::R10, pointer);
         self.look_up(write, size as u32);
         self.emulate_if(cc::A, insn);
+        self.load_host(write);
+        self.asm.lea(reg::R11, Mem::sum(reg::R10, reg::R11));
+        self.asm.sub_rr(reg::R11, pointer);
         if repeats(&insn.insn) {
             let scale = size.trailing_zeros() as u8;
             self.asm.lea(reg::R10, Mem { gs: false, base: Some(reg::R10), index: Some((RCX, scale)), disp: 0 });
             self.asm.cmp_ri(reg::R10, PAGE);
             self.emulate_if(cc::A, insn);
         }
-        let delta = super::layout::tlb(self.mode.privilege(), std::mem::offset_of!(Entry, delta));
-        self.asm.load(reg::R11, Mem::gs_at(reg::R11, delta));
     }
 
     fn host_string(&mut self, moves: bool, size: usize, repeats: bool) {

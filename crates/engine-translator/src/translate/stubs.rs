@@ -160,9 +160,9 @@ pub fn assemble(asm: &mut Asm) -> Stubs {
     let refills = [false, true].map(|write| refill(asm, write, saved_tail));
     for privilege in [Privilege::User, Privilege::Supervisor, Privilege::SupervisorAc] {
         for (write, body) in refills.into_iter().enumerate() {
-            let field = if write == 1 { std::mem::offset_of!(Entry, write) } else { 0 };
+            let tag = tlb(privilege, write == 1, std::mem::offset_of!(Entry, tag));
             stubs.refill[privilege as usize][write] = asm.here();
-            asm.add_mem(reg::R10, Mem::gs_at(reg::R11, tlb(privilege, field)));
+            asm.add_mem(reg::R10, Mem::gs_at(reg::R11, tag));
             asm.jmp_to(body);
         }
     }
