@@ -2,9 +2,11 @@
 //!
 //! Values are the SDM's. One file per subject; [`machine`] is the machine that they run on.
 
+mod apic;
 mod debugging;
 mod faults;
 mod interrupts;
+mod litmus;
 mod machine;
 mod modes;
 mod smc;
