@@ -3,6 +3,7 @@
 //! Values are the SDM's. One file per subject; [`machine`] is the machine that they run on.
 
 mod apic;
+mod cross_modifying;
 mod debugging;
 mod faults;
 mod interrupts;
@@ -10,4 +11,6 @@ mod litmus;
 mod machine;
 mod modes;
 mod smc;
+mod smc_pieces;
+mod smc_torture;
 mod smp;
