@@ -5,6 +5,7 @@
 mod apic;
 mod cross_modifying;
 mod debugging;
+mod deliverable;
 mod faults;
 mod interrupts;
 mod litmus;
@@ -14,3 +15,4 @@ mod smc;
 mod smc_pieces;
 mod smc_torture;
 mod smp;
+mod storms;
