@@ -7,6 +7,7 @@ mod cross_modifying;
 mod debugging;
 mod deliverable;
 mod faults;
+mod groups;
 mod interrupts;
 mod litmus;
 mod machine;
