@@ -3,6 +3,7 @@
 //! Values are the SDM's. One file per subject; [`machine`] is the machine that they run on.
 
 mod apic;
+mod calls;
 mod cross_modifying;
 mod debugging;
 mod deliverable;
@@ -17,3 +18,4 @@ mod smc_pieces;
 mod smc_torture;
 mod smp;
 mod storms;
+mod unmatched;
