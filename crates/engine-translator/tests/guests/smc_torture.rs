@@ -156,7 +156,7 @@ fn physical(linear: u64) -> u64 {
 
 #[test]
 fn any_function_by_any_store_in_any_order() {
-    const ROUNDS: u32 = 20_000;
+    const ROUNDS: u32 = 12_000;
     let m = Machine::new(1);
     make_functions(&m);
     // RBX: SHADOWS. R12: rounds left. R13: randomness. R14: CALLS. R15: SEGMENTS.
@@ -242,7 +242,7 @@ fn any_function_by_any_store_in_any_order() {
 fn a_loop_that_has_become_hot() {
     // Where the addend is: in the loop, or in a function on its page, another page, or two. It is stored to by way of
     // another mapping, or not.
-    const ROUNDS: u64 = 30_000_000;
+    const ROUNDS: u64 = 20_000_000;
     const EACH: u64 = 1 << 17;
     let window = 0x7000_0000;
     for (function, alias) in [(None, false), (None, true), (Some(CODE + 0x800), false), (Some(FUNCTIONS + 0xffd), true)]
