@@ -4,6 +4,7 @@
 
 mod apic;
 mod calls;
+mod calls_between;
 mod cross_modifying;
 mod debugging;
 mod deliverable;
