@@ -24,10 +24,11 @@ const TAIL: usize = 20;
 pub fn run(guest: &mut Debian<'_>, name: &str, script: &str, limit: Duration) -> Result<String> {
     let start = Instant::now();
     guest.ssh_with(&format!("cat > {name}.sh"), script.as_bytes())?;
-    guest.ssh(&format!(
+    let said = guest.ssh(&format!(
         "systemd-run --quiet --unit=soak-{name} --working-directory=/root --setenv=HOME=/root \
-         sh -c 'sh {name}.sh > {name}.log 2>&1; echo $? > {name}.status'"
+         sh -c 'sh {name}.sh > {name}.log 2>&1; echo $? > {name}.status' 2>&1 || echo failed"
     ))?;
+    ensure!(said.is_empty(), "{name} cannot be started in the guest: {said}");
     let status = wait(guest, name, start, limit)?;
     let log = guest.ssh(&format!("cat {name}.log"))?;
     let kept = target().join("xtask").join(format!("soak-{name}.log"));
