@@ -160,9 +160,22 @@ impl<'a> Debian<'a> {
             Err(RecvTimeoutError::Timeout) => bail!("it has been silent for {PATIENCE:?}"),
             Err(RecvTimeoutError::Disconnected) => bail!("the guest has ended"),
         }
+        self.write_log()
+    }
+
+    fn write_log(&self) -> Result<()> {
         let log = self.log();
         fs::create_dir_all(log.parent().unwrap_or(Path::new(".")))?;
         Ok(fs::write(log, &self.transcript)?)
+    }
+
+    /// Puts into the log what it has said meanwhile. It is an error if it has ended.
+    pub fn catch_up(&mut self) -> Result<()> {
+        self.transcript.extend(self.console.try_iter().flatten());
+        self.write_log()?;
+        let ended = self.child.try_wait()?;
+        ensure!(ended.is_none(), "the guest has ended; see {}", self.log().display());
+        Ok(())
     }
 
     /// Waits until the guest has powered off, and the run has ended well.

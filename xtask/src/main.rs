@@ -23,6 +23,7 @@ mod outer;
 mod piped;
 mod requirements;
 mod shell;
+mod soak;
 mod unit;
 
 use std::{process::ExitCode, time::Instant};
@@ -75,6 +76,8 @@ enum Chore {
     Fuzz(fuzz::FuzzArgs),
     /// Move Debian's boot to new machines at random moments, under the translator
     Midboot(midboot::MidbootArgs),
+    /// The image under load for a long time: stress-ng that checks its results, a C project built and tested
+    Soak(soak::SoakArgs),
 }
 
 fn main() -> ExitCode {
@@ -93,6 +96,7 @@ fn main() -> ExitCode {
         Chore::Bench(args) => bench::run(&args),
         Chore::Fuzz(args) => fuzz::run_all(&args),
         Chore::Midboot(args) => midboot::run(&args),
+        Chore::Soak(args) => soak::run(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -13,7 +13,10 @@ use purlin_arch::x86_64::{
 };
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::machine::*;
+use crate::{
+    apic::{CURRENT_COUNT, DIVIDE, EOI, ICR, INITIAL_COUNT, LVT_LINT0, LVT_TIMER, SELF_IPI, wrmsr, x2apic},
+    machine::*,
+};
 
 type Result = std::result::Result<(), IcedError>;
 type Code = fn(&mut CodeAssembler) -> Result;
@@ -23,33 +26,6 @@ const VECTOR: u8 = 0x41;
 const HANDLER: u64 = CODE + 0x4000;
 /// Each vCPU's counter of interrupts: R15 points at it.
 const COUNTERS: u64 = DATA;
-/// x2APIC registers as MSRs (SDM vol. 3A table 11-6).
-const EOI: u32 = 0x80b;
-const SVR: u32 = 0x80f;
-const ICR: u32 = 0x830;
-const LVT_TIMER: u32 = 0x832;
-const LVT_LINT0: u32 = 0x835;
-const INITIAL_COUNT: u32 = 0x838;
-const CURRENT_COUNT: u32 = 0x839;
-const DIVIDE: u32 = 0x83e;
-const SELF_IPI: u32 = 0x83f;
-
-/// WRMSR of a constant. Changes EAX, ECX and EDX.
-fn wrmsr(a: &mut CodeAssembler, index: u32, value: u64) -> Result {
-    a.mov(ecx, index)?;
-    a.mov(eax, value as u32)?;
-    a.mov(edx, (value >> 32) as u32)?;
-    a.wrmsr()
-}
-
-/// Enables the local APIC, in x2APIC mode.
-fn x2apic(a: &mut CodeAssembler) -> Result {
-    a.mov(ecx, msr::APIC_BASE)?;
-    a.rdmsr()?;
-    a.or(eax, 0xc00)?;
-    a.wrmsr()?;
-    wrmsr(a, SVR, 0x1ff)
-}
 
 /// Counts at R15 and ends the interrupt.
 fn counting_handler(m: &Machine, vector: u8) {

@@ -2,11 +2,22 @@
 //!
 //! Values are the SDM's. One file per subject; [`machine`] is the machine that they run on.
 
+mod apic;
+mod calls;
+mod calls_between;
+mod cross_modifying;
 mod debugging;
+mod deliverable;
 mod faults;
+mod groups;
 mod interrupts;
+mod litmus;
 mod machine;
 mod modes;
 mod profile;
 mod smc;
+mod smc_pieces;
+mod smc_torture;
 mod smp;
+mod storms;
+mod unmatched;

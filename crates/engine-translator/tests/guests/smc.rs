@@ -351,6 +351,125 @@ fn another_page_in_its_place() {
     assert_eq!(stop, Stop::Done(expected));
 }
 
+/// An instruction on two pages, and what comes behind it: a page of the second half for each value.
+fn halves(m: &Machine) -> [u64; 2] {
+    m.load(ONE + 0xff0, &[0x31, 0xc0, 0xeb, 9]); // xor eax, eax; jmp to the instruction
+    m.load(ONE + 0xffd, &[0xb8, 0x11, 0x22]);
+    let seconds = [TWO, TWO + 0x1000];
+    for (value, second) in [0x3333u16, 0x4444].into_iter().zip(seconds) {
+        m.poke(second, value);
+        m.load(second + 2, &[0x83, 0xc0, value as u8, 0xc3]); // add eax, imm8; ret
+    }
+    m.map(WINDOW, ONE, pte::P);
+    m.map(WINDOW + 0x1000, seconds[0], pte::P);
+    seconds
+}
+
+#[test]
+fn another_page_in_the_place_of_an_instructions_second() {
+    // INVLPG of the second page alone; the instruction is come to by a call, by a jump, or while its code is hot.
+    const ROUNDS: u32 = 1000;
+    for (entry, calls) in [(0xffd, 1), (0xff0, 1), (0xff0, 1000)] {
+        let m = Machine::new(1);
+        let seconds = halves(&m);
+        let pte = m.pte(WINDOW + 0x1000);
+        let (stop, _) = m.run(|a| {
+            let (mut again, mut call) = (a.create_label(), a.create_label());
+            a.mov(rbx, pte)?;
+            a.mov(rsi, WINDOW + 0x1ffc)?;
+            a.mov(rdi, WINDOW + entry)?;
+            a.xor(ebp, ebp)?;
+            a.mov(ecx, ROUNDS)?;
+            a.set_label(&mut again)?;
+            a.xor(qword_ptr(rbx), (seconds[0] ^ seconds[1]) as i32)?;
+            a.invlpg(ptr(rsi))?;
+            a.mov(edx, calls)?;
+            a.set_label(&mut call)?;
+            a.call(rdi)?;
+            a.dec(edx)?;
+            a.jnz(call)?;
+            a.imul_3(ebp, ebp, 3)?;
+            a.add(ebp, eax)?;
+            a.dec(ecx)?;
+            a.jnz(again)?;
+            a.mov(eax, ebp)?;
+            done(a)
+        });
+        let value = |i| if i % 2 == 0 { 0x4444_2211 + 0x44 } else { 0x3333_2211 + 0x33 };
+        let expected = (0..ROUNDS).fold(0u32, |sum, i| sum.wrapping_mul(3).wrapping_add(value(i)));
+        assert_eq!(stop, Stop::Done(expected), "from {entry:#x}, {calls} calls");
+    }
+}
+
+#[test]
+fn another_page_in_the_place_of_a_jumps_second() {
+    // Nothing but the jump's own bytes is executed on the second page, so only for these does INVLPG of it count.
+    const ROUNDS: u32 = 1000;
+    let jump = WINDOW + 0xfff;
+    let targets = [WINDOW + 0x100, WINDOW + 0x200];
+    let m = Machine::new(1);
+    let seconds = [TWO, TWO + 0x1000];
+    m.poke(ONE + 0xfff, 0xe9u8);
+    for ((target, second), value) in targets.into_iter().zip(seconds).zip([3, 5]) {
+        m.poke(second, (target as u32).wrapping_sub(jump as u32 + 5));
+        m.load(target - WINDOW + ONE, &function(value));
+    }
+    m.map(WINDOW, ONE, pte::P);
+    m.map(WINDOW + 0x1000, seconds[0], pte::P);
+    let pte = m.pte(WINDOW + 0x1000);
+    let (stop, _) = m.run(|a| {
+        let mut again = a.create_label();
+        a.mov(rbx, pte)?;
+        a.mov(rsi, WINDOW + 0x1000)?;
+        a.mov(rdi, jump)?;
+        a.xor(ebp, ebp)?;
+        a.mov(ecx, ROUNDS)?;
+        a.set_label(&mut again)?;
+        a.call(rdi)?;
+        a.imul_3(ebp, ebp, 3)?;
+        a.add(ebp, eax)?;
+        a.xor(qword_ptr(rbx), (seconds[0] ^ seconds[1]) as i32)?;
+        a.invlpg(ptr(rsi))?;
+        a.dec(ecx)?;
+        a.jnz(again)?;
+        a.mov(eax, ebp)?;
+        done(a)
+    });
+    let expected = (0..ROUNDS).fold(0u32, |sum, i| sum.wrapping_mul(3).wrapping_add(3 + 2 * (i % 2)));
+    assert_eq!(stop, Stop::Done(expected));
+}
+
+#[test]
+fn no_page_in_the_place_of_an_instructions_second() {
+    // The fetch of the second half faults, at the instruction; when the page is there again, it goes on.
+    let m = Machine::new(1);
+    halves(&m);
+    let pte = m.pte(WINDOW + 0x1000);
+    m.code(CODE, |a| {
+        let mut again = a.create_label();
+        a.mov(rbx, pte)?;
+        a.mov(rsi, WINDOW + 0x1000)?;
+        a.mov(rdi, WINDOW + 0xff0)?;
+        a.mov(ecx, 100)?;
+        a.set_label(&mut again)?;
+        a.call(rdi)?;
+        a.dec(ecx)?;
+        a.jnz(again)?;
+        a.and(qword_ptr(rbx), !1)?;
+        a.invlpg(ptr(rsi))?;
+        a.call(rdi)?;
+        done(a)
+    });
+    let mut guest = m.vcpu(0, |_| {});
+    let stop = guest.run();
+    assert_eq!(stop.vector(), (14, Some(0x10), WINDOW + 0xffd));
+    assert_eq!(guest.state().system.cr2, WINDOW + 0x1000);
+    let Stop::Vector(_, frame) = stop else { unreachable!() };
+    m.map(WINDOW + 0x1000, TWO, pte::P);
+    guest.resume(&frame, frame.rip);
+    assert_eq!(guest.run(), Stop::Done(0x3333_2211 + 0x33));
+}
+
 /// A second address space that shares the first's lower half but for [`WINDOW`].
 fn second_space(m: &Machine, frame: u64) -> u64 {
     let root = m.new_table();

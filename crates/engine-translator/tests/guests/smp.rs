@@ -1,7 +1,6 @@
-//! Several processors at once: `lock`, memory order, and code that one changes for another.
+//! Several processors at once: `lock`, and code that one changes for another.
 
 use iced_x86::{IcedError, code_asm::*};
-use purlin_arch::x86_64::regs::gpr::RDI;
 
 use crate::machine::*;
 
@@ -141,118 +140,10 @@ fn a_spin_lock_of_xchg_keeps_a_plain_counter() {
     assert_eq!(m.peek::<u64>(DATA + 0x100), 4 * u64::from(ROUNDS));
 }
 
-// --- memory order
-
-/// What a thread of a litmus test does, in order.
-#[derive(Clone, Copy)]
-enum Op {
-    /// Stores 1 to a location.
-    Store(u64),
-    /// The same, by XCHG.
-    Exchange(u64),
-    /// Loads a location into the thread's next result.
-    Load(u64),
-    Fence,
-}
-
-const X: u64 = 0;
-const Y: u64 = 1;
-/// Runs of one litmus test.
-const RUNS: u64 = 8000;
-const LOCATIONS: u64 = DATA;
-const RESULTS: u64 = DATA + 0x40_0000;
-const TURNS: u64 = DATA + 0x60_0000;
-
-/// Runs a litmus test; returns each run's results, those of all threads in turn.
-fn litmus(threads: &[&[Op]]) -> Vec<Vec<u8>> {
-    let m = Machine::new(threads.len() as u32);
-    let mut guests = Vec::new();
-    for (t, ops) in threads.iter().enumerate() {
-        let at = CODE + 0x1000 * t as u64;
-        // Locations are two arrays of cache lines; RDI counts in them. The next thread is waited for, but not for
-        // ever: it may have no processor to run on.
-        m.code(at, |a| {
-            let (mut again, mut wait, mut go) = (a.create_label(), a.create_label(), a.create_label());
-            a.mov(rbx, TURNS)?;
-            a.mov(rsi, RESULTS + 2 * RUNS * t as u64)?;
-            a.xor(edi, edi)?;
-            a.mov(r8, LOCATIONS)?;
-            a.set_label(&mut again)?;
-            a.inc(edi)?;
-            a.mov(qword_ptr(rbx + 64 * t as i32), rdi)?;
-            a.mov(ecx, 2000)?;
-            a.set_label(&mut wait)?;
-            a.cmp(qword_ptr(rbx + 64 * ((t + 1) % threads.len()) as i32), rdi)?;
-            a.jae(go)?;
-            a.dec(ecx)?;
-            a.jnz(wait)?;
-            a.set_label(&mut go)?;
-            a.mov(eax, 1)?;
-            let mut loaded = 0;
-            for op in *ops {
-                let place = |n: u64| r8 + (n * 64 * RUNS) as i32;
-                match *op {
-                    Op::Store(n) => a.mov(byte_ptr(place(n)), 1)?,
-                    Op::Exchange(n) => a.xchg(byte_ptr(place(n)), al)?,
-                    Op::Fence => a.mfence()?,
-                    Op::Load(n) => {
-                        let to = [r10b, r11b][loaded];
-                        loaded += 1;
-                        a.mov(to, byte_ptr(place(n)))?;
-                    }
-                }
-            }
-            for i in 0..loaded {
-                a.mov(byte_ptr(rsi + i as i32), [r10b, r11b][i])?;
-            }
-            a.add(rsi, 2)?;
-            a.add(r8, 64)?;
-            a.cmp(edi, RUNS as i32)?;
-            a.jb(again)?;
-            done(a)
-        });
-        guests.push(m.vcpu(t as u32, |s| s.regs.rip = at));
-    }
-    for (stop, guest) in run_all(&mut guests).into_iter().zip(&mut guests) {
-        assert!(matches!(stop, Stop::Done(_)), "{stop:?}");
-        assert_eq!(guest.state().regs.gpr[RDI], RUNS);
-    }
-    let result = |run: u64, t: usize, i: u64| m.peek::<u8>(RESULTS + 2 * RUNS * t as u64 + 2 * run + i);
-    let loads = |t: usize| threads[t].iter().filter(|op| matches!(op, Op::Load(_))).count() as u64;
-    (0..RUNS)
-        .map(|run| {
-            (0..threads.len())
-                .flat_map(|t| (0..loads(t)).map(move |i| (t, i)))
-                .map(|(t, i)| result(run, t, i))
-                .collect()
-        })
-        .collect()
-}
-
-fn never(name: &str, threads: &[&[Op]], forbidden: &[u8]) {
-    let results = litmus(threads);
-    assert!(!results.iter().any(|r| r == forbidden), "{name}: {forbidden:?} is forbidden");
-}
-
-/// The examples of SDM vol. 3A 8.2.3.
-#[test]
-fn memory_order_is_that_of_the_manual() {
-    use Op::*;
-    never("8.2.3.2", &[&[Store(X), Store(Y)], &[Load(Y), Load(X)]], &[1, 0]);
-    never("8.2.3.3", &[&[Load(X), Store(Y)], &[Load(Y), Store(X)]], &[1, 1]);
-    never("store buffer", &[&[Store(X), Fence, Load(Y)], &[Store(Y), Fence, Load(X)]], &[0, 0]);
-    never("8.2.3.9", &[&[Exchange(X), Load(Y)], &[Exchange(Y), Load(X)]], &[0, 0]);
-    never("8.2.3.6", &[&[Store(X)], &[Load(X), Store(Y)], &[Load(Y), Load(X)]], &[1, 1, 0]);
-    let readers: [&[Op]; 2] = [&[Load(X), Load(Y)], &[Load(Y), Load(X)]];
-    never("8.2.3.7", &[&[Store(X)], &[Store(Y)], readers[0], readers[1]], &[1, 0, 1, 0]);
-    let fenced: [&[Op]; 2] = [&[Load(X), Fence, Load(Y)], &[Load(Y), Fence, Load(X)]];
-    never("8.2.3.7, fenced", &[&[Store(X), Fence], &[Store(Y), Fence], fenced[0], fenced[1]], &[1, 0, 1, 0]);
-}
-
 // --- cross-modifying code
 
 /// PAUSE, and now and then an exit that lets the host run another vCPU. Counts in R13.
-fn relax(a: &mut CodeAssembler) -> Result<(), IcedError> {
+pub fn relax(a: &mut CodeAssembler) -> Result<(), IcedError> {
     let mut on = a.create_label();
     a.pause()?;
     a.inc(r13b)?;
