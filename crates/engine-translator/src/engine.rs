@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// Room for emitted code, in bytes. Pages are allocated as they are used.
-const CODE_CACHE: usize = 64 << 20;
+const CODE_CACHE: usize = 44 << 20;
 
 /// The translator.
 #[derive(Debug)]
@@ -46,7 +46,7 @@ impl TranslatorEngine {
         Ok(Self { tsc_khz: host_tsc_khz(), code_cache: CODE_CACHE, profile: None })
     }
 
-    /// With room for `bytes` of emitted code in each VM instead of the default, 64 MiB. At least 512 KiB.
+    /// With room for `bytes` of emitted code in each VM instead of the default, 44 MiB. At least 512 KiB.
     pub fn with_code_cache(mut self, bytes: usize) -> Self {
         self.code_cache = bytes.max(512 << 10);
         self

@@ -43,7 +43,7 @@ impl Fault {
             None => (0, Self::IN_R11),
         };
         debug_assert!(point.rip.is_none_or(|at| rip.wrapping_add(delta as u64) == at));
-        Self { offset: start + point.offset | saved | in_r11, delta }
+        Self { offset: (start + point.offset) | saved | in_r11, delta }
     }
 
     fn point(self, start: u32, rip: u64) -> FaultPoint {
@@ -57,6 +57,14 @@ impl Fault {
 
 /// Bytes of a granule: some blocks.
 const GRANULE: usize = 512;
+
+/// Makes room for `count` more, in steps that do not double what is there.
+fn grow<T>(list: &mut Vec<T>, count: usize) {
+    const STEP: usize = 1 << 14;
+    if list.len() + count > list.capacity() {
+        list.reserve_exact(STEP.max(count));
+    }
+}
 
 /// Offsets in the cache are less than this.
 pub const MAX_CACHE: usize = Fault::OFFSET as usize;
@@ -75,6 +83,9 @@ impl Blocks {
     /// Adds one at the end; `used` is the offset behind it. Returns its index.
     pub fn push(&mut self, key: Key, start: u32, used: u32, page_id: u32, span: (u32, u32), emitted: &Emitted) -> u32 {
         let index = self.blocks.len() as u32;
+        grow(&mut self.blocks, 1);
+        grow(&mut self.faults, emitted.faults.len());
+        grow(&mut self.return_sites, emitted.return_sites.len());
         self.blocks.push(Block {
             key,
             start,
