@@ -64,7 +64,9 @@ impl<'s, 'm> Server<'s, 'm> {
 
     /// The thread's work, from its start to its end.
     pub fn run(mut self, wake: &Wake) {
-        let mut was_held = false;
+        // As good as held: requests may wait that came with a saved device, and the hold before the first work may be over
+        // before this thread hears of it.
+        let mut was_held = true;
         loop {
             let told = wake.wait(&[PollFd::from_borrowed_fd(self.io.event(), PollFlags::IN)]);
             match told {
