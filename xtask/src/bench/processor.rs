@@ -25,10 +25,11 @@ mod tests {
     #[test]
     fn another_process_has_its_own() {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
-        let taken = time(child.id());
+        // It may have had none yet.
+        let taken = std::iter::repeat_with(|| time(child.id())).find(|taken| *taken > Duration::ZERO).unwrap();
         child.kill().unwrap();
         child.wait().unwrap();
-        assert!(taken > Duration::ZERO && taken < Duration::from_secs(1), "{taken:?}");
+        assert!(taken < Duration::from_secs(1), "{taken:?}");
         assert_eq!(time(child.id()), Duration::ZERO);
     }
 }
