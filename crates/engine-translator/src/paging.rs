@@ -269,7 +269,13 @@ impl Cpu {
 
     /// The entry at a physical address, a multiple of its size.
     fn read_entry(&mut self, physical: u64, wide: bool) -> Slot {
-        if let Some(page) = self.shared.ram.page(physical) {
+        let page = self.shared.ram.page(physical);
+        if self.emitted.lean && page.is_none_or(|page| self.shared.ram.is_watched(page)) {
+            // Not now, when neither the bus may be asked nor translations killed: as if it were absent, so that it is asked
+            // for again.
+            return Slot { value: 0, host: std::ptr::null_mut(), wide };
+        }
+        if let Some(page) = page {
             let host = page.host.wrapping_add((physical & 0xfff) as usize);
             let value = if wide {
                 wide_entry(host).load(Ordering::Acquire)
@@ -277,10 +283,6 @@ impl Cpu {
                 u64::from(narrow_entry(host).load(Ordering::Acquire))
             };
             return Slot { value, host, wide };
-        }
-        if self.emitted.lean {
-            // Not now: as if it were absent, so that it is asked for again.
-            return Slot { value: 0, host: std::ptr::null_mut(), wide };
         }
         // Tables in device memory: whatever the bus answers, which is all ones where nobody is.
         let mut bytes = [0; 8];

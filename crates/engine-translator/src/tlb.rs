@@ -255,6 +255,11 @@ impl Tlb {
         }
     }
 
+    /// Whether an entry can be filled without tidying up, which takes libc's copies (see `quick_access`).
+    pub fn has_room(&self) -> bool {
+        self.used.len().max(self.global.len()) < 4 * SET_ENTRIES
+    }
+
     /// Whether the page of `linear` may be stored to, as far as is known here.
     pub fn may_store(&self, privilege: Privilege, linear: u64) -> bool {
         self.sets[privilege as usize].write[index(linear)].tag == linear & !0xfff
@@ -273,6 +278,10 @@ impl Tlb {
             list.sort_unstable();
             list.dedup();
         }
+        self.note_size(linear, walked);
+    }
+
+    fn note_size(&mut self, linear: u64, walked: &Walked) {
         if walked.large {
             let (word, bit) = region(linear);
             self.large[word] |= bit;
@@ -314,6 +323,7 @@ impl Cpu {
             return Ok(Target::Mmio(walked.physical | address & 0xfff));
         };
         if access == Access::Fetch {
+            self.tlb.note_size(address, &walked);
             let side = &mut self.tlb.fetch[usize::from(privilege != Privilege::User)];
             side[index(address) % FETCH_ENTRIES] =
                 Fetch { tag: address & !0xfff, host: page.host as u64, global: walked.global };

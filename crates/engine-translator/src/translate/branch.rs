@@ -155,6 +155,10 @@ impl Emitter<'_> {
         let size = (self.mode.bits() / 8) as usize;
         let extra = if insn.insn.op_count() == 1 { i32::from(insn.insn.immediate16()) } else { 0 };
         let access = Access { size, flags: AccessDesc::READ, segment: STACK };
+        // Few calls, all of them forward, can make for any number of returns.
+        if self.pairs_returns() && !self.behind_sti {
+            self.poll(Some(insn.rip()), self.flags_saved);
+        }
         self.access(insn, &self.stack_top(0), access, &FlagUse::default(), STATUS, &mut |this, mem| {
             this.hosts = [None; 2];
             this.asm.load_sized(reg::R11, mem, size);

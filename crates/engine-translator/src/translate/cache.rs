@@ -173,8 +173,8 @@ impl CodeCache {
         self.lock().crossing.contains(key)
     }
 
-    /// How many stores to the watched page of `physical` there were: to be asked once the page is watched, before its
-    /// bytes are read.
+    /// How many stores to the page of `physical` there were while it was watched: to be asked before it is watched, and its
+    /// bytes are read. If there are no more later, it has been watched all the time, for that ends with a store.
     pub fn stores(&self, physical: u64) -> u64 {
         self.lock().stores[counter(physical >> 12)]
     }

@@ -110,6 +110,8 @@ pub struct Emitter<'a> {
     pub(super) check: Check,
     /// The present instruction is the block's last one.
     pub(super) last: bool,
+    /// The instruction before the present one is STI: no interrupt may come in between.
+    pub(super) behind_sti: bool,
     /// The groups whose host addresses R10 and R11 hold.
     pub(super) hosts: [Option<u8>; 2],
     /// For each group where its host address is stored, until it is loaded from there.
@@ -145,6 +147,7 @@ impl<'a> Emitter<'a> {
             rip,
             check: Check::Alone,
             last: false,
+            behind_sti: false,
             hosts: [None; 2],
             stores: [None; GROUPS],
             next_host: 0,
@@ -164,6 +167,7 @@ impl<'a> Emitter<'a> {
             let live_after = insns.get(i + 1).map_or(STATUS, |n| n.live);
             self.check = checks[i];
             self.last = i + 1 == insns.len();
+            self.behind_sti = i > 0 && insns[i - 1].class == Class::Sti;
             open = self.instruction(insn, live_after);
             if !open {
                 break;
@@ -382,7 +386,9 @@ impl<'a> Emitter<'a> {
         let linear = self.cs_base.wrapping_add(rip);
         // What begins at the end of the page may go on on the next one: no link leads there (see `CodeCache::link`).
         let same_page = linear >> 12 == self.page && linear & 0xfff <= (0x1000 - MAX_INSN) as u64;
-        if self.mode.bits() == 64 && !self.mode.step() && !same_page && is_canonical(rip) {
+        // (A poll says where the guest is by the distance from the block.)
+        let near = rip.wrapping_sub(self.rip) as i64 == i64::from(rip.wrapping_sub(self.rip) as i32);
+        if self.mode.bits() == 64 && !self.mode.step() && !same_page && is_canonical(rip) && near {
             self.free_flags(STATUS);
             if backward {
                 self.poll(Some(rip), true);

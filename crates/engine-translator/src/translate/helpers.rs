@@ -51,7 +51,7 @@ extern "C" fn quick_access(block: *mut Block, address: u64, desc: *const AccessD
     // SAFETY: as in `access`.
     let (cpu, desc) = unsafe { (&mut *(*block).cpu.get(), &*desc) };
     let canonical = (address as i64) << 16 >> 16 == address as i64;
-    let plain = desc.flags & AccessDesc::OFFSET == 0 && cpu.dr7 & 0xff == 0;
+    let plain = desc.flags & AccessDesc::OFFSET == 0 && cpu.dr7 & 0xff == 0 && cpu.tlb.has_room();
     if !canonical || !plain || usize::from(desc.size) > page_rest(address) {
         return std::ptr::null_mut();
     }
@@ -71,7 +71,7 @@ extern "C" fn refill(block: *mut Block, address: u64, desc: *const u8, write: u6
     // SAFETY: as in `access`.
     let (cpu, desc) = unsafe { (&mut *(*block).cpu.get(), RefillDesc::read(desc)) };
     let canonical = (address as i64) << 16 >> 16 == address as i64;
-    if !canonical || cpu.dr7 & 0xff != 0 {
+    if !canonical || cpu.dr7 & 0xff != 0 || !cpu.tlb.has_room() {
         return std::ptr::null_mut();
     }
     let (access, privilege) = (if desc.stores() { Access::Write } else { Access::Read }, cpu.privilege());

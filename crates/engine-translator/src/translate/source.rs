@@ -82,7 +82,7 @@ struct PageCopy {
 const COPIES: usize = 16;
 
 impl PageCopies {
-    /// The bytes of a page that is watched, and was before `stores` was asked for.
+    /// The bytes of a page that is watched, and has been since there had been `stores` to it, if there are no more by now.
     fn get(&mut self, page: Page, physical: u64, stores: u64) -> &[u8] {
         if self.0.is_empty() {
             self.0.resize_with(COPIES, || PageCopy { of: None, bytes: [0; 4096] });
@@ -260,8 +260,10 @@ impl Cpu {
     ) -> Source<'a> {
         let pages = [Some(first), second].map(|page| {
             page.map(|(page, physical)| {
+                // In this order: as long as there are no more stores, none has ended the watch either.
+                let stores = self.shared.code.stores(physical);
                 self.watch(page);
-                (page, physical, self.shared.code.stores(physical))
+                (page, physical, stores)
             })
         });
         let (page, physical, stores) = (first.0, first.1, pages[0].map_or(0, |(.., stores)| stores));

@@ -177,6 +177,10 @@ impl<'a> Tracer<'a> {
         }
         let target = insn.insn.near_branch_target();
         match (insn.class, insn.onward) {
+            // All flags are passed on; but the callee's block may have but one entry because of what its bytes say.
+            (Class::Call, _) => {
+                self.live_at(target);
+            }
             (Class::Jump, Some(_)) => insn.flags = FlagUse::default(),
             (Class::Jump, None) => insn.flags.reads = self.live_at(target),
             (Class::JumpIf, Some(onward)) => {

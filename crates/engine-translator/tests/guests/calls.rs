@@ -537,3 +537,25 @@ fn a_return_that_faults_faults_as_itself() {
         }
     }
 }
+
+/// A few functions, each of which calls the next one twice: 2^60 calls, all of them forward.
+#[test]
+fn calls_without_end_are_interrupted() {
+    let m = Machine::new(1);
+    m.code(CODE, |a| {
+        let mut functions: Vec<_> = (0..61).map(|_| a.create_label()).collect();
+        a.call(functions[0])?;
+        done(a)?;
+        for i in 0..60 {
+            a.set_label(&mut functions[i])?;
+            let next = functions[i + 1];
+            a.call(next)?;
+            a.call(next)?;
+            a.ret()?;
+        }
+        a.set_label(&mut functions[60])?;
+        a.ret()
+    });
+    let mut guest = m.vcpu(0, |_| {});
+    assert_eq!(guest.run_for(std::time::Duration::from_millis(200)), Stop::Kicked);
+}

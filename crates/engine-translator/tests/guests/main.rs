@@ -16,6 +16,7 @@ mod machine;
 mod modes;
 mod own_code;
 mod profile;
+mod refills;
 mod smc;
 mod smc_pieces;
 mod smc_torture;

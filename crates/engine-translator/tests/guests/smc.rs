@@ -626,3 +626,37 @@ fn registers_survive_a_store_to_code_on_the_same_page() {
     assert_eq!((gpr[RAX], gpr[RSI]), (0x1111_2222_3333_4444, 8));
     assert_ne!(gpr[RBX], 0);
 }
+
+/// A function takes a flag from its caller only from some time on: the flags that a call passes are right, though nobody
+/// had needed them when it was translated.
+#[test]
+fn a_function_that_begins_to_look_at_the_flags_finds_them() {
+    let m = Machine::new(1);
+    const FUNCTION: u64 = CODE + 0x200;
+    m.code(CODE, |a| {
+        let mut again = a.create_label();
+        a.mov(rcx, 3u64)?;
+        a.xor(ebx, ebx)?;
+        a.set_label(&mut again)?;
+        a.push(rbx)?;
+        a.stc()?;
+        a.call(FUNCTION)?;
+        a.pop(rbx)?;
+        a.add(ebx, eax)?;
+        a.dec(rcx)?;
+        a.mov(eax, ebx)?;
+        let mut end = a.create_label();
+        a.jz(end)?;
+        // From here on: setc al; movzx eax, al; ret.
+        a.mov(rdx, 0x00c3_c0b6_0fc0_920fu64)?;
+        a.mov(rsi, FUNCTION)?;
+        a.mov(qword_ptr(rsi), rdx)?;
+        a.jmp(again)?;
+        a.set_label(&mut end)?;
+        done(a)
+    });
+    // xor eax, eax; ret.
+    m.load(FUNCTION, &[0x31, 0xc0, 0xc3, 0x90, 0x90, 0x90, 0x90, 0x90]);
+    let mut guest = m.vcpu(0, |_| {});
+    assert_eq!(guest.run(), Stop::Done(2));
+}
