@@ -4,7 +4,7 @@
 //! at hand, and from the page that the linear address means now.
 //!
 //! *Direct* jumps to other pages are linked, behind a check that the page they lead to is what it was: each combination of
-//! mode, linear page and physical page has a number (`CodeCache::page_id`), and a table by linear page has the numbers of
+//! mode, linear page and physical page has a number (`Found::page_id`), and a table by linear page has the numbers of
 //! those that hold now.
 //!
 //! All of this is kept apart by mode, and emptied when linear addresses change their meaning.
