@@ -1,7 +1,8 @@
 //! The guest's serial port, or console, on standard input and output.
 
 use std::{
-    io::{self, Write},
+    io::{self, Stdout, Write},
+    os::fd::AsFd,
     sync::{Arc, mpsc},
     thread,
 };
@@ -11,7 +12,7 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fd::BorrowedFd,
     io::{Errno, read, retry_on_intr, write},
-    stdio::{stdin, stdout},
+    stdio::stdin,
 };
 
 use crate::{
@@ -23,38 +24,42 @@ use crate::{
 const ESCAPE_HELP: &str = "Ctrl-A x ends the run, Ctrl-A c lets a guest go on that a failed disk has paused, Ctrl-A h shows this, Ctrl-A Ctrl-A sends Ctrl-A to the guest";
 
 /// Standard output. The guest is stopped where it is lost: nobody could see what the guest does.
-pub struct Output {
+pub struct Output<F = Stdout> {
     stop: Arc<Stop>,
+    to: F,
     is_shared: bool,
 }
 
 impl Output {
     /// `stop` is asked for the end where the output is lost, and ends its waiting.
     pub fn new(stop: Arc<Stop>) -> Self {
-        Self { stop, is_shared: terminal::is_shared() }
+        Self { stop, to: io::stdout(), is_shared: terminal::is_shared() }
     }
 }
 
 /// A pipe that is ready takes this much without blocking (POSIX, PIPE_BUF).
 const CHUNK: usize = 4096;
 
-impl Write for Output {
-    /// Blocks while the reader does (the guest waits, nothing is lost), but not longer than the run is wanted: a vCPU
-    /// that sits here could not be stopped.
+impl<F: AsFd> Write for Output<F> {
+    /// Blocks while the reader does (nothing is lost), but not longer than the run is wanted: who has ended it does not
+    /// wait for a reader that takes nothing. A guest that has panicked has said why just before.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let chunk = bytes.get(..CHUNK).unwrap_or(bytes);
         loop {
-            if self.stop.reason().is_some() {
+            if let Some(Reason::OutputLost(_)) = self.stop.reason() {
                 return Ok(bytes.len());
             }
-            if !is_ready(stdout(), PollFlags::OUT) {
-                continue;
+            if !is_ready(self.to.as_fd(), PollFlags::OUT) {
+                match self.stop.reason() {
+                    None | Some(Reason::GuestPanicked) => continue,
+                    Some(_) => return Ok(bytes.len()),
+                }
             }
             // Before it is seen, so that a message of somebody who has seen it finds where the line is.
             if self.is_shared {
                 terminal::guest_wrote(chunk);
             }
-            match write(stdout(), chunk) {
+            match write(&self.to, chunk) {
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 // Said at the end of the run, which this is.
                 Err(errno) => self.stop.request(Reason::OutputLost(errno.into())),
@@ -202,7 +207,45 @@ impl Escape {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
+
     use super::*;
+    use crate::signals::Signal;
+
+    /// An output whose pipe is full, the reader of it, and how many bytes that has to read first.
+    fn full_pipe(stop: &Arc<Stop>) -> (Output<io::PipeWriter>, io::PipeReader, usize) {
+        let (reader, to) = io::pipe().unwrap();
+        let size = rustix::pipe::fcntl_setpipe_size(&to, CHUNK).unwrap();
+        let mut output = Output { stop: stop.clone(), to, is_shared: false };
+        output.write_all(&vec![b'x'; size]).unwrap();
+        (output, reader, size)
+    }
+
+    #[test]
+    fn the_last_words_of_a_guest_that_panics_wait_for_their_reader() {
+        let stop = Arc::default();
+        let (mut output, mut reader, before) = full_pipe(&stop);
+        stop.request(Reason::GuestPanicked);
+        let writer = thread::spawn(move || output.write_all(&[b'y'; 3 * CHUNK]));
+        let mut all = Vec::new();
+        reader.read_to_end(&mut all).unwrap();
+        writer.join().unwrap().unwrap();
+        assert_eq!(all[before..], [b'y'; 3 * CHUNK]);
+    }
+
+    #[test]
+    fn what_can_be_written_at_once_is_written_after_a_signal_and_the_rest_is_not_waited_for() {
+        let stop = Arc::default();
+        let (mut output, mut reader, before) = full_pipe(&stop);
+        stop.request(Reason::Signal(Signal::SIGTERM));
+        output.write_all(b"nobody reads").unwrap();
+        reader.read_exact(&mut vec![0; before]).unwrap();
+        output.write_all(b"last words").unwrap();
+        drop(output);
+        let mut rest = Vec::new();
+        reader.read_to_end(&mut rest).unwrap();
+        assert_eq!(rest, b"last words");
+    }
 
     fn all(escape: &mut Escape, text: &[u8]) -> (Vec<u8>, Vec<Command>) {
         escape.filter(text)
