@@ -3,6 +3,11 @@
 //! Emitted code looks an access up with one unsigned compare: `address - entry.tag < 4096 - (size - 1)`. An invalid
 //! tag is therefore one that no address mapping to the entry can come near (see [`invalid_tag`]), canonical or not.
 
+use std::{
+    hash::{BuildHasher, RandomState},
+    sync::LazyLock,
+};
+
 use crate::{
     cpu::Cpu,
     exception::Exception,
@@ -53,6 +58,28 @@ pub struct Set {
     pub write: [Entry; SET_ENTRIES],
 }
 
+/// A copy of one entry for stores: of the page that the stack pointer was on last. Most accesses to a stack are to it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct StackPage {
+    /// Linear address of the page, or [`NO_STACK`].
+    pub tag: u64,
+    /// From there to its host address.
+    pub distance: u64,
+}
+
+/// A page that no guest finds its stack on: not canonical, and nobody knows which.
+static NO_STACK: LazyLock<u64> = LazyLock::new(|| {
+    let random = RandomState::new().hash_one(0);
+    random & !(3 << 62) & !0xfff | 1 << 62
+});
+
+impl StackPage {
+    fn none() -> Self {
+        Self { tag: *NO_STACK, distance: NO_STACK.wrapping_neg() }
+    }
+}
+
 /// One entry of the fetch side: where instructions are decoded from.
 #[derive(Clone, Copy, Debug)]
 pub struct Fetch {
@@ -75,6 +102,8 @@ pub const fn invalid_tag(index: usize) -> u64 {
 /// The TLB of one vCPU.
 #[repr(C, align(64))]
 pub struct Tlb {
+    /// The page of the stack, by [`Privilege`].
+    pub stack: [StackPage; SETS],
     /// The sets, by [`Privilege`].
     pub sets: [Set; SETS],
     fetch: [[Fetch; FETCH_ENTRIES]; 2],
@@ -129,6 +158,7 @@ impl Tlb {
                 set.invalidate(index);
             }
         }
+        tlb.forget_stack(|_| true);
         tlb.forget_fetches();
     }
 }
@@ -200,6 +230,10 @@ impl Tlb {
         self.large = [0; 64];
     }
 
+    fn forget_stack(&mut self, which: impl Fn(&StackPage) -> bool) {
+        self.stack.iter_mut().filter(|page| which(page)).for_each(|page| *page = StackPage::none());
+    }
+
     fn forget_fetches(&mut self) {
         self.fetch = [[NO_FETCH; FETCH_ENTRIES]; 2];
     }
@@ -225,6 +259,7 @@ impl Tlb {
             self.sets[set as usize].invalidate(index as usize);
         }
         self.used.clear();
+        self.forget_stack(|_| true);
         self.forget_local_fetches();
     }
 
@@ -239,6 +274,7 @@ impl Tlb {
         for set in &mut self.sets {
             set.invalidate(index);
         }
+        self.forget_stack(|page| page.tag == linear & !0xfff);
         for side in &mut self.fetch {
             side[index % FETCH_ENTRIES].tag = u64::MAX;
         }
@@ -253,6 +289,7 @@ impl Tlb {
                 entry.tag = invalid_tag(index as usize);
             }
         }
+        self.forget_stack(|page| page.tag.wrapping_add(page.distance) == host);
     }
 
     /// Whether an entry can be filled without tidying up, which takes libc's copies (see `quick_access`).

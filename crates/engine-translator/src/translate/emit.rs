@@ -12,7 +12,7 @@ use super::{
     desc::{AccessDesc, ExitDesc, LinkDesc, RefillDesc},
     flags::{FlagUse, STATUS},
     jumps::{Context, JumpEntry},
-    layout::{at, gpr, jump_table},
+    layout::{at, gpr, jump_table, stack_page, tlb},
     masking::Masking,
     mode::Mode,
     operands::{Operand, keeps_hosts},
@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     segment::is_canonical,
-    tlb::{ENTRY_BITS, Entry, SET_ENTRIES},
+    tlb::{ENTRY_BITS, Entry, Privilege, SET_ENTRIES, StackPage},
 };
 
 /// One guest instruction of a block.
@@ -92,8 +92,6 @@ pub struct Emitter<'a> {
     pub(super) mode: Mode,
     pub(super) stubs: &'a Stubs,
     pub(super) flags_saved: bool,
-    /// Whether the host has BMI2.
-    pub(super) bmi2: bool,
     /// Whether it is to be fast; else it is to be short.
     pub(super) hot: bool,
     encoder: Encoder,
@@ -137,7 +135,6 @@ impl<'a> Emitter<'a> {
             stubs,
             known,
             flags_saved: false,
-            bmi2: *BMI2,
             hot,
             encoder: Encoder::new(64),
             faults: Vec::new(),
@@ -454,6 +451,11 @@ impl<'a> Emitter<'a> {
         op: &mut dyn FnMut(&mut Self, Mem),
     ) {
         let mem = match self.check {
+            Check::Alone if self.on_stack(operand) => {
+                self.free_flags(insn.live);
+                self.stack_access(insn, operand, access, access.size as u16, access.flags & AccessDesc::WRITE != 0);
+                Mem::at(reg::R11, 0)
+            }
             Check::Alone => {
                 self.free_flags(insn.live);
                 self.address(operand);
@@ -497,13 +499,14 @@ impl<'a> Emitter<'a> {
         });
         self.add_segment_base(access.segment);
 
-        let tag = self.look_up(write, access.size as u32);
+        let tag = look_up(&mut self.asm, self.mode.privilege(), write, access.size as u32);
         let cold = self.asm.label();
         self.asm.jcc(cc::A, cold);
         self.load_host(write);
         if self.mode.compact() {
             let found = self.asm.label_here();
-            self.refill(insn, [cold, found], access, access.size as u16, write);
+            let stub = self.stubs.refill[self.mode.privilege() as usize][usize::from(write)];
+            self.refill(insn, [cold, found], access, access.size as u16, stub);
             self.flags_before(flags, live_after);
             op(self, Mem::sum(reg::R10, reg::R11));
             return;
@@ -532,37 +535,35 @@ impl<'a> Emitter<'a> {
         debug_assert_eq!(self.flags_saved, after);
     }
 
-    /// Looks the linear address in R10 up: compares so that it is found if the flags then say "not above". R10 becomes
-    /// the offset in the page, R11 points at the entry. Returns the place of the tag there.
-    pub(super) fn look_up(&mut self, write: bool, size: u32) -> i32 {
-        let tag = self.tlb_field(write, std::mem::offset_of!(Entry, tag));
-        let shift = (12 - ENTRY_BITS) as u8;
-        if self.bmi2 {
-            self.asm.rorx(reg::R11, reg::R10, shift);
-        } else {
-            self.asm.mov_rr(reg::R11, reg::R10);
-            self.asm.shr(reg::R11, shift);
-        }
-        self.asm.and32(reg::R11, ((SET_ENTRIES - 1) << ENTRY_BITS) as u32);
-        self.asm.sub_mem(reg::R10, Mem::gs_at(reg::R11, tag));
-        self.asm.cmp_ri(reg::R10, 0x1000 - size as i32);
-        tag
-    }
-
     /// R11: from the entry of the TLB to the host address of its page.
     pub(super) fn load_host(&mut self, write: bool) {
-        let host = self.tlb_field(write, std::mem::offset_of!(Entry, host));
+        let host = tlb(self.mode.privilege(), write, std::mem::offset_of!(Entry, host));
         self.asm.load(reg::R11, Mem::gs_at(reg::R11, host));
     }
 
-    fn tlb_field(&self, write: bool, field: usize) -> i32 {
-        super::layout::tlb(self.mode.privilege(), write, field)
+    /// Whether what is at `operand` is probably on the page of the stack.
+    pub(super) fn on_stack(&self, operand: &Operand) -> bool {
+        self.mode.compact() && self.mode.flat(operand.segment) && operand.is_stack()
+    }
+
+    /// R11 = host address of an access that is probably to the page of the stack. Changes R10.
+    pub(super) fn stack_access(&mut self, insn: &Insn, operand: &Operand, access: Access, size: u16, write: bool) {
+        let privilege = self.mode.privilege();
+        self.asm.lea(reg::R11, Mem::at(reg::R15, operand.displacement() as i32));
+        self.asm.mov_rr(reg::R10, reg::R11);
+        self.asm.sub_mem(reg::R10, stack_page(privilege, std::mem::offset_of!(StackPage, tag)));
+        self.asm.cmp_ri(reg::R10, 0x1000 - i32::from(size));
+        let cold = self.asm.label();
+        self.asm.jcc(cc::A, cold);
+        self.asm.add_mem(reg::R11, stack_page(privilege, std::mem::offset_of!(StackPage, distance)));
+        let found = self.asm.label_here();
+        self.refill(insn, [cold, found], access, size, self.stubs.stack[privilege as usize][usize::from(write)]);
     }
 
     /// What the TLB does not answer, at the first label: a call that fills it and goes on at the second one, behind the
     /// look-up. Where there is more to the access than that, the instruction comes again, in code in which each access is
     /// checked by itself and has a slow path.
-    pub(super) fn refill(&mut self, insn: &Insn, labels: [Label; 2], access: Access, size: u16, write: bool) {
+    pub(super) fn refill(&mut self, insn: &Insn, labels: [Label; 2], access: Access, size: u16, stub: u64) {
         let group = matches!(self.check, Check::Lead(_));
         let desc = access.desc(insn);
         let special = AccessDesc::ALIGNED | AccessDesc::X87 | AccessDesc::LOCK;
@@ -572,7 +573,7 @@ impl<'a> Emitter<'a> {
         flags |= if group { RefillDesc::LINKED } else { 0 };
         let section = self.asm.section(Section::Cold);
         self.asm.bind(labels[0]);
-        self.asm.call_to(self.stubs.refill[self.mode.privilege() as usize][usize::from(write)]);
+        self.asm.call_to(stub);
         self.asm.jmp(labels[1]);
         self.asm.bytes(&RefillDesc::new(self.rip, insn.rip(), size, flags).to_bytes());
         if group {
@@ -666,6 +667,23 @@ fn kills_flags_soon(insns: &[Insn]) -> bool {
         }
     }
     false
+}
+
+/// Looks the linear address in R10 up: compares so that it is found if the flags then say "not above". R10 becomes
+/// the offset in the page, R11 points at the entry. Returns the place of the tag there.
+pub fn look_up(asm: &mut Asm, privilege: Privilege, write: bool, size: u32) -> i32 {
+    let tag = tlb(privilege, write, std::mem::offset_of!(Entry, tag));
+    let shift = (12 - ENTRY_BITS) as u8;
+    if *BMI2 {
+        asm.rorx(reg::R11, reg::R10, shift);
+    } else {
+        asm.mov_rr(reg::R11, reg::R10);
+        asm.shr(reg::R11, shift);
+    }
+    asm.and32(reg::R11, ((SET_ENTRIES - 1) << ENTRY_BITS) as u32);
+    asm.sub_mem(reg::R10, Mem::gs_at(reg::R11, tag));
+    asm.cmp_ri(reg::R10, 0x1000 - size as i32);
+    tag
 }
 
 /// Looks the RIP in R11 up in a jump table: compares so that it is found if the flags then say "equal", in the place that

@@ -6,7 +6,7 @@
 
 use super::{
     asm::{Mem, cc, reg},
-    emit::{Access, Emitter, Insn},
+    emit::{Access, Emitter, Insn, look_up},
     layout::at,
     plan::Lead,
 };
@@ -15,21 +15,29 @@ impl Emitter<'_> {
     /// R11 = host address of the lead's group. R10 is changed.
     pub(super) fn lead(&mut self, insn: &Insn, lead: &Lead, access: Access) {
         self.free_flags(insn.live);
-        self.address(&lead.low);
-        self.add_segment_base(lead.low.segment);
-        self.look_up(lead.write, lead.span);
-        let cold = self.asm.label();
-        self.asm.jcc(cc::A, cold);
-        self.load_host(lead.write);
-        let looked_up = self.asm.label_here();
-        self.asm.lea(reg::R11, Mem::sum(reg::R10, reg::R11));
+        if self.on_stack(&lead.low) {
+            self.stack_access(insn, &lead.low, access, lead.span as u16, lead.write);
+        } else {
+            self.look_up_lead(insn, lead, access);
+        }
         self.erase_store(lead.group.into());
         let at = self.asm.code().len();
         self.asm.store(slot(lead.group), reg::R11);
         self.stores[usize::from(lead.group)] = Some((at, self.asm.code().len() - at));
         self.hosts = [None, Some(lead.group)];
+    }
 
-        self.refill(insn, [cold, looked_up], access, lead.span as u16, lead.write);
+    fn look_up_lead(&mut self, insn: &Insn, lead: &Lead, access: Access) {
+        self.address(&lead.low);
+        self.add_segment_base(lead.low.segment);
+        look_up(&mut self.asm, self.mode.privilege(), lead.write, lead.span);
+        let cold = self.asm.label();
+        self.asm.jcc(cc::A, cold);
+        self.load_host(lead.write);
+        let looked_up = self.asm.label_here();
+        self.asm.lea(reg::R11, Mem::sum(reg::R10, reg::R11));
+        let stub = self.stubs.refill[self.mode.privilege() as usize][usize::from(lead.write)];
+        self.refill(insn, [cold, looked_up], access, lead.span as u16, stub);
     }
 
     /// The host address of a group was not loaded from where it is stored: there it is not needed.

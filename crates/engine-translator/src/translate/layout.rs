@@ -12,7 +12,7 @@ use crate::{
     exception::Exception,
     mailbox::Mailbox,
     msr::Msrs,
-    tlb::{Privilege, Set, Tlb},
+    tlb::{Privilege, Set, StackPage, Tlb},
     xstate::XState,
 };
 
@@ -52,6 +52,8 @@ pub struct EmittedState {
     /// Where the `ExitDesc` of the last indirect branch in 64-bit code is, from the first stub on; 0 after a direct one to an address that is not
     /// canonical.
     pub branch: u64,
+    /// The linear address that the page of the stack is not for.
+    pub stack_address: u64,
     /// Host registers lent to an instruction.
     pub lent: [u64; 2],
     /// Host addresses of the groups of the block under way.
@@ -104,6 +106,7 @@ impl Default for EmittedState {
             host_mxcsr: 0x1f80,
             xsave_mask: 0,
             temp: 0,
+            stack_address: 0,
             branch: 0,
             lent: [0; 2],
             groups: [0; super::plan::GROUPS],
@@ -232,6 +235,7 @@ pub mod at {
     pub const XSAVE_MASK_HIGH: Mem = Mem::gs(XSAVE_MASK.disp + 4);
     pub const TEMP: Mem = emitted!(temp);
     pub const BRANCH: Mem = emitted!(branch);
+    pub const STACK_ADDRESS: Mem = emitted!(stack_address);
     pub const LENT: Mem = emitted!(lent);
     pub const GROUPS: Mem = emitted!(groups);
     pub const HOST_RSP: Mem = emitted!(host_rsp);
@@ -277,6 +281,12 @@ pub fn tlb(privilege: Privilege, write: bool, field: usize) -> i32 {
     let set = privilege as usize * size_of::<Set>();
     let side = if write { offset_of!(Set, write) } else { offset_of!(Set, read) };
     (offset_of!(Block, tlb) + offset_of!(Tlb, sets) + set + side + field) as i32
+}
+
+/// The field at `field` of the page of the stack of `privilege`.
+pub fn stack_page(privilege: Privilege, field: usize) -> Mem {
+    let page = privilege as usize * size_of::<StackPage>();
+    Mem::gs((offset_of!(Block, tlb) + offset_of!(Tlb, stack) + page + field) as i32)
 }
 
 /// Displacement of jump table `table`.

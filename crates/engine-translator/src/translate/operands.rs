@@ -73,6 +73,12 @@ impl Operand {
         self.bits == 64
     }
 
+    /// Whether it is off the stack pointer alone, in 64-bit code, in a segment without a base.
+    pub fn is_stack(&self) -> bool {
+        let flat = self.segment != seg::FS && self.segment != seg::GS;
+        self.bits == 64 && self.base == Some(reg::RSP) && self.index.is_none() && self.fixed.is_none() && flat
+    }
+
     /// The base register.
     pub fn base(&self) -> Option<u8> {
         self.base

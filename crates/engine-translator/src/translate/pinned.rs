@@ -38,13 +38,13 @@ const SEQUENCES: &[(&str, usize, usize, Guest)] = &[
         a.movups(xmm1, xmmword_ptr(rsi + 16))?;
         a.movups(xmmword_ptr(rdi + 16), xmm1)
     }),
-    ("a function's beginning", 4, 14, |a| {
+    ("a function's beginning", 4, 12, |a| {
         a.push(rbp)?;
         a.push(rbx)?;
         a.sub(rsp, 24)?;
         a.mov(qword_ptr(rsp + 8), rdi)
     }),
-    ("a function's end", 3, 13, |a| {
+    ("a function's end", 3, 11, |a| {
         a.add(rsp, 24)?;
         a.pop(rbx)?;
         a.pop(rbp)

@@ -6,7 +6,7 @@ use purlin_arch::x86_64::regs::{gpr, rflags};
 
 use super::{
     asm::{Mem, cc, reg},
-    emit::{Emitter, Insn},
+    emit::{Emitter, Insn, look_up},
     layout::at,
 };
 
@@ -50,7 +50,7 @@ impl Emitter<'_> {
     /// accessed so.
     fn distance(&mut self, insn: &Insn, pointer: u8, write: bool, size: usize) {
         self.asm.mov_rr(reg::R10, pointer);
-        self.look_up(write, size as u32);
+        look_up(&mut self.asm, self.mode.privilege(), write, size as u32);
         self.emulate_if(cc::A, insn);
         self.load_host(write);
         self.asm.lea(reg::R11, Mem::sum(reg::R10, reg::R11));

@@ -3,11 +3,11 @@
 use super::{
     asm::{Asm, Mem, cc, reg},
     desc::RefillDesc,
-    emit::look_up_jump,
+    emit::{look_up, look_up_jump},
     jumps::TABLES,
-    layout::{ExitKind, at, gpr, pinned_pairs, tlb},
+    layout::{ExitKind, at, gpr, pinned_pairs, stack_page, tlb},
 };
-use crate::tlb::{Entry, Privilege};
+use crate::tlb::{Entry, Privilege, StackPage};
 
 /// Addresses of the stubs.
 #[derive(Clone, Copy, Debug, Default)]
@@ -45,6 +45,9 @@ pub struct Stubs {
     pub refill: [[u64; 2]; PRIVILEGES],
     /// What they have in common.
     pub refill_body: u64,
+    /// Likewise, with a linear address in R11 that is not on the page of the stack, or not all of the access: that page is
+    /// the one from then on, if the TLB has it.
+    pub stack: [[u64; 2]; PRIVILEGES],
     /// Called from an entry of a dead block, flags live; does not return.
     pub dead: u64,
     /// The same with the flags in `flag_word`.
@@ -77,6 +80,7 @@ impl Stubs {
             (self.refill_body, "refill"),
             (self.commit, "commit"),
         ];
+        names.extend(self.stack.iter().flatten().map(|&stack| (stack, "refill")));
         names.extend(self.refill.iter().flatten().map(|&refill| (refill, "refill")));
         names.sort_unstable();
         names
@@ -164,6 +168,9 @@ pub fn assemble(asm: &mut Asm) -> Stubs {
             stubs.refill[privilege as usize][write] = asm.here();
             asm.add_mem(reg::R10, Mem::gs_at(reg::R11, tag));
             asm.jmp_to(body);
+            asm.align(16, 0);
+            stubs.stack[privilege as usize][write] = asm.here();
+            turn_to_stack(asm, privilege, body);
         }
     }
     asm.align(16, 0);
@@ -317,10 +324,46 @@ fn access(asm: &mut Asm) {
     leave_from_helper(asm);
 }
 
+/// The length of the jump between a call of a refill and its descriptor.
+const JUMP: i32 = 5;
+
+/// The page of the stack is that of the linear address in R11 from now on, if it may be stored to.
+fn turn_to_stack(asm: &mut Asm, privilege: Privilege, refill: u64) {
+    let [tag, distance] = [std::mem::offset_of!(StackPage, tag), std::mem::offset_of!(StackPage, distance)]
+        .map(|field| stack_page(privilege, field));
+    let [entry_tag, entry_host] = [std::mem::offset_of!(Entry, tag), std::mem::offset_of!(Entry, host)]
+        .map(|field| Mem::gs_at(reg::R11, tlb(privilege, true, field)));
+    let unknown = asm.label();
+    asm.store(at::STACK_ADDRESS, reg::R11);
+    asm.mov_rr(reg::R10, reg::R11);
+    look_up(asm, privilege, true, 1);
+    asm.jcc(cc::A, unknown);
+    asm.load(reg::R10, entry_tag);
+    asm.store(tag, reg::R10);
+    asm.load(reg::R11, entry_host);
+    asm.sub_rr(reg::R11, reg::R10);
+    asm.store(distance, reg::R11);
+
+    // Whether it lies on one page.
+    asm.load(reg::R11, Mem::at(reg::RSP, 0));
+    asm.load16(reg::R10, Mem::at(reg::R11, JUMP));
+    asm.and32(reg::R10, u32::from(RefillDesc::SIZE));
+    asm.load_sized(reg::R11, at::STACK_ADDRESS, 4);
+    asm.and32(reg::R11, 0xfff);
+    asm.lea32(reg::R10, Mem::sum(reg::R10, reg::R11));
+    asm.cmp32_ri(reg::R10, 0x1000);
+    asm.jcc(cc::A, unknown);
+    asm.load(reg::R11, at::STACK_ADDRESS);
+    asm.add_mem(reg::R11, distance);
+    asm.ret();
+
+    asm.bind(unknown);
+    asm.load(reg::R10, at::STACK_ADDRESS);
+    asm.jmp_to(refill);
+}
+
 /// `refill(block, linear, desc, write) -> host address, or 0`, for the linear address in R10.
 fn refill(asm: &mut Asm, write: bool, exit: u64) -> u64 {
-    /// The length of the jump between the call and the descriptor.
-    const JUMP: i32 = 5;
     asm.align(16, 0);
     let start = asm.here();
     let apart = asm.label();

@@ -21,5 +21,6 @@ mod smc;
 mod smc_pieces;
 mod smc_torture;
 mod smp;
+mod stack_page;
 mod storms;
 mod unmatched;
