@@ -373,9 +373,9 @@ impl TranslatedVcpu {
                     match self.cpu().block(&context, rip) {
                         Ok(found) => {
                             let saved = flags & LinkDesc::SAVED != 0;
-                            if let Some(from) = from.filter(|_| found.linkable) {
+                            if let Some((from, conditional)) = from.filter(|_| found.linkable) {
                                 let entry = if saved { found.saved_entry } else { found.entry };
-                                self.shared.code.link(from, &origin, entry, &found);
+                                self.shared.code.link(from, conditional, &origin, entry, &found);
                             }
                             known = Some(found.saved_entry);
                         }

@@ -3,6 +3,8 @@
 //! Registers are numbered as in the encoding (0 RAX … 15 R15). Guest instructions that are copied are encoded by
 //! iced-x86 into the same buffer.
 
+use super::desc::LinkDesc;
+
 /// Host registers.
 pub mod reg {
     #![allow(missing_docs)]
@@ -89,6 +91,8 @@ pub struct Asm {
     distances: Vec<(Section, u32, Label)>,
     /// See `distances`.
     pub base: u64,
+    /// Positions of `LinkDesc`s and the places behind the conditional jumps that lead there.
+    links: Vec<(Section, u32, Label)>,
     /// All of it, once it is finished.
     all: Vec<u8>,
 }
@@ -113,6 +117,7 @@ impl Asm {
             far_uses: Vec::new(),
             distances: Vec::new(),
             base: origin,
+            links: Vec::new(),
             all: Vec::new(),
         }
     }
@@ -124,6 +129,7 @@ impl Asm {
         self.uses.clear();
         self.far_uses.clear();
         self.distances.clear();
+        self.links.clear();
         (self.current, self.origin, self.base) = (Section::Hot, origin, origin);
     }
 
@@ -201,6 +207,12 @@ impl Asm {
             let (section, at, label) = self.distances[i];
             let distance = self.origin - self.base + u64::from(self.offset_of(label));
             self.patch(section, at, distance as u32);
+        }
+        for i in 0..self.links.len() {
+            let (section, at, behind) = self.links[i];
+            let more = LinkDesc::behind(self.start_of(section) + at - self.offset_of(behind));
+            let desc = &mut self.sections[section as usize][at as usize..];
+            desc.iter_mut().zip(more).for_each(|(byte, more)| *byte |= more);
         }
         self.all.clear();
         for section in [Section::Hot, Section::Cold, Section::Data] {
@@ -558,6 +570,13 @@ impl Asm {
     pub fn jcc(&mut self, cc: u8, label: Label) {
         self.bytes(&[0x0f, 0x80 | cc]);
         self.rel32(label);
+    }
+
+    /// The descriptor of a link, and the place behind the conditional jump that leads to the link.
+    pub fn link_desc(&mut self, desc: LinkDesc, behind: Option<Label>) {
+        let at = self.code().len() as u32;
+        self.links.extend(behind.map(|behind| (self.current, at, behind)));
+        self.bytes(&desc.to_bytes());
     }
 
     /// Four bytes that say where `label` is from behind them.

@@ -54,12 +54,19 @@ impl Emitter<'_> {
 
     fn jump_if(&mut self, insn: &Insn, target: u64, backward: bool) {
         self.need_flags();
+        let condition = insn.insn.condition_code() as u8 - 1;
+        if let Some(entry) = self.beyond(target, backward) {
+            self.asm.jcc_to(condition, entry);
+            self.jump(insn.next(), false);
+            return;
+        }
         let taken = self.asm.label();
-        self.asm.jcc(insn.insn.condition_code() as u8 - 1, taken);
+        self.asm.jcc(condition, taken);
+        let behind = self.asm.label_here();
         self.jump(insn.next(), false);
         self.flags_saved = false;
         self.asm.bind(taken);
-        self.jump(target, backward);
+        self.jump_from(target, backward, Some(behind));
     }
 
     /// A conditional jump in the midst of the block.
@@ -69,12 +76,16 @@ impl Emitter<'_> {
         let condition = insn.insn.condition_code() as u8 - 1;
         let (condition, exit) =
             if insn.onward == Some(target) { (condition ^ 1, insn.next()) } else { (condition, target) };
+        if let Some(entry) = self.beyond(exit, exit <= insn.rip()) {
+            self.asm.jcc_to(condition, entry);
+            return;
+        }
         let leave = self.asm.label();
         self.asm.jcc(condition, leave);
-        let hosts = self.hosts;
+        let (hosts, behind) = (self.hosts, self.asm.label_here());
         self.asm.section(Section::Cold);
         self.asm.bind(leave);
-        self.jump(exit, exit <= insn.rip());
+        self.jump_from(exit, exit <= insn.rip(), Some(behind));
         self.asm.section(Section::Hot);
         (self.hosts, self.flags_saved) = (hosts, false);
     }

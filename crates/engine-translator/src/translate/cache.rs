@@ -342,11 +342,16 @@ impl CodeCache {
     /// the cache has been emptied since.
     ///
     /// Both must lie on the same physical page: the page's mapping may have changed since the jump's own block was
-    /// entered, and other address spaces that have the old page there would follow the link.
-    pub fn link(&self, from: u64, origin: &Origin, entry: u64, to: &Found) {
+    /// entered, and other address spaces that have the old page there would follow the link. The same then goes for the
+    /// conditional jump to `from` that ends at `conditional`.
+    pub fn link(&self, from: u64, conditional: Option<u64>, origin: &Origin, entry: u64, to: &Found) {
         let _inner = self.lock();
         if self.generation() == origin.generation && origin.page == to.page {
-            self.memory.redirect(self.offset(from), self.offset(entry));
+            let (from, entry) = (self.offset(from), self.offset(entry));
+            self.memory.redirect(from, entry);
+            if let Some(behind) = conditional {
+                self.memory.retarget(self.offset(behind), from, entry);
+            }
         }
     }
 

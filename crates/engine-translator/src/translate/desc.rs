@@ -66,10 +66,9 @@ impl AccessDesc {
 /// A direct jump that is not linked yet, to the page that its block begins on.
 #[derive(Clone, Copy, Debug)]
 pub struct LinkDesc {
-    /// Where it leads, from the block's RIP.
-    delta: i16,
-    /// See the constants.
-    pub flags: u8,
+    /// Where it leads, from the block's RIP: [`Self::DELTA`] bits with a sign. Then the flags. Then the distance to here from
+    /// behind the conditional jump that leads to this one, and may as well lead where this one does; 0 if there is none.
+    bits: u32,
 }
 
 impl LinkDesc {
@@ -77,16 +76,33 @@ impl LinkDesc {
     pub const SAVED: u8 = 1 << 0;
     /// It leads to code in which each access is checked by itself.
     pub const UNGROUPED: u8 = 1 << 1;
+    /// Length of the structure.
+    pub const LEN: usize = 3;
+
+    const DELTA: u32 = 13;
+    const CONDITIONAL: u32 = Self::DELTA + 2;
+    /// Distances are shorter.
+    const FAR: u32 = 1 << (8 * Self::LEN as u32 - Self::CONDITIONAL);
 
     /// A jump from the block for `from` to `rip`.
     pub fn new(from: u64, rip: u64, flags: u8) -> Self {
-        Self { delta: delta(from, rip), flags }
+        let mask = (1 << Self::DELTA) - 1;
+        let delta = i32::from(delta(from, rip));
+        debug_assert!((-0x1000..0x1000).contains(&delta), "on another page");
+        Self { bits: delta as u32 & mask | u32::from(flags) << Self::DELTA }
+    }
+
+    /// The bits that say that there is a conditional jump that ends `distance` bytes before the structure; none if that is
+    /// too far.
+    pub fn behind(distance: u32) -> [u8; Self::LEN] {
+        let [a, b, c, _] = if distance < Self::FAR { distance << Self::CONDITIONAL } else { 0 }.to_le_bytes();
+        [a, b, c]
     }
 
     /// As bytes.
-    pub fn to_bytes(self) -> [u8; 3] {
-        let [low, high] = self.delta.to_ne_bytes();
-        [low, high, self.flags]
+    pub fn to_bytes(self) -> [u8; Self::LEN] {
+        let [a, b, c, _] = self.bits.to_le_bytes();
+        [a, b, c]
     }
 
     /// From emitted code.
@@ -95,13 +111,25 @@ impl LinkDesc {
     /// One of these is at `at`.
     pub unsafe fn read(at: *const u8) -> Self {
         // SAFETY: as the caller vouches.
-        let [low, high, flags] = unsafe { at.cast::<[u8; 3]>().read() };
-        Self { delta: i16::from_ne_bytes([low, high]), flags }
+        let [a, b, c] = unsafe { at.cast::<[u8; Self::LEN]>().read() };
+        Self { bits: u32::from_le_bytes([a, b, c, 0]) }
     }
 
     /// Where it leads from the block for `from`.
     pub fn rip(self, from: u64) -> u64 {
-        from.wrapping_add(self.delta as u64)
+        let unused = 32 - Self::DELTA;
+        from.wrapping_add(((self.bits << unused) as i32 >> unused) as u64)
+    }
+
+    /// See the constants.
+    pub fn flags(self) -> u8 {
+        (self.bits >> Self::DELTA) as u8 & (Self::SAVED | Self::UNGROUPED)
+    }
+
+    /// The address behind the conditional jump, where the structure is at `at`.
+    pub fn conditional(self, at: u64) -> Option<u64> {
+        let distance = self.bits >> Self::CONDITIONAL;
+        (distance != 0).then(|| at - u64::from(distance))
     }
 }
 
@@ -235,6 +263,27 @@ impl ExitDesc {
                 *byte = *at.add(9 + i);
             }
             Self { rip: at.cast::<u64>().read_unaligned(), len, bytes }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_say_where_they_lead_and_where_from() {
+        const FROM: u64 = 0xffff_ffff_8000_0800;
+        for (delta, flags, distance) in [(0i64, 0, 0), (-0x800, 1, 1), (0x7ff, 2, 511), (5, 3, 512), (-1, 0, 100)] {
+            let rip = FROM.wrapping_add_signed(delta);
+            let mut bytes = LinkDesc::new(FROM, rip, flags).to_bytes();
+            bytes.iter_mut().zip(LinkDesc::behind(distance)).for_each(|(byte, more)| *byte |= more);
+            // SAFETY: these are the bytes of one.
+            #[allow(unsafe_code)]
+            let desc = unsafe { LinkDesc::read(bytes.as_ptr()) };
+            assert_eq!((desc.rip(FROM), desc.flags()), (rip, flags));
+            let known = (1..512).contains(&distance).then(|| 0x1000 - u64::from(distance));
+            assert_eq!(desc.conditional(0x1000), known, "{distance}");
         }
     }
 }

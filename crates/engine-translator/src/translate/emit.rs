@@ -380,9 +380,12 @@ impl<'a> Emitter<'a> {
 
     /// Jumps to `rip`. `backward`: the jump may close a loop.
     pub(super) fn jump(&mut self, rip: u64, backward: bool) {
-        let linear = self.cs_base.wrapping_add(rip);
-        // What begins at the end of the page may go on on the next one: no link leads there (see `CodeCache::link`).
-        let same_page = linear >> 12 == self.page && linear & 0xfff <= (0x1000 - MAX_INSN) as u64;
+        self.jump_from(rip, backward, None);
+    }
+
+    /// The same, where a conditional jump that ends at `behind` has led here.
+    pub(super) fn jump_from(&mut self, rip: u64, backward: bool, mut behind: Option<Label>) {
+        let same_page = self.stays(rip);
         // (A poll says where the guest is by the distance from the block.)
         let near = rip.wrapping_sub(self.rip) as i64 == i64::from(rip.wrapping_sub(self.rip) as i32);
         if self.mode.bits() == 64 && !self.mode.step() && !same_page && is_canonical(rip) && near {
@@ -403,13 +406,26 @@ impl<'a> Emitter<'a> {
         }
         if backward {
             self.poll(Some(rip), self.flags_saved);
+            behind = None;
         }
-        self.link(rip, if self.flags_saved { LinkDesc::SAVED } else { 0 });
+        self.link(rip, if self.flags_saved { LinkDesc::SAVED } else { 0 }, behind);
+    }
+
+    /// Whether `rip` is on the same page, and so is what begins there: else no link leads there (see `CodeCache::link`).
+    fn stays(&self, rip: u64) -> bool {
+        let linear = self.cs_base.wrapping_add(rip);
+        linear >> 12 == self.page && linear & 0xfff <= (0x1000 - MAX_INSN) as u64
+    }
+
+    /// Where a conditional jump to `rip` may lead at once, with the flags in the host's.
+    pub(super) fn beyond(&self, rip: u64, backward: bool) -> Option<u64> {
+        let at_once = !backward && !self.mode.step() && self.stays(rip);
+        at_once.then(|| (self.known)(rip)).flatten().map(|known| known.entry)
     }
 
     /// A jump to the block for `rip`, on the same page. At first it is a call, which tells the run loop where from; that
-    /// makes a jump of it.
-    pub(super) fn link(&mut self, rip: u64, flags: u8) {
+    /// makes a jump of it, and has the conditional jump that ends at `behind` lead there, too.
+    pub(super) fn link(&mut self, rip: u64, flags: u8, behind: Option<Label>) {
         self.asm.align_patch();
         let saved = flags & LinkDesc::SAVED != 0;
         if flags & LinkDesc::UNGROUPED == 0
@@ -419,7 +435,7 @@ impl<'a> Emitter<'a> {
             return;
         }
         self.asm.call_to(if saved { self.stubs.link_saved } else { self.stubs.link });
-        self.asm.bytes(&LinkDesc::new(self.rip, rip, flags).to_bytes());
+        self.asm.link_desc(LinkDesc::new(self.rip, rip, flags), behind);
     }
 
     /// Jumps to the RIP in R11 by way of the jump table.
@@ -578,7 +594,7 @@ impl<'a> Emitter<'a> {
         self.asm.bytes(&RefillDesc::new(self.rip, insn.rip(), size, flags).to_bytes());
         if group {
             // A loop may come here once on each page.
-            self.link(insn.rip(), LinkDesc::SAVED | LinkDesc::UNGROUPED);
+            self.link(insn.rip(), LinkDesc::SAVED | LinkDesc::UNGROUPED, None);
         }
         self.asm.section(section);
     }

@@ -94,16 +94,33 @@ impl CodeMemory {
         self.replace(offset, 0xe8, target);
     }
 
+    /// Has a jump that ends at `behind` lead to `target` rather than to `old`, while others may execute it, if that can be
+    /// done by one store: what says where it leads is within eight aligned bytes.
+    pub fn retarget(&self, behind: u32, old: u32, target: u32) {
+        let rel = behind - 4;
+        let (word, shift) = (self.eight(rel), rel % 8 * 8);
+        let now = word.load(Ordering::Relaxed);
+        let mask = 0xffff_ffff << shift;
+        if rel % 8 <= 4 && now & mask == u64::from(old.wrapping_sub(behind)) << shift {
+            word.store(now & !mask | u64::from(target.wrapping_sub(behind)) << shift, Ordering::Release);
+        }
+    }
+
     fn replace(&self, offset: u32, opcode: u64, target: u32) {
-        let (start, shift) = (offset & !7, offset % 8 * 8);
-        assert!(offset % 8 <= 3 && (offset as usize) < self.len);
-        let at = self.write.0.as_ptr().wrapping_add(start as usize).cast::<AtomicU64>();
-        // SAFETY: in bounds and aligned, as just checked.
-        let word = unsafe { &*at };
+        let (word, shift) = (self.eight(offset), offset % 8 * 8);
+        assert!(offset % 8 <= 3);
         let old = word.load(Ordering::Relaxed);
         let rel = target.wrapping_sub(offset + 5);
         let new = old & !(0xff_ffff_ffff << shift) | (opcode | u64::from(rel) << 8) << shift;
         word.store(new, Ordering::Release);
+    }
+
+    /// The eight aligned bytes that have the one at `offset`.
+    fn eight(&self, offset: u32) -> &AtomicU64 {
+        assert!((offset as usize) < self.len);
+        let at = self.write.0.as_ptr().wrapping_add((offset & !7) as usize).cast::<AtomicU64>();
+        // SAFETY: in bounds, as just checked, and aligned: the length is a multiple of eight.
+        unsafe { &*at }
     }
 }
 

@@ -22,8 +22,8 @@ pub(super) enum Left {
         rip: u64,
         /// See [`LinkDesc`].
         flags: u8,
-        /// Where it is; `None` if it is to stay as it is.
-        from: Option<u64>,
+        /// Where it is, and the place behind the conditional jump that leads there; `None` if it is to stay as it is.
+        from: Option<(u64, Option<u64>)>,
         /// What it was translated from.
         origin: Origin,
     },
@@ -75,7 +75,8 @@ impl TranslatedVcpu {
                 // SAFETY: such a descriptor follows the call of this exit, of five bytes.
                 let desc = unsafe { LinkDesc::read(value as *const u8) };
                 let origin = code.origin(value);
-                Left::Link { rip: desc.rip(origin.rip), flags: desc.flags, from: Some(value - 5), origin }
+                let from = Some((value - 5, desc.conditional(value)));
+                Left::Link { rip: desc.rip(origin.rip), flags: desc.flags(), from, origin }
             }
             ExitKind::Apart => {
                 // SAFETY: such a descriptor follows the call of this exit.

@@ -526,12 +526,12 @@ pub fn run_all(guests: &mut [Guest]) -> Vec<Stop> {
     })
 }
 
-/// Runs `work`; kicks and panics if it takes longer than ten seconds.
+/// Runs `work`; kicks and panics if it takes longer than two minutes, which no loaded host makes of a test.
 pub fn watchdog<T>(kickers: &[Arc<dyn Kick>], work: impl FnOnce() -> T) -> T {
     let (done, wait) = mpsc::channel::<()>();
     let kickers = kickers.to_vec();
     let dog = std::thread::spawn(move || {
-        let late = wait.recv_timeout(Duration::from_secs(10)) == Err(mpsc::RecvTimeoutError::Timeout);
+        let late = wait.recv_timeout(Duration::from_secs(120)) == Err(mpsc::RecvTimeoutError::Timeout);
         if late {
             // More than once: a guest may be about to run again.
             for _ in 0..100 {
