@@ -181,6 +181,9 @@ impl Emitter<'_> {
     pub(super) fn copy(&mut self, insn: &Insn, live_after: u32) {
         let memory = (0..insn.insn.op_count()).find(|&i| insn.insn.op_kind(i) == OpKind::Memory);
         let Some(memory) = memory else {
+            if self.move_homeless(&insn.insn) {
+                return;
+            }
             self.flags_before(&insn.flags, live_after);
             self.substitute(insn, None);
             self.x87_pointers(insn, false);
@@ -220,6 +223,20 @@ impl Emitter<'_> {
             this.substitute(insn, Some(mem));
             this.x87_pointers(insn, true);
         });
+    }
+
+    /// MOV of all of a register, where one of the two is in memory: that is a load or a store.
+    fn move_homeless(&mut self, insn: &Instruction) -> bool {
+        if !matches!(insn.code(), Code::Mov_r64_rm64 | Code::Mov_rm64_r64) {
+            return false;
+        }
+        let [to, from] = [insn.op0_register(), insn.op1_register()].map(|register| register.number() as u8);
+        match (pinned(to), pinned(from)) {
+            (Some(host), None) => self.asm.load(host, gpr(from)),
+            (None, Some(host)) => self.asm.store(gpr(to), host),
+            _ => return false,
+        }
+        true
     }
 
     /// LEA: no access, so no check.
@@ -325,6 +342,7 @@ impl Emitter<'_> {
             }
             set_memory(&mut host, mem);
         }
+        let (read, written) = if wanted.is_empty() { (0, 0) } else { register_accesses(&insn.insn) };
         let mut homes = [(0u8, 0u8); 4];
         for (i, &number) in wanted.iter().enumerate() {
             let home = match scratch.split_first() {
@@ -341,7 +359,9 @@ impl Emitter<'_> {
                 }
             };
             homes[i] = (number, home);
-            self.read_gpr(home, number);
+            if read & 1 << number != 0 {
+                self.read_gpr(home, number);
+            }
         }
         let homes = &homes[..count];
         for i in 0..host.op_count() {
@@ -359,7 +379,7 @@ impl Emitter<'_> {
             self.may_fault(insn.rip());
         }
         self.encode(&host);
-        for &(number, home) in homes {
+        for &(number, home) in homes.iter().filter(|(number, _)| written & 1 << number != 0) {
             match pinned(number) {
                 Some(host) => self.asm.mov_rr(host, home),
                 None => self.asm.store(gpr(number), home),
@@ -430,6 +450,21 @@ fn sized(number: u8, size: usize) -> Register {
         _ => &QWORDS,
     };
     table[usize::from(number & 15)]
+}
+
+/// General registers of which an instruction needs what they hold, and those that it may write to, as bit masks.
+pub(super) fn register_accesses(insn: &Instruction) -> (u32, u32) {
+    use OpAccess::{CondWrite, ReadCondWrite, ReadWrite, Write};
+    spare::with_factory(|factory| {
+        let used = factory.info_options(insn, InstructionInfoOptions::NO_MEMORY_USAGE).used_registers();
+        used.iter().filter(|used| used.register().is_gpr()).fold((0, 0), |(read, written), used| {
+            let bit = 1 << used.register().full_register().number();
+            // What is written of a register of four bytes replaces all eight.
+            let replaces = used.access() == Write && used.register().size() >= 4;
+            let writes = matches!(used.access(), Write | ReadWrite | CondWrite | ReadCondWrite);
+            (read | if replaces { 0 } else { bit }, written | if writes { bit } else { 0 })
+        })
+    })
 }
 
 /// General registers that an instruction uses in any way, as a bit mask.

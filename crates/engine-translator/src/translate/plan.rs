@@ -2,7 +2,7 @@
 //! constants are added to in between, if they lie close to each other. The first of them, the *lead*, is checked for the
 //! range of all. What it finds is the host address of that range; the others just use it.
 
-use iced_x86::{Code, Instruction, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 use purlin_arch::x86_64::regs::seg;
 
 use super::{
@@ -12,8 +12,7 @@ use super::{
     emit::Insn,
     masking::Masking,
     mode::Mode,
-    operands::{Operand, STACK, access_flags, is_bit_string, operand_size},
-    spare,
+    operands::{Operand, STACK, access_flags, is_bit_string, operand_size, register_accesses},
 };
 
 /// Bytes that a group spans at most: the larger, the more often it crosses a page.
@@ -174,7 +173,7 @@ impl Planner {
         if self.open.is_empty() {
             return;
         }
-        let mut mask = written_registers(&insn.insn);
+        let mut mask = register_accesses(&insn.insn).1;
         if let Some((register, _)) = moved {
             mask &= !(1 << register);
         }
@@ -215,18 +214,6 @@ impl Planner {
             false
         });
     }
-}
-
-/// General registers that an instruction may write to, as a bit mask.
-fn written_registers(insn: &Instruction) -> u32 {
-    use OpAccess::{CondWrite, ReadCondWrite, ReadWrite, Write};
-    spare::with_factory(|factory| {
-        let used = factory.info_options(insn, InstructionInfoOptions::NO_MEMORY_USAGE).used_registers();
-        let written = used.iter().filter(|used| {
-            used.register().is_gpr() && matches!(used.access(), Write | ReadWrite | CondWrite | ReadCondWrite)
-        });
-        written.fold(0, |mask, used| mask | 1 << used.register().full_register().number())
-    })
 }
 
 /// The access of an instruction, if it may be one of a group.
