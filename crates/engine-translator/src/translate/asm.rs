@@ -414,12 +414,26 @@ impl Asm {
         self.distances.push((self.current, at, label));
     }
 
-    /// Replaces the `len` bytes at `at` of the hot section, at most nine, by one instruction that does nothing.
-    pub fn erase(&mut self, at: usize, len: usize) {
-        const NOP9: [u8; 9] = [0x66, 0x0f, 0x1f, 0x84, 0, 0, 0, 0, 0];
-        debug_assert_eq!(len, NOP9.len());
-        self.sections[Section::Hot as usize][at..at + len].copy_from_slice(&NOP9);
+    /// Takes an instruction of [`Self::ERASED`] bytes and one at `at` out of the hot section: as many as leave all that is
+    /// aligned where it was.
+    pub fn erase(&mut self, at: usize) {
+        let code = &mut self.sections[Section::Hot as usize];
+        code[at] = 0x90;
+        code.drain(at + 1..=at + Self::ERASED);
+        let moved = |section: Section, place: &mut u32| {
+            if section == Section::Hot && *place as usize > at {
+                *place -= Self::ERASED as u32;
+            }
+        };
+        self.labels.iter_mut().flatten().for_each(|(section, place)| moved(*section, place));
+        let (labels, addresses) = (&mut self.uses, &mut self.far_uses);
+        let fields = labels.iter_mut().chain(&mut self.distances).chain(&mut self.links);
+        fields.for_each(|(section, place, _)| moved(*section, place));
+        addresses.iter_mut().for_each(|(section, place, _)| moved(*section, place));
     }
+
+    /// See [`Self::erase`].
+    pub const ERASED: usize = 8;
 
     /// `movzx dst32, byte [mem]`
     pub fn load8(&mut self, dst: u8, mem: Mem) {

@@ -113,7 +113,7 @@ pub struct Emitter<'a> {
     /// The groups whose host addresses R10 and R11 hold.
     pub(super) hosts: [Option<u8>; 2],
     /// For each group where its host address is stored, until it is loaded from there.
-    pub(super) stores: [Option<(usize, usize)>; GROUPS],
+    pub(super) stores: [Option<usize>; GROUPS],
     /// Which of the two gives way to the next one.
     pub(super) next_host: usize,
 }

@@ -5,7 +5,7 @@
 //! forgets a translation does so outside of emitted code, or waits until this vCPU is.
 
 use super::{
-    asm::{Mem, cc, reg},
+    asm::{Asm, Mem, cc, reg},
     emit::{Access, Emitter, Insn, look_up},
     layout::at,
     plan::Lead,
@@ -23,7 +23,8 @@ impl Emitter<'_> {
         self.erase_store(lead.group.into());
         let at = self.asm.code().len();
         self.asm.store(slot(lead.group), reg::R11);
-        self.stores[usize::from(lead.group)] = Some((at, self.asm.code().len() - at));
+        debug_assert_eq!(self.asm.code().len() - at, Asm::ERASED + 1);
+        self.stores[usize::from(lead.group)] = Some(at);
         self.hosts = [None, Some(lead.group)];
     }
 
@@ -42,8 +43,10 @@ impl Emitter<'_> {
 
     /// The host address of a group was not loaded from where it is stored: there it is not needed.
     pub(super) fn erase_store(&mut self, group: usize) {
-        if let Some((at, len)) = self.stores[group].take() {
-            self.asm.erase(at, len);
+        let Some(erased) = self.stores[group].take() else { return };
+        self.asm.erase(erased);
+        for at in self.stores.iter_mut().flatten().filter(|at| **at > erased) {
+            *at -= Asm::ERASED;
         }
     }
 
