@@ -587,7 +587,7 @@ impl<'a> Emitter<'a> {
         let mut flags = if exact { RefillDesc::EXACT } else { 0 };
         flags |= if desc.flags & AccessDesc::WRITE != 0 { RefillDesc::STORE } else { 0 };
         flags |= if group { RefillDesc::LINKED } else { 0 };
-        let section = self.asm.section(Section::Cold);
+        let (section, over) = self.asm.begin_cold();
         self.asm.bind(labels[0]);
         self.asm.call_to(stub);
         self.asm.jmp(labels[1]);
@@ -596,7 +596,7 @@ impl<'a> Emitter<'a> {
             // A loop may come here once on each page.
             self.link(insn.rip(), LinkDesc::SAVED | LinkDesc::UNGROUPED, None);
         }
-        self.asm.section(section);
+        self.asm.end_cold(section, over);
     }
 
     /// The access by way of Rust.
@@ -705,12 +705,17 @@ pub fn look_up(asm: &mut Asm, privilege: Privilege, write: bool, size: u32) -> i
 /// Looks the RIP in R11 up in a jump table: compares so that it is found if the flags then say "equal", in the place that
 /// is the result. Changes R10.
 pub fn look_up_jump(asm: &mut Asm, table: usize) -> Mem {
-    const _: () = assert!(size_of::<JumpEntry>() == 1 << 4);
     let field = |offset: usize| Mem::gs_at(reg::R10, jump_table(table) + offset as i32);
-    asm.movzx16(reg::R10, reg::R11);
-    asm.shl(reg::R10, 4);
+    jump_index(asm);
     asm.cmp_reg_mem(reg::R11, field(std::mem::offset_of!(JumpEntry, rip)));
     field(std::mem::offset_of!(JumpEntry, host))
+}
+
+/// R10 = where in a jump table the entry for the RIP in R11 is. Changes flags.
+pub fn jump_index(asm: &mut Asm) {
+    const _: () = assert!(size_of::<JumpEntry>() == 1 << 4);
+    asm.movzx16(reg::R10, reg::R11);
+    asm.shl(reg::R10, 4);
 }
 
 /// Whether a segment that counts as flat (see [`Mode::flat`]) may have a base.

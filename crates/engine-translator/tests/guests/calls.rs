@@ -2,7 +2,7 @@
 //! return, it leads to where the stack says.
 
 use iced_x86::{IcedError, code_asm::*};
-use purlin_arch::x86_64::regs::gpr::{RAX, RBP, RCX, RSP};
+use purlin_arch::x86_64::regs::gpr::{RAX, RBP, RBX, RCX, RSP};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::{
@@ -535,6 +535,66 @@ fn a_return_that_faults_faults_as_itself() {
         if gone {
             assert_eq!(guest.state().system.cr2, missing);
         }
+    }
+}
+
+/// A call through a register, of which one is not like all those before: it comes when the code has long been hot.
+#[test]
+fn the_last_of_many_indirect_calls() {
+    let (function, other, elsewhere) = (CODE + 0x800, CODE + 0x900, DATA + 0x1000);
+    let (missing, astray) = (0x8000_0000u64, 0x8000_0000_0000u64);
+    // Where the last one leads, and on which stack.
+    for (target, stack, vector) in [
+        (astray, elsewhere, Some((13, 0))),
+        (function, missing, Some((14, 2))),
+        (other, missing, Some((14, 2))),
+        (other, elsewhere, None),
+    ] {
+        let m = Machine::new(1);
+        m.code(function, |a| a.ret());
+        m.code(other, |a| {
+            a.pop(rbx)?;
+            a.mov(eax, 2)?;
+            done(a)
+        });
+        m.poke(TSS + 0x24, RING0_STACK);
+        [13, 14].into_iter().for_each(|vector| m.poke(IDT + 16 * vector + 4, 1u8));
+        let mut call = 0;
+        let length = |code: &dyn Fn(&mut CodeAssembler) -> Result| assemble(64, CODE, code).len() as u64;
+        let before = |a: &mut CodeAssembler| {
+            a.mov(rsi, target)?;
+            a.mov(rdi, stack)?;
+            a.mov(ecx, 20_000_000)
+        };
+        let choose = |a: &mut CodeAssembler| {
+            a.mov(eax, function as u32)?;
+            a.cmp(ecx, 1)?;
+            a.cmove(rax, rsi)?;
+            a.cmove(rsp, rdi)
+        };
+        m.code(CODE, |a| {
+            let mut again = a.create_label();
+            before(a)?;
+            a.set_label(&mut again)?;
+            choose(a)?;
+            call = CODE + length(&before) + length(&choose);
+            a.call(rax)?;
+            a.dec(ecx)?;
+            a.jnz(again)?;
+            a.ud2()
+        });
+        let mut guest = m.vcpu(0, |_| {});
+        let stop = guest.run();
+        match vector {
+            Some((vector, error)) => {
+                assert_eq!(stop.vector(), (vector, Some(error), call), "{target:#x} {stack:#x}");
+                let Stop::Vector(_, frame) = stop else { unreachable!() };
+                assert_eq!(frame.rsp, stack);
+            }
+            None => assert_eq!((stop, guest.state().regs.gpr[RBX]), (Stop::Done(2), call + 2)),
+        }
+        let pushed = if vector.is_none() { call + 2 } else { 0 };
+        assert_eq!(m.peek::<u64>(elsewhere - 8), pushed, "{target:#x} {stack:#x}");
     }
 }
 
