@@ -1,8 +1,6 @@
 //! Two outcomes of a case, held against each other.
 
-use iced_x86::{
-    Decoder, DecoderOptions, EncodingKind, Instruction, MemorySize, Mnemonic, OpKind, Register, RflagsBits,
-};
+use iced_x86::{Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic, OpKind, Register, RflagsBits};
 use purlin_arch::x86_64::regs::rflags;
 
 use crate::{
@@ -127,7 +125,6 @@ pub struct Ignore {
 /// - a segment's limit holds for the whole of a masked operand, or for the elements that are accessed;
 /// - POPA loads registers before it faults, PUSHA stores before it looks at the limit;
 /// - ENTER, MASKMOV and compressed and expanded moves check alignment or not;
-/// - FLD of 80 bits wraps 32-bit addresses between its two loads;
 /// - gathers and scatters are single-stepped by the element, AVX-512 gathers clear what is above their result or do not;
 /// - FXSAVE and FXRSTOR begin in the middle;
 /// - which of CMPS's two operands faults first depends on the processor's generation.
@@ -138,10 +135,8 @@ pub fn known(case: &Case, native: &Outcome, translated: &Outcome) -> bool {
     let same_place = native.rip == translated.rip;
     let checks_alignment = (case.rflags | native.rflags | translated.rflags) & rflags::AC != 0;
     let beyond_limit = case.bits == 32 && matches!(native.fault.vector, 12 | 13);
-    let wrapped = same_place && native.fault.address == translated.fault.address & 0xffff_ffff;
     let peculiar = |insn: Instruction| match insn.mnemonic() {
         _ if insn.has_op_mask() && beyond_limit => true,
-        Fld if insn.memory_size() == MemorySize::Float80 => wrapped,
         Pusha | Pushad | Fxsave64 | Fxrstor64 => same_place,
         Maskmovq | Maskmovdqu | Vmaskmovdqu => checks_alignment || same_place,
         Vcompresspd | Vcompressps | Vpcompressb | Vpcompressd | Vpcompressq | Vpcompressw => checks_alignment,
