@@ -206,15 +206,14 @@ impl Cpu {
         let mask = self.xstate.opmask(desc.masking.register.into());
         let privilege = self.privilege();
         let mut data = [0; 64];
-        // AMD's processors hold the segment's limit against the whole operand if that goes round the address space.
-        let round = !self.code64() && start + size as u64 > 1 << 32;
-        if round && !self.alignment_checked() && desc.masking.pieces(mask, size).next().is_some() {
-            self.linear(desc.segment.into(), first, size, access)?;
-        }
         for (offset, size) in desc.masking.pieces(mask, size) {
             self.check_aligned(start, desc)?;
-            let linear =
-                self.linear(desc.segment.into(), self.wrap(first.wrapping_add(offset as u64)), size, access)?;
+            let at = first.wrapping_add(offset as u64);
+            // An operand does not go round the address space: what is accessed of it beyond is beyond the segment.
+            if !self.code64() && at > u64::from(u32::MAX) {
+                return Err(if usize::from(desc.segment) == seg::SS { Exception::SS0 } else { Exception::GP0 });
+            }
+            let linear = self.linear(desc.segment.into(), at, size, access)?;
             self.probe(linear, size, access, privilege)?;
             if desc.flags & AccessDesc::READ != 0 {
                 self.read_as(linear, &mut data[offset..offset + size], privilege)?;
