@@ -28,6 +28,7 @@ const CODE_CACHE: usize = 44 << 20;
 pub struct TranslatorEngine {
     tsc_khz: u32,
     code_cache: usize,
+    hot_code: bool,
     profile: Option<Arc<Profile>>,
 }
 
@@ -43,12 +44,19 @@ impl TranslatorEngine {
             let why = "the translator needs a processor with XSAVE and 64-bit LAHF (made since 2011): use another host";
             return Err(EngineError::Unavailable(why.into()));
         }
-        Ok(Self { tsc_khz: host_tsc_khz(), code_cache: CODE_CACHE, profile: None })
+        Ok(Self { tsc_khz: host_tsc_khz(), code_cache: CODE_CACHE, hot_code: false, profile: None })
     }
 
     /// With room for `bytes` of emitted code in each VM instead of the default, 44 MiB. At least 512 KiB.
     pub fn with_code_cache(mut self, bytes: usize) -> Self {
         self.code_cache = bytes.max(512 << 10);
+        self
+    }
+
+    /// Translating everything for speed, from the first time on: for tests, which cannot wait until samples find it.
+    #[doc(hidden)]
+    pub fn with_hot_code(mut self) -> Self {
+        self.hot_code = true;
         self
     }
 
@@ -78,6 +86,7 @@ impl TranslatorEngine {
     pub(crate) fn create(&self, config: VmConfig) -> Result<TranslatedVm, EngineError> {
         let code = CodeCache::new(self.code_cache)
             .map_err(|source| EngineError::Host { what: "cannot map memory for translated code", source })?;
+        code.set_all_hot(self.hot_code);
         let shared = Arc::new(Shared {
             ram: Ram::new(config.memory),
             code,

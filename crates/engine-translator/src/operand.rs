@@ -64,6 +64,20 @@ impl Cpu {
         (segment, truncate(offset, self.address_size(insn)))
     }
 
+    /// Linear address of a part of the instruction's memory operand that the processor accesses by itself, `by` bytes
+    /// on: its offset wraps at the address size, where one within a part does not.
+    pub fn part_linear(
+        &mut self,
+        insn: &Instruction,
+        by: usize,
+        size: usize,
+        access: Access,
+    ) -> Result<u64, Exception> {
+        let (segment, offset) = self.effective_address(insn);
+        let offset = truncate(offset.wrapping_add(by as u64), self.address_size(insn));
+        self.linear(segment, offset, size, access)
+    }
+
     /// The size in bytes of the addresses of the instruction's memory operand.
     fn address_size(&self, insn: &Instruction) -> usize {
         let (base, index) = (insn.memory_base(), insn.memory_index());

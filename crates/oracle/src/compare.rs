@@ -1,13 +1,11 @@
 //! Two outcomes of a case, held against each other.
 
-use iced_x86::{
-    Decoder, DecoderOptions, EncodingKind, Instruction, MemorySize, Mnemonic, OpKind, Register, RflagsBits,
-};
+use iced_x86::{Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic, OpKind, Register, RflagsBits};
 use purlin_arch::x86_64::regs::rflags;
 
 use crate::{
     case::{Case, Fault, Outcome},
-    layout::HIGH,
+    layout::{HIGH, PAGE},
     translated::Step,
     xsave::{COMPONENTS, at},
 };
@@ -124,10 +122,8 @@ pub struct Ignore {
 
 /// Whether it is one of the differences that are known, and left so. AMD's processors have instructions of many accesses
 /// whose order, and what they leave behind at a fault, is in no manual:
-/// - a segment's limit holds for the whole of a masked operand, or for the elements that are accessed;
 /// - POPA loads registers before it faults, PUSHA stores before it looks at the limit;
 /// - ENTER, MASKMOV and compressed and expanded moves check alignment or not;
-/// - FLD of 80 bits wraps 32-bit addresses between its two loads;
 /// - gathers and scatters are single-stepped by the element, AVX-512 gathers clear what is above their result or do not;
 /// - FXSAVE and FXRSTOR begin in the middle;
 /// - which of CMPS's two operands faults first depends on the processor's generation.
@@ -137,11 +133,7 @@ pub fn known(case: &Case, native: &Outcome, translated: &Outcome) -> bool {
     let same_fault = place(native) == place(translated);
     let same_place = native.rip == translated.rip;
     let checks_alignment = (case.rflags | native.rflags | translated.rflags) & rflags::AC != 0;
-    let beyond_limit = case.bits == 32 && matches!(native.fault.vector, 12 | 13);
-    let wrapped = same_place && native.fault.address == translated.fault.address & 0xffff_ffff;
     let peculiar = |insn: Instruction| match insn.mnemonic() {
-        _ if insn.has_op_mask() && beyond_limit => true,
-        Fld if insn.memory_size() == MemorySize::Float80 => wrapped,
         Pusha | Pushad | Fxsave64 | Fxrstor64 => same_place,
         Maskmovq | Maskmovdqu | Vmaskmovdqu => checks_alignment || same_place,
         Vcompresspd | Vcompressps | Vpcompressb | Vpcompressd | Vpcompressq | Vpcompressw => checks_alignment,
@@ -167,8 +159,8 @@ pub fn differences(case: &Case, native: &Outcome, translated: &Outcome, ignore: 
         }
     };
     differ("vector", native.fault.vector.into(), translated.fault.vector.into());
-    // Linux does not tell whether the kernel's own addresses are mapped.
-    let kernel = native.fault.address >> 47 != 0;
+    // Linux does not tell whether addresses are mapped that are not for users: from the last page of their half on.
+    let kernel = native.fault.address >= (1 << 47) - PAGE;
     let told = if kernel { !1 } else { !0 };
     differ("error code", (native.fault.error & told).into(), (translated.fault.error & told).into());
     differ("fault address", native.fault.address, translated.fault.address);

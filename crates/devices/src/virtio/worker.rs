@@ -168,6 +168,10 @@ impl Wake {
     }
 }
 
+/// While a test writes to it, threads that are started do not get to their work.
+#[cfg(test)]
+pub static SLOW: std::sync::RwLock<()> = std::sync::RwLock::new(());
+
 /// Marks the thread as gone, be it by a panic: nobody may wait for it any more.
 struct Going<'a>(&'a Wake);
 
@@ -198,6 +202,8 @@ impl Workers {
             let wake = wake.clone();
             move || {
                 let _going = Going(&wake);
+                #[cfg(test)]
+                drop(SLOW.read().unwrap_or_else(PoisonError::into_inner));
                 job(&wake);
             }
         })?;

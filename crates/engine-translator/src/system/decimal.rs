@@ -118,14 +118,13 @@ fn decimal_adjust(cpu: &mut Cpu, adjust: Adjust) {
 pub fn bound(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
     let register = insn.op_register(0);
     let size = register.size();
-    let (segment, offset) = cpu.effective_address(insn);
     let signed = |value: u64| (value << (64 - 8 * size)) as i64 >> (64 - 8 * size);
     // Two accesses: each has its own alignment.
-    let mut limit = |offset: u64| {
-        let address = cpu.linear(segment, offset, size, Access::Read)?;
+    let mut limit = |by: usize| {
+        let address = cpu.part_linear(insn, by, size, Access::Read)?;
         cpu.read_sized(address, size).map(signed)
     };
-    let (lower, upper) = (limit(offset)?, limit(offset.wrapping_add(size as u64))?);
+    let (lower, upper) = (limit(0)?, limit(size)?);
     let index = signed(cpu.register(register));
     if (lower..=upper).contains(&index) { Ok(()) } else { Err(Exception::plain(vector::BR)) }
 }

@@ -51,7 +51,7 @@ fn destination(cpu: &mut Cpu, insn: &Instruction) -> Result<(u64, u16, usize), E
         OpKind::FarBranch32 => Ok((u64::from(insn.far_branch32()), insn.far_branch_selector(), 4)),
         OpKind::Memory => {
             let size = insn.memory_size().size() - 2;
-            let (offset, selector) = read_far_pointer(cpu, insn, 0, size)?;
+            let (offset, selector) = read_far_pointer(cpu, insn, size)?;
             Ok((offset, selector, size))
         }
         _ => Err(Exception::UD),

@@ -36,14 +36,12 @@ pub fn mov(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
     Ok(())
 }
 
-/// A far pointer in memory: offset and selector. `size` is that of the offset.
-pub fn read_far_pointer(cpu: &mut Cpu, insn: &Instruction, op: u32, size: usize) -> Result<(u64, u16), Exception> {
-    let address = cpu.mem_linear(insn, op, size + 2, Access::Read)?;
-    let mut bytes = [0; 10];
-    cpu.read_as(address, &mut bytes[..size + 2], cpu.privilege())?;
-    let mut offset = [0; 8];
-    offset[..size].copy_from_slice(&bytes[..size]);
-    Ok((u64::from_le_bytes(offset), u16::from_le_bytes([bytes[size], bytes[size + 1]])))
+/// A far pointer in memory: offset and selector, two accesses. `size` is that of the offset.
+pub fn read_far_pointer(cpu: &mut Cpu, insn: &Instruction, size: usize) -> Result<(u64, u16), Exception> {
+    let at = cpu.part_linear(insn, 0, size, Access::Read)?;
+    let offset = cpu.read_sized(at, size)?;
+    let at = cpu.part_linear(insn, size, 2, Access::Read)?;
+    Ok((offset, cpu.load(at)?))
 }
 
 /// LDS, LES, LFS, LGS and LSS.
@@ -59,7 +57,7 @@ pub fn load_far_pointer(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Excepti
         return Err(Exception::UD);
     }
     let register = insn.op_register(0);
-    let (offset, selector) = read_far_pointer(cpu, insn, 1, register.size())?;
+    let (offset, selector) = read_far_pointer(cpu, insn, register.size())?;
     cpu.load_segment(segment, selector)?;
     cpu.set_register(register, offset);
     Ok(())

@@ -289,14 +289,12 @@ impl CodeCache {
 
     /// What is at `key` is hot.
     pub fn make_hot(&self, key: Key) {
-        if !self.all_hot.load(Ordering::Relaxed) {
-            self.heat(&mut self.lock(), key);
-        }
+        self.heat(&mut self.lock(), key);
     }
 
     /// The block for `key` gives way to one that is made for speed.
     fn heat(&self, inner: &mut Inner, key: Key) {
-        if !key.context.mode.grouped() || key.second != 0 {
+        if !key.context.mode.grouped() || key.second != 0 || self.all_hot.load(Ordering::Relaxed) {
             return;
         }
         if inner.hot.len() >= MAX_HOT {

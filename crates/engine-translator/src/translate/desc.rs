@@ -44,10 +44,25 @@ impl AccessDesc {
     pub const X87: u16 = 1 << 7;
     /// A locked read-modify-write.
     pub const LOCK: u16 = 1 << 8;
+    /// It is made in two parts (see `helpers.rs`), with an address of 32 bits.
+    pub const PARTS_32: u16 = 1 << 9;
+    /// The same with an address of 16 bits.
+    pub const PARTS_16: u16 = 1 << 10;
 
     /// A descriptor.
     pub fn new(rip: u64, next: u64, size: usize, flags: u16, segment: usize, masking: Masking) -> Self {
         Self { rip, next, size: size as u16, flags, masking, segment: segment as u8, _pad: [0; 7] }
+    }
+
+    /// Whether it is made in two parts, the first of them of `first` bytes up to the last that an address of its size
+    /// reaches.
+    pub fn wraps_behind(&self, first: usize, offset: u64) -> bool {
+        let end = match self.flags & (Self::PARTS_32 | Self::PARTS_16) {
+            Self::PARTS_32 => 1 << 32,
+            Self::PARTS_16 => 1 << 16,
+            _ => return false,
+        };
+        offset + first as u64 == end
     }
 
     /// As bytes.

@@ -500,7 +500,9 @@ impl<'a> Emitter<'a> {
         let before = self.flags_saved;
         let (read, write) = (access.flags & AccessDesc::READ != 0, access.flags & AccessDesc::WRITE != 0);
         debug_assert!(read || write);
-        if !self.mode.flat(access.segment) {
+        // With a base the two parts of an operand may be apart though they seem to be on one page.
+        let parts = access.flags & (AccessDesc::PARTS_32 | AccessDesc::PARTS_16) != 0;
+        if !self.mode.flat(access.segment) || parts && has_base(access.segment) {
             let mut desc = access.desc(insn);
             desc.flags |= AccessDesc::OFFSET;
             self.slow_access(desc, flags, live_after, op);

@@ -1,6 +1,8 @@
 //! What emitted code calls: accesses that the TLB does not answer.
 #![allow(unsafe_code)]
 
+use purlin_arch::x86_64::regs::seg;
+
 use super::desc::{AccessDesc, RefillDesc};
 use crate::{
     cpu::{Block, Cpu},
@@ -106,6 +108,10 @@ extern "C" fn commit(block: *mut Block, desc: *const AccessDesc) -> u64 {
     u64::from(wanted && desc.flags & AccessDesc::STAY == 0)
 }
 
+/// The processor accesses an x87 operand of ten bytes in two parts; this is the first one's size. The second's offset is
+/// cut to the address size, as the first's is (seen on AMD's processors; SDM vol. 3A 5.3 leaves it open).
+const FIRST_PART: usize = 8;
+
 impl Cpu {
     /// The page fault that ended a refill, if it was one: the walk is made again without restrictions.
     pub fn refill_fault(&mut self) -> Option<Exception> {
@@ -127,6 +133,9 @@ impl Cpu {
         let access = if desc.flags & AccessDesc::WRITE != 0 { Access::Write } else { Access::Read };
         let (start, offset) = self.place(address, desc);
         self.check_aligned(start, desc)?;
+        if desc.wraps_behind(FIRST_PART, offset) {
+            return self.access_in_two(offset, desc, access).map(Some);
+        }
         let linear = self.linear(desc.segment.into(), offset, size, access)?;
         if self.dr7 & 0xff != 0 {
             crate::debug::data_breakpoints(self, linear, size, access);
@@ -157,6 +166,28 @@ impl Cpu {
         Ok(Some(self.emitted.bounce[at..].as_mut_ptr()))
     }
 
+    /// An operand of the x87's of ten bytes, the last two of which are at the beginning of the segment.
+    fn access_in_two(&mut self, offset: u64, desc: &AccessDesc, access: Access) -> Result<*mut u8, Exception> {
+        let (segment, privilege) = (usize::from(desc.segment), self.privilege());
+        let mut parts = [(offset, FIRST_PART), (0, usize::from(desc.size) - FIRST_PART)];
+        for (at, size) in &mut parts {
+            *at = self.linear(segment, *at, *size, access)?;
+            self.probe(*at, *size, access, privilege)?;
+        }
+        if self.dr7 & 0xff != 0 {
+            parts.iter().for_each(|&(at, size)| crate::debug::data_breakpoints(self, at, size, access));
+        }
+        let mut data = [0; 64];
+        if desc.flags & AccessDesc::READ != 0 {
+            self.read_as(parts[0].0, &mut data[..FIRST_PART], privilege)?;
+            self.read_as(parts[1].0, &mut data[FIRST_PART..usize::from(desc.size)], privilege)?;
+        }
+        let at = (parts[0].0 & 63) as usize;
+        self.emitted.bounce[at..at + data.len()].copy_from_slice(&data);
+        self.emitted.bounce_for = Some(parts[0].0);
+        Ok(self.emitted.bounce[at..].as_mut_ptr())
+    }
+
     /// #GP for an operand that has to be aligned, unless MXCSR says that it need not (APM vol. 1 4.11.2: MM, bit 17).
     fn check_aligned(&self, start: u64, desc: &AccessDesc) -> Result<(), Exception> {
         const MISALIGNED_MODE: u32 = 1 << 17;
@@ -175,15 +206,14 @@ impl Cpu {
         let mask = self.xstate.opmask(desc.masking.register.into());
         let privilege = self.privilege();
         let mut data = [0; 64];
-        // AMD's processors hold the segment's limit against the whole operand if that goes round the address space.
-        let round = !self.code64() && start + size as u64 > 1 << 32;
-        if round && !self.alignment_checked() && desc.masking.pieces(mask, size).next().is_some() {
-            self.linear(desc.segment.into(), first, size, access)?;
-        }
         for (offset, size) in desc.masking.pieces(mask, size) {
             self.check_aligned(start, desc)?;
-            let linear =
-                self.linear(desc.segment.into(), self.wrap(first.wrapping_add(offset as u64)), size, access)?;
+            let at = first.wrapping_add(offset as u64);
+            // An operand does not go round the address space: what is accessed of it beyond is beyond the segment.
+            if !self.code64() && at > u64::from(u32::MAX) {
+                return Err(if usize::from(desc.segment) == seg::SS { Exception::SS0 } else { Exception::GP0 });
+            }
+            let linear = self.linear(desc.segment.into(), at, size, access)?;
             self.probe(linear, size, access, privilege)?;
             if desc.flags & AccessDesc::READ != 0 {
                 self.read_as(linear, &mut data[offset..offset + size], privilege)?;
@@ -198,14 +228,17 @@ impl Cpu {
 
     /// The linear address that emitted code asks for, and its offset in the segment.
     fn place(&self, address: u64, desc: &AccessDesc) -> (u64, u64) {
-        use purlin_arch::x86_64::regs::seg;
-        let based = matches!(usize::from(desc.segment), seg::FS | seg::GS) || !self.code64();
-        let base = if based { self.seg[usize::from(desc.segment)].base } else { 0 };
+        let base = self.segment_base(desc);
         if desc.flags & AccessDesc::OFFSET != 0 {
             (self.wrap(address.wrapping_add(base)), address)
         } else {
             (address, self.wrap(address.wrapping_sub(base)))
         }
+    }
+
+    fn segment_base(&self, desc: &AccessDesc) -> u64 {
+        let based = matches!(usize::from(desc.segment), seg::FS | seg::GS) || !self.code64();
+        if based { self.seg[usize::from(desc.segment)].base } else { 0 }
     }
 
     /// Linear addresses have 32 bits outside of 64-bit mode.
@@ -231,7 +264,13 @@ impl Cpu {
         }
         // Every page of it was checked before the instruction; if another processor has taken one away since, this
         // store is as if it had come later.
-        let _ = self.write_as(linear, &data[..size], self.privilege());
+        let base = self.segment_base(desc);
+        let apart = desc.wraps_behind(FIRST_PART, self.wrap(linear.wrapping_sub(base)));
+        let (first, second) = data[..size].split_at(if apart { FIRST_PART } else { size });
+        let _ = self.write_as(linear, first, self.privilege());
+        if apart {
+            let _ = self.write_as(base, second, self.privilege());
+        }
         true
     }
 }

@@ -203,6 +203,13 @@ impl Emitter<'_> {
             // An unmasked exception keeps an x87 instruction from storing, without being raised at once.
             flags |= AccessDesc::READ;
         }
+        if matches!(insn.insn.memory_size(), MemorySize::Float80 | MemorySize::Bcd) {
+            flags |= match operand.bits {
+                32 => AccessDesc::PARTS_32,
+                16 => AccessDesc::PARTS_16,
+                _ => 0,
+            };
+        }
         let access = Access { size, flags, segment: operand.segment };
         let uses = insn.flags;
         let pointers = matches!(insn.class, Class::Vector(needs) if needs.pointers);

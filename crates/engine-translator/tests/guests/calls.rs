@@ -3,6 +3,7 @@
 
 use iced_x86::{IcedError, code_asm::*};
 use purlin_arch::x86_64::regs::gpr::{RAX, RBP, RBX, RCX, RSP};
+use purlin_engine_translator::TranslatorEngine;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::{
@@ -598,24 +599,39 @@ fn the_last_of_many_indirect_calls() {
     }
 }
 
-/// A few functions, each of which calls the next one twice: 2^60 calls, all of them forward.
+/// A few functions, each of which calls the next one twice: billions of calls, all of them forward, and as many returns. It
+/// is the returns that notice the kick: every block is hot, and every jump linked, before that.
 #[test]
 fn calls_without_end_are_interrupted() {
-    let m = Machine::new(1);
+    const LEVELS: usize = 29;
+    let m = Machine::with_engine(1, TranslatorEngine::new().unwrap().with_hot_code());
     m.code(CODE, |a| {
-        let mut functions: Vec<_> = (0..61).map(|_| a.create_label()).collect();
+        let mut functions: Vec<_> = (0..=LEVELS).map(|_| a.create_label()).collect();
+        // EBX: levels to go. So each is called early, not when all that comes before it is done.
+        for &function in &functions {
+            a.mov(ebx, 2)?;
+            a.call(function)?;
+        }
+        a.mov(ebx, LEVELS as u32)?;
         a.call(functions[0])?;
+        // After many seconds.
         done(a)?;
-        for i in 0..60 {
+        for i in 0..LEVELS {
+            let mut bottom = a.create_label();
             a.set_label(&mut functions[i])?;
             let next = functions[i + 1];
+            a.test(ebx, ebx)?;
+            a.jz(bottom)?;
+            a.dec(ebx)?;
             a.call(next)?;
             a.call(next)?;
+            a.inc(ebx)?;
+            a.set_label(&mut bottom)?;
             a.ret()?;
         }
-        a.set_label(&mut functions[60])?;
+        a.set_label(&mut functions[LEVELS])?;
         a.ret()
     });
     let mut guest = m.vcpu(0, |_| {});
-    assert_eq!(guest.run_for(std::time::Duration::from_secs(1)), Stop::Kicked);
+    assert_eq!(guest.run_for(std::time::Duration::from_millis(200)), Stop::Kicked);
 }

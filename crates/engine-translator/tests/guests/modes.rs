@@ -4,7 +4,7 @@ use iced_x86::code_asm::*;
 use purlin_arch::x86_64::{
     regs::{
         cr0, efer,
-        gpr::{RBX, RCX, RSP},
+        gpr::{RBX, RCX, RSI, RSP},
         rflags,
         seg::{CS, DS, ES, FS, GS, SS},
     },
@@ -363,4 +363,55 @@ fn a_virtual_8086_task() {
     assert_eq!(*lock(&m.bus.log), [0x77, 0xcd, 0xfa, 0xe6, 0xf4]);
     assert_eq!(m.peek::<u16>(0x1_1008), 10);
     assert_eq!(guest.state().regs.gpr[RCX] & 0xffff, 0);
+}
+
+/// An x87 operand of ten bytes is accessed in two parts. Where an address of its size reaches no further than the first,
+/// the second is at the beginning of the segment, whatever is behind.
+#[test]
+fn the_second_part_of_an_operand_wraps_at_the_address_size() {
+    const NUMBER: [u8; 10] = [1, 2, 3, 4, 5, 6, 7, 0x80, 9, 0x40];
+    const ROUNDS: u32 = 3;
+    let (last, behind, number, result) = (DATA, DATA + 0x1000, DATA + 0x2000, DATA + 0x2010);
+    // Bits of code and of addresses, FS or not, its base, where the first part is in memory.
+    let cases = [
+        (64, 32, false, 0, last + 0xff8),
+        (64, 32, true, 0, last + 0xff8),
+        (64, 32, true, 0x10, behind + 8),
+        (32, 32, false, 0, last + 0xff8),
+        (32, 16, false, 0, 0xfff8),
+        (32, 16, true, 0x10, 0x1_0008),
+    ];
+    for case @ (bits, address_bits, in_fs, base, first) in cases {
+        let m = Machine::new(1);
+        m.map(0xffff_f000, last, pte::P | pte::W);
+        m.map(0x1_0000_0000, behind, pte::P | pte::W);
+        m.load(number, &NUMBER);
+        let code = CODE + 0x1000;
+        m.code_of(bits, code, code, |a| {
+            let mut again = a.create_label();
+            let operand = if address_bits == 16 { tbyte_ptr(si) } else { tbyte_ptr(esi) };
+            let operand = if in_fs { operand.fs() } else { operand };
+            a.set_label(&mut again)?;
+            a.fld(tbyte_ptr(number))?;
+            a.fstp(operand)?;
+            a.fld(operand)?;
+            a.fstp(tbyte_ptr(result))?;
+            a.dec(ecx)?;
+            a.jne(again)?;
+            done(a)
+        });
+        let mut guest = m.vcpu(0, |s| {
+            s.regs.rip = code;
+            s.regs.gpr[RCX] = ROUNDS.into();
+            s.regs.gpr[RSI] = if address_bits == 16 { 0xfff8 } else { 0xffff_fff8 };
+            s.system.segments[FS].base = base;
+            if bits == 32 {
+                compatibility(s);
+            }
+        });
+        assert_eq!(guest.run(), Stop::Done(0), "{case:?}");
+        let bytes = |at: u64, n: usize| (0..n as u64).map(|i| m.peek::<u8>(at + i)).collect::<Vec<_>>();
+        assert_eq!((bytes(first, 8), bytes(base, 2)), (NUMBER[..8].to_vec(), NUMBER[8..].to_vec()), "{case:?}");
+        assert_eq!(bytes(result, 10), NUMBER, "{case:?}");
+    }
 }

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use iced_x86::{IcedError, code_asm::*};
 use purlin_arch::x86_64::regs::gpr::{RAX, RBX, RCX, RDI, RSI};
+use purlin_engine_translator::TranslatorEngine;
 
 use crate::machine::*;
 
@@ -627,36 +628,166 @@ fn registers_survive_a_store_to_code_on_the_same_page() {
     assert_ne!(gpr[RBX], 0);
 }
 
-/// A function takes a flag from its caller only from some time on: the flags that a call passes are right, though nobody
-/// had needed them when it was translated.
+/// One page has many functions, of which each is translated when it is called: from the bytes that are there by then.
 #[test]
-fn a_function_that_begins_to_look_at_the_flags_finds_them() {
+fn of_a_page_that_others_were_translated_from() {
+    const FUNCTIONS: u32 = 100;
+    for device in [false, true] {
+        let m = Machine::new(1);
+        for i in 0..FUNCTIONS {
+            m.load(FUNCTION + 16 * u64::from(i), &function(0));
+        }
+        m.code(CODE, |a| {
+            let mut again = a.create_label();
+            a.mov(rdi, FUNCTION)?;
+            a.mov(ecx, FUNCTIONS)?;
+            a.xor(ebx, ebx)?;
+            a.set_label(&mut again)?;
+            // Of the one that comes, which has not been called yet.
+            if device {
+                a.out(u32::from(DONE), eax)?;
+            } else {
+                a.mov(dword_ptr(rdi + 1), ecx)?;
+            }
+            a.call(rdi)?;
+            a.add(ebx, eax)?;
+            a.add(rdi, 16)?;
+            a.dec(ecx)?;
+            a.jnz(again)?;
+            a.mov(eax, ebx)?;
+            a.add(eax, 1 << 20)?;
+            done(a)
+        });
+        let mut guest = m.vcpu(0, |_| {});
+        let mut value = FUNCTIONS;
+        let sum = loop {
+            match guest.run() {
+                Stop::Done(sum) if sum >> 20 != 0 => break sum - (1 << 20),
+                _ => m.poke(FUNCTION + 16 * u64::from(FUNCTIONS - value) + 1, value),
+            }
+            value -= 1;
+        };
+        assert_eq!(sum, FUNCTIONS * (FUNCTIONS + 1) / 2, "device: {device}");
+    }
+}
+
+/// INVLPG of any part of a large page forgets all of it, though nothing was ever done with it but to fetch from one part.
+#[test]
+fn another_large_page_in_its_place() {
+    const LARGE: u64 = 1 << 7;
+    const FAR: u64 = 0x5000;
+    let (frames, rounds) = ([0x40_0000u64, 0x60_0000], 10);
     let m = Machine::new(1);
-    const FUNCTION: u64 = CODE + 0x200;
-    m.code(CODE, |a| {
+    for (frame, value) in frames.into_iter().zip([1, 2]) {
+        m.load(frame + FAR, &function(value));
+    }
+    // The entry one level up.
+    let table = (m.pte(WINDOW) & !0xfff, m.new_table());
+    let mut entry = None;
+    for at in (PAGES..table.1).step_by(8) {
+        if m.peek::<u64>(at) & !0xfff == table.0 {
+            entry = Some(at);
+        }
+    }
+    let entry = entry.expect("a directory's entry");
+    m.poke(entry, frames[0] | LARGE | pte::P | pte::W);
+    let (stop, _) = m.run(|a| {
         let mut again = a.create_label();
-        a.mov(rcx, 3u64)?;
-        a.xor(ebx, ebx)?;
+        a.mov(rdi, WINDOW + FAR)?;
+        a.mov(rsi, WINDOW + 0x12_3000)?;
+        a.mov(rbx, entry)?;
+        a.xor(ebp, ebp)?;
+        a.mov(ecx, rounds)?;
         a.set_label(&mut again)?;
-        a.push(rbx)?;
-        a.stc()?;
-        a.call(FUNCTION)?;
-        a.pop(rbx)?;
-        a.add(ebx, eax)?;
-        a.dec(rcx)?;
-        a.mov(eax, ebx)?;
-        let mut end = a.create_label();
-        a.jz(end)?;
-        // From here on: setc al; movzx eax, al; ret.
-        a.mov(rdx, 0x00c3_c0b6_0fc0_920fu64)?;
-        a.mov(rsi, FUNCTION)?;
-        a.mov(qword_ptr(rsi), rdx)?;
-        a.jmp(again)?;
-        a.set_label(&mut end)?;
+        a.call(rdi)?;
+        a.imul_3(ebp, ebp, 3)?;
+        a.add(ebp, eax)?;
+        a.xor(qword_ptr(rbx), (frames[0] ^ frames[1]) as i32)?;
+        a.invlpg(ptr(rsi))?;
+        a.dec(ecx)?;
+        a.jnz(again)?;
+        a.mov(eax, ebp)?;
         done(a)
     });
-    // xor eax, eax; ret.
-    m.load(FUNCTION, &[0x31, 0xc0, 0xc3, 0x90, 0x90, 0x90, 0x90, 0x90]);
-    let mut guest = m.vcpu(0, |_| {});
-    assert_eq!(guest.run(), Stop::Done(2));
+    let expected = (0..rounds).fold(0u32, |sum, i| sum.wrapping_mul(3).wrapping_add(1 + i % 2));
+    assert_eq!(stop, Stop::Done(expected));
+}
+
+/// A function takes a flag from its caller only from some time on: the flags that it is passed are right, though nobody had
+/// needed them when whoever leads there was translated.
+#[test]
+fn a_function_that_begins_to_look_at_the_flags_finds_them() {
+    const CALLER: u64 = CODE + 0x200;
+    // Each sets ZF, and leads to what follows it in one way or another.
+    type Way = (&'static str, fn(&mut CodeAssembler, CodeLabel) -> Result<(), IcedError>);
+    const WAYS: [Way; 4] = [
+        ("a jump behind an access, whose check takes the flags", |a, function| {
+            a.cmp(r8, r8)?;
+            a.mov(dword_ptr(rdi), ecx)?;
+            a.jmp(function)
+        }),
+        ("a conditional jump over it, behind one", |a, function| {
+            a.cmp(r8, r8)?;
+            a.mov(dword_ptr(rdi), ecx)?;
+            a.jrcxz(function)?;
+            a.jmp(function)
+        }),
+        ("no jump, but a block is only so long", |a, _| {
+            a.cmp(r8, r8)?;
+            a.mov(dword_ptr(rdi), ecx)?;
+            (0..62).try_for_each(|_| a.nop())
+        }),
+        ("a call whose push is checked with another", |a, function| {
+            let mut over = a.create_label();
+            a.push(rbx)?;
+            a.cmp(r8, r8)?;
+            a.call(function)?;
+            a.pop(rbx)?;
+            a.jmp(over)?;
+            a.set_label(&mut over)?;
+            a.ret()
+        }),
+    ];
+    for ((way, lead), hot) in WAYS.into_iter().flat_map(|way| [(way, false), (way, true)]) {
+        let engine = TranslatorEngine::new().unwrap();
+        let m = Machine::with_engine(1, if hot { engine.with_hot_code() } else { engine });
+        let length = assemble(64, CALLER, |a| {
+            let mut function = a.create_label();
+            lead(a, function)?;
+            a.set_label(&mut function)?;
+            a.ret()
+        })
+        .len() as u64;
+        let function = CALLER + length - 1;
+        m.code(CALLER, |a| {
+            let mut label = a.create_label();
+            lead(a, label)?;
+            a.set_label(&mut label)?;
+            // It kills them all, and takes eight bytes.
+            a.xor(eax, eax)?;
+            a.ret()
+        });
+        let (stop, _) = m.run(|a| {
+            let mut again = a.create_label();
+            let mut end = a.create_label();
+            a.mov(edi, DATA as u32)?;
+            a.mov(ecx, 5)?;
+            a.xor(ebx, ebx)?;
+            a.set_label(&mut again)?;
+            a.call(CALLER)?;
+            a.add(ebx, eax)?;
+            a.cmp(ecx, 3)?;
+            a.jne(end)?;
+            // From here on: setz al; movzx eax, al; ret.
+            a.mov(rdx, 0x00c3_c0b6_0fc0_940fu64)?;
+            a.mov(rsi, function)?;
+            a.mov(qword_ptr(rsi), rdx)?;
+            a.set_label(&mut end)?;
+            a.dec(ecx)?;
+            a.jnz(again)?;
+            a.mov(eax, ebx)?;
+            done(a)
+        });
+        assert_eq!(stop, Stop::Done(2), "{way}; hot: {hot}");
+    }
 }

@@ -13,12 +13,16 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_T_DISCARD,
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
+use virtio_bindings::virtio_ring::VRING_DESC_F_NEXT;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::{
     pci::PciFunction,
-    virtio::testing::{Buffer, Driver, EVENT_IDX, INDIRECT, abuse, is_held_in_a_flood, page},
+    virtio::{
+        testing::{Buffer, Driver, EVENT_IDX, INDIRECT, abuse, is_held_in_a_flood, page},
+        worker::SLOW,
+    },
 };
 
 /// The test disk: 1 MiB.
@@ -379,6 +383,36 @@ fn another_disk_is_not_taken_over() {
     let other = Driver::new(block(&spec(&path), 1));
     let error = other.function.restore(&saved).unwrap_err().to_string();
     assert!(error.contains("another size"), "{error}");
+}
+
+/// A request that waited when the device was saved is made anew, even if the device is opened again before the thread of
+/// its queue has heard of having been held.
+#[test]
+fn what_waited_is_made_anew_by_a_slow_thread() {
+    let (_directory, path) = image();
+    let spec = spec(&path);
+    let device = block(&spec, 1);
+    let waiting = device.waiting[0].clone();
+    let mut driver = Driver::new(device);
+    driver.initialize(FLUSH);
+    driver.function.hold();
+    // As if it had been taken from the available ring, and failed.
+    let data = driver.readable(&[0x5a; 512]);
+    let (all, status) = buffers(&mut driver, VIRTIO_BLK_T_OUT, 7, &[data]);
+    for (i, buffer) in (0u16..).zip(&all) {
+        let flags = if usize::from(i) + 1 == all.len() { 0 } else { VRING_DESC_F_NEXT };
+        driver.put_descriptor(driver.queues[0].rings[0], i, *buffer, flags, i + 1);
+    }
+    assert!(waiting.push(0, QUEUE_SIZE));
+    let saved = driver.function.save();
+    let (memory, queues) = (driver.memory.clone(), driver.detach());
+    let slow = SLOW.write().unwrap();
+    let mut driver = Driver::restored(memory, block(&spec, 1), &saved, queues);
+    driver.function.open();
+    drop(slow);
+    assert_eq!(driver.wait_used(0).head, 0);
+    assert_eq!((driver.content(status), file(&path, 7 * 512, 512)), (vec![OK], vec![0x5a; 512]));
+    assert_eq!(driver.take_used(0), None);
 }
 
 #[test]

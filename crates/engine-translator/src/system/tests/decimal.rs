@@ -1,6 +1,6 @@
 use iced_x86::Register;
 use purlin_arch::x86_64::regs::{
-    gpr::{RAX, RBX},
+    gpr::{RAX, RBX, RSI},
     rflags::{AF, CF, FIXED, OF, PF, SF, ZF},
 };
 
@@ -85,6 +85,12 @@ fn bound() {
     // 16-bit operands
     poke(&cpu, 0x5000, 0x7fff_8000u32);
     assert_eq!(step(&mut cpu, b"\x66\x62\x05\x00\x50\x00\x00"), Ok(()));
+    // A 16-bit address that reaches the lower limit, and no further: BOUND EAX, [SI]
+    poke(&cpu, 0xfffc, 1u32);
+    poke(&cpu, 0, 3u32);
+    poke(&cpu, 0x1_0000, 0u32);
+    (cpu.gpr[RSI], cpu.gpr[RAX]) = (0xfffc, 2);
+    assert_eq!(step(&mut cpu, b"\x67\x62\x04"), Ok(()));
 }
 
 #[test]

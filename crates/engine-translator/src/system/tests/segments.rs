@@ -1,6 +1,6 @@
 use purlin_arch::x86_64::regs::{
     cr4,
-    gpr::{RAX, RBX},
+    gpr::{RAX, RBX, RSI},
     rflags,
     seg::{DS, ES, SS},
 };
@@ -52,6 +52,13 @@ fn far_pointers() {
     poke(&cpu, 0x5004, 0u16);
     assert_eq!(step(&mut cpu, b"\x0f\xb2\x05\x00\x50\x00\x00"), Err(Exception::GP0));
     assert_eq!((cpu.gpr[RAX], cpu.seg[SS].selector), (0x1234_5678, DATA));
+    // Two accesses: the address of the selector wraps by itself. LES EAX, [SI]
+    poke(&cpu, 0xfffc, 7u32);
+    poke(&cpu, 0, DATA);
+    poke(&cpu, 0x1_0000, USER_DATA);
+    cpu.gpr[RSI] = 0xfffc;
+    step(&mut cpu, b"\x67\xc4\x04").unwrap();
+    assert_eq!((cpu.gpr[RAX], cpu.seg[ES].selector), (7, DATA));
 }
 
 #[test]
