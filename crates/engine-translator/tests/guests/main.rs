@@ -22,4 +22,5 @@ mod smc_pieces;
 mod smc_torture;
 mod smp;
 mod storms;
+mod transfers;
 mod unmatched;
