@@ -19,6 +19,7 @@ use crate::{
 };
 
 type Result = std::result::Result<(), IcedError>;
+type Code = fn(&mut CodeAssembler) -> Result;
 
 const KERNEL: u64 = CODE + 0x1000;
 const ROUNDS: u32 = 3000;
@@ -73,8 +74,8 @@ fn now_and_then(a: &mut CodeAssembler) -> Result {
 fn vectors_are_the_users_throughout() {
     // The kernel leaves them alone, adds to them, or saves, clears and restores them; user code does its sums in them.
     const AREA: u64 = DATA + 0x1000;
-    let change: fn(&mut CodeAssembler) -> Result = |a| a.vpaddd(ymm15, ymm15, ymm2);
-    let swap: fn(&mut CodeAssembler) -> Result = |a| {
+    let change: Code = |a| a.vpaddd(ymm15, ymm15, ymm2);
+    let swap: Code = |a| {
         a.mov(edi, AREA as u32)?;
         a.mov(eax, 7)?;
         a.xor(edx, edx)?;
@@ -157,7 +158,7 @@ fn flags_go_to_the_kernel_and_back() {
 #[test]
 fn tf_behind_sysret_and_iret() {
     // It is set in what is loaded, once the way is well trodden: the trap comes behind the next instruction.
-    let rows: [(&str, fn(&mut CodeAssembler) -> Result); 2] = [
+    let rows: [(&str, Code); 2] = [
         ("sysret", |a| {
             a.mov(eax, 0)?;
             a.mov(edx, rflags::TF as u32)?;
@@ -325,7 +326,7 @@ fn a_way_round_by_system_calls_alone_can_be_left() {
 fn an_interrupt_comes_before_the_first_user_instruction() {
     // It is there while the kernel has interrupts disabled, and is taken where that ends: no instruction of the user's
     // is executed before.
-    let rows: [(&str, fn(&mut CodeAssembler) -> Result); 2] =
+    let rows: [(&str, Code); 2] =
         [("sysret", |a| a.sysretq()), ("iret", |a| frame(a, selector::USER_CODE64, selector::USER_DATA))];
     for (name, end) in rows {
         let m = machine(
