@@ -3,6 +3,7 @@
 use crate::{
     cpu::{Cpu, Segment, access},
     exception::Exception,
+    tlb::Privilege,
 };
 
 /// Types of system descriptors (SDM vol. 3A table 3-2).
@@ -131,6 +132,18 @@ impl Cpu {
         let address = self.descriptor_address(selector, 8).ok_or(outside)?;
         let low = self.load_system(address)?;
         Ok(Descriptor { low, high: 0, address })
+    }
+
+    /// The descriptor in the GDT that `selector` names, if it is present, was accessed before, and can be read without a
+    /// page walk.
+    pub fn descriptor_quickly(&self, selector: u16) -> Option<Descriptor> {
+        if is_null(selector) || selector & 4 != 0 {
+            return None;
+        }
+        let address = self.descriptor_address(selector, 8)?;
+        let low = self.load_quickly(address, Privilege::Supervisor)?;
+        let descriptor = Descriptor { low, high: 0, address };
+        (descriptor.present() && descriptor.access() & access::ACCESSED != 0).then_some(descriptor)
     }
 
     /// Like [`Cpu::descriptor`]; in long mode a system descriptor has 16 bytes. `fault` is raised as well where the

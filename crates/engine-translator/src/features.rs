@@ -7,7 +7,10 @@ use purlin_arch::x86_64::{
     regs::{cr4, xcr0},
 };
 
-use crate::cpu::Cpu;
+use crate::{
+    cpu::Cpu,
+    xstate::{IdlePointers, Layout, idle_pointers, mxcsr_mask},
+};
 
 /// Facts drawn from the CPUID leaves once, because a search of the leaves at each page walk would cost too much.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -26,6 +29,16 @@ pub struct Features {
     pub sysenter: bool,
     /// XGETBV with ECX = 1.
     pub xgetbv1: bool,
+    /// XSAVEOPT.
+    pub xsaveopt: bool,
+    /// XSAVEC.
+    pub xsavec: bool,
+    /// Where the components of the XSAVE area are.
+    pub xsave_layout: Layout,
+    /// Bits that MXCSR can have.
+    pub mxcsr: u32,
+    /// What becomes of the x87's pointers while no exception waits.
+    pub idle_pointers: IdlePointers,
     /// Bits that CR4 can have.
     pub cr4: u64,
     /// Bits that XCR0 can have.
@@ -77,6 +90,11 @@ impl Features {
             rdtscp: bit(amd_features.edx, 27),
             sysenter: bit(features.edx, 11),
             xgetbv1: bit(xsave1.eax, 2),
+            xsaveopt: bit(xsave1.eax, 0),
+            xsavec: bit(xsave1.eax, 1),
+            xsave_layout: Layout::of(leaves),
+            mxcsr: mxcsr_mask(leaves),
+            idle_pointers: idle_pointers(leaves),
             cr4: offered.iter().filter(|(_, on)| *on).fold(0, |bits, (b, _)| bits | b),
             xcr0: u64::from(xsave.eax) | u64::from(xsave.edx) << 32 | xcr0::X87,
         }

@@ -273,6 +273,7 @@ impl Cpu {
         if self.emitted.lean && page.is_none_or(|page| self.shared.ram.is_watched(page)) {
             // Not now, when neither the bus may be asked nor translations killed: as if it were absent, so that it is asked
             // for again.
+            self.emitted.walk_cut = true;
             return Slot { value: 0, host: std::ptr::null_mut(), wide };
         }
         if let Some(page) = page {

@@ -297,6 +297,12 @@ impl Tlb {
         self.used.len().max(self.global.len()) < 4 * SET_ENTRIES
     }
 
+    /// Where `linear` may be loaded from, as far as is known here.
+    pub fn readable(&self, privilege: Privilege, linear: u64) -> Option<*const u8> {
+        let entry = &self.sets[privilege as usize].read[index(linear)];
+        (entry.tag == linear & !0xfff).then_some((entry.host + (linear & 0xfff)) as *const u8)
+    }
+
     /// Whether the page of `linear` may be stored to, as far as is known here.
     pub fn may_store(&self, privilege: Privilege, linear: u64) -> bool {
         self.sets[privilege as usize].write[index(linear)].tag == linear & !0xfff

@@ -38,10 +38,10 @@ pub struct TranslatedVcpu {
     _blocks: Arc<Blocks>,
     /// Whether supervisor code is to have the vector registers in the host's the next time it is entered.
     vectors: bool,
-    /// The same for user code, always.
-    user_vectors: bool,
     /// Whether every block is to be one instruction, whatever the flags say.
     single: bool,
+    /// Whether exceptions are for the caller.
+    returns_exceptions: bool,
     timer: WakeTimer,
     decoded: DecodedCache,
     samples: SampleTimer,
@@ -61,6 +61,8 @@ enum Leave {
     GoOn,
     /// An exception is to be delivered.
     Raise(Exception),
+    /// One could not be.
+    ShutDown,
     /// The code cache is full.
     Full,
     /// The vCPU cannot go on.
@@ -76,7 +78,7 @@ impl TranslatedVcpu {
             shared,
             _blocks: blocks,
             vectors: false,
-            user_vectors: false,
+            returns_exceptions: false,
             single: false,
             timer: WakeTimer::default(),
             decoded: DecodedCache::default(),
@@ -152,6 +154,7 @@ impl TranslatedVcpu {
                         return Ok(self.shut_down());
                     }
                 }
+                Leave::ShutDown => return Ok(self.shut_down()),
                 Leave::Fail(reason) => {
                     let rip = self.cpu().rip;
                     return Err(EngineError::Failed { engine: "translator", rip, reason });
@@ -293,7 +296,7 @@ impl TranslatedVcpu {
         // User code keeps the vector registers in the host's once it has used them; supervisor code rarely uses them,
         // and has them until it next leaves emitted code: saving and loading them costs more than that exit.
         let user = self.cpu().cpl == 3;
-        let vectors = if user { self.user_vectors } else { std::mem::take(&mut self.vectors) };
+        let vectors = if user { self.cpu().emitted.user_vectors } else { std::mem::take(&mut self.vectors) };
         self.cpu().context(vectors, step)
     }
 
@@ -309,14 +312,22 @@ impl TranslatedVcpu {
         leave
     }
 
-    /// Enters emitted code at RIP, and again as long as it leaves only to find the next block, or for an instruction
-    /// behind which nothing else is to be done.
+    /// Enters emitted code at RIP, and again as long as it leaves only to find the next block, or for an instruction or
+    /// an exception behind which nothing else is to be done.
     fn run_emitted(&mut self, context: &Context, step: bool) -> Leave {
         let mut context = *context;
         loop {
             match self.run_in(&context, step) {
                 Leave::GoOn if !step => {}
                 Leave::GoOn => return Leave::Done,
+                Leave::Raise(exception) if !step && !self.returns_exceptions => {
+                    if let Err(Shutdown) = self.deliver(Event::Exception(exception)) {
+                        return Leave::ShutDown;
+                    }
+                    if self.is_disturbed() {
+                        return Leave::GoOn;
+                    }
+                }
                 leave => return leave,
             }
             context = self.next_context(false);
@@ -324,7 +335,7 @@ impl TranslatedVcpu {
         }
     }
 
-    /// The same in one context.
+    /// The same in one context, or those that emitted code goes to by itself (see `translate/transfers.rs`).
     fn run_in(&mut self, context: &Context, step: bool) -> Leave {
         let cpu = self.cpu();
         // An interrupt that waits for the flag: STI must not pass by. (What was emulated last may have made one deliverable.)
@@ -333,25 +344,35 @@ impl TranslatedVcpu {
         cpu.emitted.vectors = u32::from(context.mode.vectors());
         cpu.emitted.flag_word = to_flag_word(cpu.rflags);
         cpu.emitted.context = *context;
-        let table = context.mode.table();
+        let mut context = *context;
         let rip = cpu.rip;
         let mut known = cpu.emitted.jumps().and_then(|jumps| {
-            jumps.enter(context);
-            jumps.get(table, rip)
+            jumps.enter(&context);
+            jumps.get(context.mode.table(), rip)
         });
         loop {
             let rip = self.cpu().rip;
             let entry = match known.filter(|_| !step) {
                 Some(entry) => entry,
-                None => match self.cpu().block(context, rip) {
+                None => match self.cpu().block(&context, rip) {
                     Ok(found) => {
-                        self.cpu().remember(context, rip, &found);
+                        self.cpu().remember(&context, rip, &found);
                         found.saved_entry
                     }
                     Err(stop) => return self.stopped(stop),
                 },
             };
-            match self.enter(entry, table) {
+            let left = self.enter(entry);
+            let emitted = &mut self.cpu().emitted;
+            if emitted.context != context {
+                context = emitted.context;
+                if let Some(jumps) = emitted.jumps() {
+                    jumps.enter(&context);
+                }
+            }
+            // The others' have been saved.
+            emitted.vectors = u32::from(context.mode.vectors());
+            match left {
                 Left::NotEntered => return Leave::Look,
                 Left::Miss(rip) => {
                     self.cpu().rip = rip;
@@ -369,7 +390,7 @@ impl TranslatedVcpu {
                         return Leave::Raise(exception);
                     }
                     let ungrouped = flags & LinkDesc::UNGROUPED != 0;
-                    let context = if ungrouped { context.ungrouped() } else { *context };
+                    let context = if ungrouped { context.ungrouped() } else { context };
                     match self.cpu().block(&context, rip) {
                         Ok(found) => {
                             let saved = flags & LinkDesc::SAVED != 0;
@@ -384,9 +405,9 @@ impl TranslatedVcpu {
                 }
                 Left::Across { desc, at, generation } => {
                     self.cpu().rip = desc.rip;
-                    match self.cpu().block(context, desc.rip) {
+                    match self.cpu().block(&context, desc.rip) {
                         Ok(found) => {
-                            self.cpu().remember(context, desc.rip, &found);
+                            self.cpu().remember(&context, desc.rip, &found);
                             self.shared.code.link_across(at, desc.check(at), generation, &found);
                             known = Some(found.saved_entry);
                         }
@@ -541,18 +562,23 @@ impl TranslatedVcpu {
         if matches!(mnemonic, Hlt | In | Insb | Insd | Insw | Out | Outsb | Outsd | Outsw | Wrmsr) {
             return false;
         }
+        !self.is_disturbed()
+    }
+
+    /// Whether something else is to be done before the next instruction.
+    fn is_disturbed(&mut self) -> bool {
         let extint = self.shared.extint.load(Ordering::Acquire);
         let armed = self.timer.armed();
         let cpu = self.cpu();
         // A string instruction may have stored to the local APIC.
         if cpu.lapic.timer_deadline() != armed {
-            return false;
+            return true;
         }
         let shadow = cpu.sti_shadow || cpu.mov_ss_shadow;
         let debugged = cpu.pending_debug != 0 || cpu.rflags & rflags::TF != 0 || cpu.dr7 & 0xff != 0;
         let event = cpu.injected.is_some() || cpu.nmi_pending || cpu.leave || cpu.emitted.wants_world;
         let interrupt = cpu.rflags & rflags::IF != 0 && (extint || cpu.lapic.pending().is_some());
-        !shadow && !debugged && !event && !interrupt && cpu.activity == Activity::Running
+        shadow || debugged || event || interrupt || cpu.activity != Activity::Running
     }
 
     /// A vector instruction was met while the vector registers were not in the host's, or not to be used.
@@ -562,21 +588,22 @@ impl TranslatedVcpu {
             return Leave::Raise(exception);
         }
         let cpu = self.cpu();
-        if cpu.emitted.vectors != 0 {
+        if cpu.emitted.context.mode.vectors() {
             // All that it needs is there, and still it was not copied.
             return Leave::Raise(Exception::UD);
         }
         match cpu.cpl {
-            3 => self.user_vectors = true,
+            3 => cpu.emitted.user_vectors = true,
             _ => self.vectors = true,
         }
         Leave::Look
     }
 
-    /// Enters emitted code, of the mode that jump table `table` is for.
-    fn enter(&mut self, entry: u64, table: usize) -> Left {
+    /// Enters emitted code, of the context that [`Self::run_in`] has set.
+    fn enter(&mut self, entry: u64) -> Left {
         let mailbox = self.mailbox();
         let emitted = &mut self.cpu().emitted;
+        let table = emitted.context.mode.table();
         emitted.returns = emitted.jumps().map_or(0, |jumps| jumps.returns.pointer(table));
         let enter = self.shared.code.stubs.enter;
         mailbox.inside.fetch_add(1, Ordering::SeqCst);
@@ -595,7 +622,7 @@ impl TranslatedVcpu {
         mailbox.phase.set(Place::Loop);
         let left = self.how_left();
         let emitted = &mut self.cpu().emitted;
-        let returns = emitted.returns;
+        let (table, returns) = (emitted.context.mode.table(), emitted.returns);
         if let Some(jumps) = emitted.jumps() {
             jumps.returns.set_pointer(table, returns);
         }
@@ -613,7 +640,7 @@ impl TranslatedVcpu {
 
     /// What runs does not begin with the vector registers in the host's.
     pub(crate) fn forget_vectors(&mut self) {
-        (self.vectors, self.user_vectors) = (false, false);
+        (self.vectors, self.cpu().emitted.user_vectors) = (false, false);
     }
 
     /// Runs until an exception, which is returned instead of being delivered. `single`: one instruction at a time,
@@ -624,7 +651,7 @@ impl TranslatedVcpu {
         before: &mut dyn FnMut(&Cpu) -> bool,
     ) -> Result<Option<Exception>, EngineError> {
         set_gs_base(self.block.0.as_ptr() as u64);
-        self.single = single;
+        (self.single, self.returns_exceptions) = (single, true);
         let end = loop {
             let requests = self.mailbox().take();
             if self.handle(requests) {
@@ -637,22 +664,23 @@ impl TranslatedVcpu {
                 Leave::Look | Leave::Done | Leave::GoOn => {}
                 Leave::Full => self.clear_code(),
                 Leave::Raise(exception) => break Ok(Some(exception)),
+                Leave::ShutDown => break Ok(None),
                 Leave::Fail(reason) => {
                     break Err(EngineError::Failed { engine: "translator", rip: self.cpu().rip, reason });
                 }
             }
         };
-        self.single = false;
+        (self.single, self.returns_exceptions) = (false, false);
         end
     }
 }
 
 /// RFLAGS' status flags as `lahf; seto al` would leave them in AX.
-fn to_flag_word(flags: u64) -> u32 {
+pub(crate) fn to_flag_word(flags: u64) -> u32 {
     ((flags & 0xd5) << 8 | (flags & rflags::OF) >> 11 | 0x200) as u32
 }
 
-fn from_flag_word(flags: u64, word: u32) -> u64 {
+pub(crate) fn from_flag_word(flags: u64, word: u32) -> u64 {
     flags & !rflags::STATUS | u64::from(word >> 8) & 0xd5 | u64::from(word & 1) << 11
 }
 
@@ -674,9 +702,9 @@ impl Vcpu for TranslatedVcpu {
     }
 
     fn restore(&mut self, state: &VcpuState) -> Result<(), EngineError> {
-        self.user_vectors = false;
         self.vectors = false;
         let cpu = self.cpu();
+        cpu.emitted.user_vectors = false;
         crate::state::restore(cpu, state)?;
         crate::clock::refresh(cpu);
         Ok(())

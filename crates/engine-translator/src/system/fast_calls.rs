@@ -65,11 +65,11 @@ fn syscall_enter(cpu: &mut Cpu, next: u64) {
         cpu.gpr[R11] = cpu.rflags & !rflags::RF;
         cpu.rip = if cpu.code64() { cpu.msrs.lstar } else { cpu.msrs.cstar };
         cpu.rflags = cpu.rflags & !cpu.msrs.sfmask & !rflags::RF | rflags::FIXED;
-        cpu.set_flat_segments(cs, cs + 8, 0, Code::Bits64);
+        cpu.set_flat_segments(cs, cs.wrapping_add(8), 0, Code::Bits64);
     } else {
         cpu.rip = star & 0xffff_ffff;
         cpu.rflags &= !(rflags::VM | rflags::IF | rflags::RF);
-        cpu.set_flat_segments(cs, cs + 8, 0, Code::Bits32);
+        cpu.set_flat_segments(cs, cs.wrapping_add(8), 0, Code::Bits32);
     }
 }
 

@@ -15,8 +15,9 @@ use super::{
 };
 use crate::{
     cpu::{Cpu, Segment},
-    descriptor::rpl,
+    descriptor::{is_null, rpl},
     exception::Exception,
+    segment::is_canonical,
     stack::Stack,
     task,
 };
@@ -41,6 +42,46 @@ pub fn iret(cpu: &mut Cpu, insn: &Instruction) -> Done {
         () => task::leave(cpu, next),
     }?;
     Ok(Flow::Set)
+}
+
+/// IRETQ from CPL 0 to 64-bit code, all that it reads being in the TLB; false if nothing was done. It neither copies nor
+/// allocates, and asks no bus.
+pub fn quickly(cpu: &mut Cpu) -> bool {
+    if !cpu.code64() || cpu.cpl != 0 || cpu.rflags & NT != 0 {
+        return false;
+    }
+    let (privilege, top) = (cpu.privilege(), cpu.gpr[RSP]);
+    let word = |i: u64| cpu.load_quickly(top.wrapping_add(8 * i), privilege);
+    let (Some(rip), Some(cs), Some(flags), Some(rsp), Some(ss)) = (word(0), word(1), word(2), word(3), word(4)) else {
+        return false;
+    };
+    let (selector, ss) = (cs as u16, ss as u16);
+    let cpl = rpl(selector);
+    let Some(code) = cpu.descriptor_quickly(selector).filter(|d| d.is_code64() && !d.is_conforming() && d.dpl() == cpl)
+    else {
+        return false;
+    };
+    let stack = match is_null(ss) {
+        true if cpl < 3 && rpl(ss) == cpl => Some(Segment::null_stack(ss)),
+        true => None,
+        false => cpu
+            .descriptor_quickly(ss)
+            .filter(|d| rpl(ss) == cpl && d.is_writable() && d.dpl() == cpl)
+            .map(|d| d.segment(ss)),
+    };
+    let Some(stack) = stack.filter(|_| is_canonical(rip) && flags & (TF | VM) == 0) else { return false };
+    let mask = writable_flags(cpu);
+    cpu.nmi_masked = false;
+    cpu.gpr[RSP] = rsp;
+    cpu.seg[SS] = stack;
+    cpu.set_cs(&code, selector, cpl);
+    cpu.rip = rip;
+    if cpl != 0 {
+        cpu.drop_inner_segments();
+    }
+    // RF matters only where there are instruction breakpoints, which there are none of here.
+    set_flags(cpu, flags & !RF, mask, 8);
+    true
 }
 
 /// Pops offset, CS and flags as in real mode; flags are taken over as far as `mask` goes.

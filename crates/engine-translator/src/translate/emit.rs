@@ -249,7 +249,10 @@ impl<'a> Emitter<'a> {
             Class::Pushf => self.pushf(insn),
             Class::Own(own) => self.own(insn, own),
             Class::Emulate => {
-                self.emulate(insn);
+                match self.transfer_word(&insn.insn) {
+                    Some(word) => self.transfer(insn, word),
+                    None => self.emulate(insn),
+                }
                 return false;
             }
             Class::Jump if insn.onward.is_some() => {}

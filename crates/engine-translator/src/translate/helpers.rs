@@ -18,11 +18,12 @@ pub fn helpers() -> [u64; COUNT] {
         quick_access as *const () as u64,
         refill as *const () as u64,
         find as *const () as u64,
+        super::transfers::transfer as *const () as u64,
     ]
 }
 
 /// How many there are.
-pub const COUNT: usize = 5;
+pub const COUNT: usize = 6;
 
 /// Where the copied instruction of `desc` is to make its access; null if it raises `pending`, or is to come again with
 /// the world stopped.
@@ -78,12 +79,16 @@ extern "C" fn refill(block: *mut Block, address: u64, desc: *const u8, write: u6
     }
     let (access, privilege) = (if desc.stores() { Access::Write } else { Access::Read }, cpu.privilege());
     cpu.emitted.lean = true;
+    cpu.emitted.walk_cut = false;
     let target = cpu.resolve(address, access, privilege);
     cpu.emitted.lean = false;
     match target {
         // A store that has to be noticed has more to it.
         Ok(Target::Ram(host)) if write == 0 || cpu.tlb.may_store(privilege, address) => return host,
-        Err(_) if desc.is_plain() => cpu.emitted.refill_failed = Some((address, desc.stores())),
+        Err(exception) if desc.is_plain() => {
+            let known = (!cpu.emitted.walk_cut).then_some(exception);
+            cpu.emitted.refill_failed = Some((address, desc.stores(), known));
+        }
         _ => {}
     }
     std::ptr::null_mut()
@@ -113,9 +118,12 @@ extern "C" fn commit(block: *mut Block, desc: *const AccessDesc) -> u64 {
 const FIRST_PART: usize = 8;
 
 impl Cpu {
-    /// The page fault that ended a refill, if it was one: the walk is made again without restrictions.
+    /// The page fault that ended a refill, if it was one. If restrictions cut the walk short it is made again without.
     pub fn refill_fault(&mut self) -> Option<Exception> {
-        let (address, stores) = self.emitted.refill_failed.take()?;
+        let (address, stores, known) = self.emitted.refill_failed.take()?;
+        if known.is_some() {
+            return known;
+        }
         let access = if stores { Access::Write } else { Access::Read };
         self.resolve(address, access, self.privilege()).err()
     }

@@ -147,6 +147,11 @@ impl JumpTables {
         self.state[table].context = Some(*context);
     }
 
+    /// Whether the table of `context.mode` is one for `context`.
+    pub fn is_for(&self, context: &Context) -> bool {
+        self.state[context.mode.table()].context == Some(*context)
+    }
+
     /// Whether something can be set in a table without tidying up.
     pub fn has_room(&self, table: usize) -> bool {
         let state = &self.state[table];

@@ -35,14 +35,21 @@ pub struct EmittedState {
     pub has_world: bool,
     /// A helper runs that must not change the other halves: no bus, no allocation.
     pub lean: bool,
+    /// It has met something in a page walk that it may not deal with.
+    pub walk_cut: bool,
     /// Status flags as `lahf; seto al` leave them in AX.
     pub flag_word: u32,
     /// The same, after the copied instruction of a slow access or at a signal.
     pub late_flag_word: u32,
     /// An interrupt waits for RFLAGS.IF to be set.
     pub waiting: bool,
-    /// Nonzero while vector and x87 registers are in the host's.
+    /// Nonzero while vector and x87 registers are in the host's. In supervisor code they may be without its mode's
+    /// saying so: they are the user's, and left alone.
     pub vectors: u32,
+    /// They are not, but are to be for the user code that is entered next.
+    pub load_vectors: bool,
+    /// User code is to have them in the host's, always.
+    pub user_vectors: bool,
     /// MXCSR for Rust code.
     pub host_mxcsr: u32,
     /// Which components XSAVE saves and XRSTOR restores.
@@ -78,8 +85,9 @@ pub struct EmittedState {
     pub helpers: [u64; super::helpers::COUNT],
     /// An exception raised by a slow access.
     pub pending: Option<Exception>,
-    /// The linear address that a refill found no page for, and whether for a store, if that may be a page fault.
-    pub refill_failed: Option<(u64, bool)>,
+    /// The linear address that a refill found no page for, and whether for a store, if that may be a page fault; and
+    /// which, where that is certain.
+    pub refill_failed: Option<(u64, bool, Option<Exception>)>,
     /// How often the code cache had been emptied when the jump tables last were for that.
     pub generation: u64,
     /// What the run loop executes.
@@ -99,10 +107,13 @@ impl Default for EmittedState {
             wants_world: false,
             has_world: false,
             lean: false,
+            walk_cut: false,
             flag_word: 0,
             late_flag_word: 0,
             waiting: false,
             vectors: 0,
+            load_vectors: false,
+            user_vectors: false,
             host_mxcsr: 0x1f80,
             xsave_mask: 0,
             temp: 0,
@@ -221,6 +232,7 @@ pub mod at {
     pub const FLAG_WORD: Mem = emitted!(flag_word);
     pub const LATE_FLAG_WORD: Mem = emitted!(late_flag_word);
     pub const WAITING: Mem = emitted!(waiting);
+    pub const RIP: Mem = Mem::gs((CPU + offset_of!(Cpu, rip)) as i32);
     pub const RFLAGS: Mem = Mem::gs((CPU + offset_of!(Cpu, rflags)) as i32);
     pub const KERNEL_GS_BASE: Mem = Mem::gs((CPU + offset_of!(Cpu, msrs) + offset_of!(Msrs, kernel_gs_base)) as i32);
     pub const CR0: Mem = Mem::gs((CPU + offset_of!(Cpu, cr0)) as i32);
@@ -230,6 +242,7 @@ pub mod at {
     pub const TSC_AUX: Mem = Mem::gs((CPU + offset_of!(Cpu, msrs) + offset_of!(Msrs, tsc_aux)) as i32);
     pub const TSC_OFFSET: Mem = Mem::gs((CPU + offset_of!(Cpu, clock) + offset_of!(GuestClock, tsc_offset)) as i32);
     pub const VECTORS: Mem = emitted!(vectors);
+    pub const LOAD_VECTORS: Mem = emitted!(load_vectors);
     pub const HOST_MXCSR: Mem = emitted!(host_mxcsr);
     pub const XSAVE_MASK: Mem = emitted!(xsave_mask);
     pub const XSAVE_MASK_HIGH: Mem = Mem::gs(XSAVE_MASK.disp + 4);
@@ -249,6 +262,7 @@ pub mod at {
     pub const HELPER_QUICK: Mem = Mem::gs(HELPER_ACCESS.disp + 16);
     pub const HELPER_REFILL: Mem = Mem::gs(HELPER_ACCESS.disp + 24);
     pub const HELPER_FIND: Mem = Mem::gs(HELPER_ACCESS.disp + 32);
+    pub const HELPER_TRANSFER: Mem = Mem::gs(HELPER_ACCESS.disp + 40);
     pub const XMM: Mem = emitted!(xmm);
     pub const POLL: Mem = Mem::gs((offset_of!(Block, mailbox) + offset_of!(Mailbox, poll)) as i32);
     pub const XSTATE: Mem = Mem::gs((CPU + offset_of!(Cpu, xstate) + offset_of!(XState, area)) as i32);

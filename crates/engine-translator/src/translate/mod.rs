@@ -28,6 +28,7 @@ mod spare;
 mod strings;
 mod stubs;
 mod trace;
+mod transfers;
 
 pub use cache::{CodeCache, Content, Ends, Found, GuestPlace, Origin, Piece};
 pub use desc::{AccessDesc, AcrossDesc, ExitDesc, LinkDesc, RefillDesc};

@@ -36,6 +36,9 @@ pub struct Stubs {
     pub emulate: u64,
     /// The same with the flags in `flag_word`.
     pub emulate_saved: u64,
+    /// Called in front of a packed `ExitDesc`, with the flags in `flag_word`; R10 says which transfer it is (see
+    /// `transfers.rs`). Goes where that leads; does not return.
+    pub transfer: u64,
     /// Called with a linear address in R10 and an `AccessDesc` in R11; returns the host address in R10. Keeps all
     /// other registers, not the flags. Does not return if the access faults.
     pub access: u64,
@@ -70,6 +73,7 @@ impl Stubs {
             (self.link_saved, "link"),
             (self.emulate, "emulate"),
             (self.emulate_saved, "emulate"),
+            (self.transfer, "emulate"),
             (self.dead, "dead"),
             (self.dead_saved, "dead"),
             (self.across, "link"),
@@ -157,6 +161,10 @@ pub fn assemble(asm: &mut Asm) -> Stubs {
     asm.jmp_to(saved_tail);
 
     asm.align(16, 0);
+    stubs.transfer = asm.here();
+    transfer(asm, saved_tail);
+
+    asm.align(16, 0);
     stubs.access = asm.here();
     access(asm);
     asm.align(16, 0);
@@ -226,6 +234,51 @@ fn find(asm: &mut Asm, miss: u64) {
     asm.test_rr(reg::R10);
     asm.jcc_to(cc::E, miss);
     asm.jmp_reg(reg::R10);
+}
+
+/// `transfer(block, R10, desc) -> host address, or 0`: if the latter the instruction is emulated.
+fn transfer(asm: &mut Asm, exit: u64) {
+    asm.pop(reg::R11);
+    for (guest, host) in changed_by_transfers() {
+        asm.store(gpr(guest), host);
+    }
+    to_host_stack(asm);
+    asm.push(reg::R11);
+    asm.push(reg::R11);
+    keep_xmm(asm, Asm::store_xmm);
+    asm.load(reg::RDI, at::BLOCK);
+    asm.mov_rr(reg::RSI, reg::R10);
+    asm.mov_rr(reg::RDX, reg::R11);
+    asm.call_mem(at::HELPER_TRANSFER);
+    asm.mov_rr(reg::R10, reg::RAX);
+    keep_xmm(asm, Asm::load_xmm);
+    asm.pop(reg::R11);
+    to_returns(asm);
+    asm.test_rr(reg::R10);
+    let (emulate, ready) = (asm.label(), asm.label());
+    asm.jcc(cc::E, emulate);
+    asm.cmp8_mem(at::LOAD_VECTORS, 0);
+    asm.jcc(cc::E, ready);
+    asm.store_imm(at::VECTORS, 1, 4);
+    restore_vectors(asm);
+    asm.bind(ready);
+    for (guest, host) in changed_by_transfers() {
+        asm.load(host, gpr(guest));
+    }
+    asm.load(reg::R11, at::RIP);
+    asm.jmp_reg(reg::R10);
+
+    asm.bind(emulate);
+    for (guest, host) in changed_by_transfers() {
+        asm.load(host, gpr(guest));
+    }
+    asm.store_imm(at::EXIT_KIND, ExitKind::Emulate as i32, 4);
+    asm.jmp_to(exit);
+}
+
+/// Guest registers that a Rust function, or the transfer itself, may change, with the host's.
+fn changed_by_transfers() -> impl Iterator<Item = (u8, u8)> {
+    pinned_pairs().filter(|(guest, host)| *guest == reg::RSP || CALLER_SAVED.contains(host))
 }
 
 /// From the stack of returns to the host's, for Rust code.

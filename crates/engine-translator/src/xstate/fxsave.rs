@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 
 use iced_x86::{Instruction, Mnemonic};
 use purlin_arch::x86_64::{
-    cpuid::{Vendor, lookup, vendor},
+    cpuid::{CpuidEntry, Vendor, lookup, vendor},
     regs::{cr0, cr4},
 };
 
@@ -17,10 +17,10 @@ const IMAGE: usize = 512;
 const FSW_ES: u16 = 1 << 7;
 const FOP_MASK: u16 = 0x7ff;
 
-/// The bits that MXCSR can have.
-pub fn mxcsr_mask(cpu: &Cpu) -> u32 {
+/// The bits that MXCSR can have on a processor with these leaves.
+pub fn mxcsr_mask(cpuid: &[CpuidEntry]) -> u32 {
     const MISALIGNED: u32 = 1 << 17;
-    let misaligned = lookup(&cpu.cpuid, 0x8000_0001, 0)[2] & 1 << 7 != 0;
+    let misaligned = lookup(cpuid, 0x8000_0001, 0)[2] & 1 << 7 != 0;
     host_mxcsr_mask() & if misaligned { !0 } else { !MISALIGNED }
 }
 
@@ -50,9 +50,10 @@ pub(super) enum Pointers {
 }
 
 /// What becomes of FOP, FIP and FDP while no exception waits (FSW.ES clear).
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum IdlePointers {
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum IdlePointers {
     /// They are saved and restored all the same: Intel.
+    #[default]
     Kept,
     /// Zeros are saved, whatever they are; they are restored. AMD with CPUID.8000_0008.EBX bit 2.
     SavedAsZero,
@@ -60,9 +61,10 @@ enum IdlePointers {
     Skipped,
 }
 
-fn idle_pointers(cpu: &Cpu) -> IdlePointers {
-    let saves = lookup(&cpu.cpuid, 0x8000_0008, 0)[1] & 1 << 2 != 0;
-    match (vendor(&cpu.cpuid), saves) {
+/// What a processor with these leaves does.
+pub fn idle_pointers(cpuid: &[CpuidEntry]) -> IdlePointers {
+    let saves = lookup(cpuid, 0x8000_0008, 0)[1] & 1 << 2 != 0;
+    match (vendor(cpuid), saves) {
         (Vendor::Intel, _) => IdlePointers::Kept,
         (Vendor::Amd, true) => IdlePointers::SavedAsZero,
         (Vendor::Amd, false) => IdlePointers::Skipped,
@@ -71,7 +73,7 @@ fn idle_pointers(cpu: &Cpu) -> IdlePointers {
 
 /// The x87 part of an image: bytes 0 to 23 into `image`, whose old contents stay where nothing is saved.
 pub(super) fn put_x87_control(cpu: &mut Cpu, image: &mut [u8], pointers: Pointers) {
-    let idle = idle_pointers(cpu);
+    let idle = cpu.features.idle_pointers;
     let state = &mut cpu.xstate;
     state.materialise_for_reading();
     image[..offset::FOP].copy_from_slice(&state.area[..offset::FOP]);
@@ -91,7 +93,7 @@ pub(super) fn put_x87_control(cpu: &mut Cpu, image: &mut [u8], pointers: Pointer
 
 /// Takes over the x87 part of an image, registers included.
 pub(super) fn take_x87(cpu: &mut Cpu, image: &[u8], pointers: Pointers) {
-    let idle = idle_pointers(cpu);
+    let idle = cpu.features.idle_pointers;
     let state = &mut cpu.xstate;
     state.materialise(0);
     state.area[..offset::FOP].copy_from_slice(&image[..offset::FOP]);
@@ -156,7 +158,7 @@ pub fn fxsave(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
     image[offset::ST..offset::XMM].copy_from_slice(&cpu.xstate.area[offset::ST..offset::XMM]);
     let xmm = xmm_bytes(cpu);
     if xmm != 0 {
-        let mask = mxcsr_mask(cpu);
+        let mask = cpu.features.mxcsr;
         image[offset::MXCSR..offset::MXCSR + 4].copy_from_slice(&cpu.xstate.mxcsr().to_le_bytes());
         image[offset::MXCSR_MASK..offset::MXCSR_MASK + 4].copy_from_slice(&mask.to_le_bytes());
         let range = offset::XMM..offset::XMM + xmm;
@@ -177,7 +179,7 @@ pub fn fxrstor(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
 
     let xmm = xmm_bytes(cpu);
     let mxcsr = u32::from_le_bytes(image[offset::MXCSR..offset::MXCSR + 4].try_into().unwrap_or_default());
-    if xmm != 0 && mxcsr & !mxcsr_mask(cpu) != 0 {
+    if xmm != 0 && mxcsr & !cpu.features.mxcsr != 0 {
         return Err(Exception::GP0);
     }
     take_x87(cpu, &image, pointers(insn));
@@ -195,7 +197,7 @@ pub fn fxrstor(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
 pub fn ldmxcsr(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
     checks::check_fpu(cpu, insn)?;
     let value = cpu.read_op(insn, 0)? as u32;
-    if value & !mxcsr_mask(cpu) != 0 {
+    if value & !cpu.features.mxcsr != 0 {
         return Err(Exception::GP0);
     }
     cpu.xstate.set_mxcsr(value);

@@ -4,7 +4,7 @@ use purlin_arch::x86_64::regs::xcr0;
 use purlin_state::StateError;
 
 use super::{
-    AREA, Layout, XState, fxsave,
+    AREA, Layout, XState,
     layout::COMPONENTS,
     offset::{self, HEADER_END, XSTATE_BV},
 };
@@ -12,7 +12,7 @@ use crate::cpu::Cpu;
 
 /// The state of `cpu`.
 pub fn save(cpu: &mut Cpu) -> Vec<u8> {
-    let layout = Layout::of(&cpu.cpuid);
+    let layout = cpu.features.xsave_layout;
     let state = &mut cpu.xstate;
     let mut area = vec![0; layout.standard_size(u64::MAX)];
     state.materialise_for_reading();
@@ -27,14 +27,14 @@ pub fn save(cpu: &mut Cpu) -> Vec<u8> {
         present |= 1 << component;
     }
     area[XSTATE_BV..XSTATE_BV + 8].copy_from_slice(&present.to_le_bytes());
-    area[offset::MXCSR_MASK..offset::MXCSR_MASK + 4].copy_from_slice(&fxsave::mxcsr_mask(cpu).to_le_bytes());
+    area[offset::MXCSR_MASK..offset::MXCSR_MASK + 4].copy_from_slice(&cpu.features.mxcsr.to_le_bytes());
     area
 }
 
 /// Takes over a saved area.
 pub fn restore(cpu: &mut Cpu, area: &[u8]) -> Result<(), StateError> {
     let corrupt = |reason: &str| Err(StateError::corrupt("vcpu", reason));
-    let layout = Layout::of(&cpu.cpuid);
+    let layout = cpu.features.xsave_layout;
     if !(HEADER_END..=4 * AREA).contains(&area.len()) {
         return corrupt("the XSAVE area has an impossible size");
     }
@@ -47,7 +47,7 @@ pub fn restore(cpu: &mut Cpu, area: &[u8]) -> Result<(), StateError> {
     if area[XSTATE_BV + 8..HEADER_END].iter().any(|b| *b != 0) {
         return corrupt("the XSAVE area is not in the standard format");
     }
-    if mxcsr & !fxsave::mxcsr_mask(cpu) != 0 {
+    if mxcsr & !cpu.features.mxcsr != 0 {
         return corrupt("reserved bits of MXCSR are set");
     }
     let mut state = XState::default();

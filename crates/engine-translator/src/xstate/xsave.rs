@@ -1,13 +1,10 @@
 //! XSAVE, XSAVEOPT, XSAVEC and XRSTOR (SDM vol. 1 13.7 to 13.10).
 
 use iced_x86::{Instruction, Mnemonic};
-use purlin_arch::x86_64::{
-    cpuid::lookup,
-    regs::{
-        cr4,
-        gpr::{RAX, RDX},
-        xcr0,
-    },
+use purlin_arch::x86_64::regs::{
+    cr4,
+    gpr::{RAX, RDX},
+    xcr0,
 };
 
 use super::{
@@ -21,10 +18,6 @@ use crate::{cpu::Cpu, exception::Exception, mem::Access, tlb::Privilege};
 const COMPACTED: u64 = 1 << 63;
 /// MXCSR belongs to both in the standard format.
 const WITH_MXCSR: u64 = xcr0::SSE | xcr0::AVX;
-
-/// Bits of leaf 0xD, sub-leaf 1.
-const HAS_XSAVEOPT: u32 = 1 << 0;
-const HAS_XSAVEC: u32 = 1 << 1;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
@@ -42,10 +35,6 @@ fn decode(insn: &Instruction) -> (Kind, Pointers) {
         Mnemonic::Xsave64 | Mnemonic::Xrstor64 => (Kind::Plain, Pointers::Bits64),
         _ => (Kind::Plain, Pointers::Bits32),
     }
-}
-
-fn has(cpu: &Cpu, feature: u32) -> bool {
-    lookup(&cpu.cpuid, 0xd, 1)[0] & feature != 0
 }
 
 /// Address of the area, whose legacy region and header are checked, and the requested components.
@@ -76,19 +65,64 @@ fn visible(cpu: &Cpu, component: u32, size: usize) -> usize {
     }
 }
 
-/// A piece of the area: where it goes, and its bytes.
+/// A piece of the area: where it goes, and what goes there.
+#[derive(Clone, Copy)]
 struct Piece {
     offset: usize,
-    data: Vec<u8>,
+    size: usize,
+    source: Source,
 }
+
+#[derive(Clone, Copy)]
+enum Source {
+    /// Bytes from here on of the processor's own area.
+    Area(usize),
+    /// As many of these.
+    Bytes([u8; offset::MXCSR]),
+    /// Of a component that is in its initial state.
+    Zeros,
+}
+
+impl Piece {
+    fn area(offset: usize, from: usize, size: usize) -> Self {
+        Self { offset, size, source: Source::Area(from) }
+    }
+
+    fn bytes(offset: usize, data: &[u8]) -> Self {
+        let mut bytes = [0; offset::MXCSR];
+        bytes[..data.len()].copy_from_slice(data);
+        Self { offset, size: data.len(), source: Source::Bytes(bytes) }
+    }
+
+    /// Writes it into the area at `address`; its pages have been checked.
+    fn write(&self, cpu: &mut Cpu, address: u64, privilege: Privilege) -> Result<(), Exception> {
+        let (at, end) = (address.wrapping_add(self.offset as u64), self.size);
+        match self.source {
+            Source::Area(from) => {
+                let mut buffer = [0; 256];
+                for done in (0..end).step_by(buffer.len()) {
+                    let part = &mut buffer[..(end - done).min(256)];
+                    part.copy_from_slice(&cpu.xstate.area[from + done..][..part.len()]);
+                    cpu.write_as(at.wrapping_add(done as u64), part, privilege)?;
+                }
+                Ok(())
+            }
+            Source::Bytes(bytes) => cpu.write_as(at, &bytes[..end], privilege),
+            Source::Zeros => cpu.write_as(at, &[0; LARGEST][..end], privilege),
+        }
+    }
+}
+
+/// Bytes of the largest component.
+const LARGEST: usize = 1024;
 
 /// XSAVE, XSAVEOPT, XSAVEC.
 pub fn xsave(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
     let (kind, pointers) = decode(insn);
     let offered = match kind {
         Kind::Plain => true,
-        Kind::Optimised => has(cpu, HAS_XSAVEOPT),
-        Kind::Compacted => has(cpu, HAS_XSAVEC),
+        Kind::Optimised => cpu.features.xsaveopt,
+        Kind::Compacted => cpu.features.xsavec,
     };
     if !offered {
         return Err(Exception::UD);
@@ -101,55 +135,75 @@ pub fn xsave(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
         in_use |= xcr0::SSE;
     }
     let saved = if kind == Kind::Plain { requested } else { requested & in_use };
-    let mut pieces = pieces(cpu, address, kind, pointers, requested, saved, privilege)?;
+    let mut pieces = Pieces::default();
+    collect(cpu, &mut pieces, address, kind, pointers, requested, saved, privilege)?;
     pieces.push(match kind {
         Kind::Compacted => {
-            let header = [(in_use & requested).to_le_bytes(), (COMPACTED | requested).to_le_bytes()];
-            Piece { offset: XSTATE_BV, data: header.concat() }
+            let header = [in_use & requested, COMPACTED | requested].map(u64::to_le_bytes);
+            Piece::bytes(XSTATE_BV, header.as_flattened())
         }
         _ => {
             let old: u64 = cpu.load(address.wrapping_add(XSTATE_BV as u64))?;
             let new = old & !requested | in_use & requested;
-            Piece { offset: XSTATE_BV, data: new.to_le_bytes().to_vec() }
+            Piece::bytes(XSTATE_BV, &new.to_le_bytes())
         }
     });
-    let end = pieces.iter().map(|piece| piece.offset + piece.data.len()).max().unwrap_or(0);
+    let end = pieces.all().map(|piece| piece.offset + piece.size).max().unwrap_or(0);
     check_whole_area(cpu, insn, end, Access::Write)?;
-    for piece in &pieces {
-        cpu.probe(address.wrapping_add(piece.offset as u64), piece.data.len(), Access::Write, privilege)?;
+    for piece in pieces.all() {
+        cpu.probe(address.wrapping_add(piece.offset as u64), piece.size, Access::Write, privilege)?;
     }
-    for piece in &pieces {
-        cpu.write_as(address.wrapping_add(piece.offset as u64), &piece.data, privilege)?;
+    for piece in pieces.all() {
+        piece.write(cpu, address, privilege)?;
     }
     Ok(())
 }
 
-fn pieces(
+/// Those of one area: x87's two, MXCSR, the other components, the header.
+#[derive(Default)]
+struct Pieces {
+    pieces: [Option<Piece>; COMPONENTS as usize + 3],
+    count: usize,
+}
+
+impl Pieces {
+    fn push(&mut self, piece: Piece) {
+        self.pieces[self.count] = Some(piece);
+        self.count += 1;
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Piece> {
+        self.pieces.iter().flatten()
+    }
+}
+
+#[allow(clippy::too_many_arguments)]
+fn collect(
     cpu: &mut Cpu,
+    pieces: &mut Pieces,
     address: u64,
     kind: Kind,
     pointers: Pointers,
     requested: u64,
     saved: u64,
     privilege: Privilege,
-) -> Result<Vec<Piece>, Exception> {
-    let mut pieces = Vec::new();
+) -> Result<(), Exception> {
     if saved & xcr0::X87 != 0 {
-        let mut control = vec![0; offset::MXCSR];
+        let mut control = [0; offset::MXCSR];
         cpu.read_as(address, &mut control, privilege)?;
         fxsave::put_x87_control(cpu, &mut control, pointers);
-        pieces.push(Piece { offset: 0, data: control });
-        pieces.push(Piece { offset: offset::ST, data: cpu.xstate.area[offset::ST..offset::XMM].to_vec() });
+        pieces.push(Piece::bytes(0, &control));
+        pieces.push(Piece::area(offset::ST, offset::ST, offset::XMM - offset::ST));
     }
     let with_mxcsr = match kind {
         Kind::Compacted => saved & xcr0::SSE,
         _ => requested & WITH_MXCSR,
     };
     if with_mxcsr != 0 {
-        let fields = [cpu.xstate.mxcsr().to_le_bytes(), fxsave::mxcsr_mask(cpu).to_le_bytes()];
-        pieces.push(Piece { offset: offset::MXCSR, data: fields.concat() });
+        let fields = [cpu.xstate.mxcsr(), cpu.features.mxcsr].map(u32::to_le_bytes);
+        pieces.push(Piece::bytes(offset::MXCSR, fields.as_flattened()));
     }
-    let layout = Layout::of(&cpu.cpuid);
+    let layout = cpu.features.xsave_layout;
     for component in (1..COMPONENTS).filter(|i| saved & 1 << i != 0) {
         let target = match kind {
             Kind::Compacted => layout.compacted(component, requested),
@@ -157,13 +211,13 @@ fn pieces(
         };
         let (Some(target), Some(source)) = (target, Layout::host().range(component)) else { continue };
         let size = visible(cpu, component, source.len());
-        let data = match cpu.xstate.in_use() & 1 << component {
-            0 => vec![0; size],
-            _ => cpu.xstate.area[source][..size].to_vec(),
+        let source = match cpu.xstate.in_use() & 1 << component {
+            0 => Source::Zeros,
+            _ => Source::Area(source.start),
         };
-        pieces.push(Piece { offset: target.start, data });
+        pieces.push(Piece { offset: target.start, size, source });
     }
-    Ok(pieces)
+    Ok(())
 }
 
 /// XRSTOR, from both formats.
@@ -179,7 +233,7 @@ pub fn xrstor(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
     let components = format & !COMPACTED;
 
     let valid = if compacted {
-        has(cpu, HAS_XSAVEC)
+        cpu.features.xsavec
             && components & !cpu.xcr0 == 0
             && present & !components == 0
             && header[16..].iter().all(|b| *b == 0)
@@ -198,20 +252,27 @@ pub fn xrstor(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
         true if requested & xcr0::SSE != 0 => Some(MXCSR_INIT),
         _ => None,
     };
-    if mxcsr.is_some_and(|value| value & !fxsave::mxcsr_mask(cpu) != 0) {
+    if mxcsr.is_some_and(|value| value & !cpu.features.mxcsr != 0) {
         return Err(Exception::GP0);
     }
 
-    // Everything is read before anything is changed: a page fault leaves the registers as they were.
-    let layout = Layout::of(&cpu.cpuid);
-    let mut loaded = Vec::new();
+    // Everything is found readable before anything is changed: a page fault leaves the registers as they were.
+    let layout = cpu.features.xsave_layout;
+    let mut loaded = [None; COMPONENTS as usize];
     for component in (1..COMPONENTS).filter(|i| requested & present & 1 << i != 0) {
         let source = if compacted { layout.compacted(component, components) } else { layout.range(component) };
         let Some(source) = source else { continue };
-        let mut data = vec![0; visible(cpu, component, source.len())];
-        check_whole_area(cpu, insn, source.start + data.len(), Access::Read)?;
-        cpu.read_as(address.wrapping_add(source.start as u64), &mut data, privilege)?;
-        loaded.push((component, data));
+        let size = visible(cpu, component, source.len());
+        check_whole_area(cpu, insn, source.start + size, Access::Read)?;
+        let at = address.wrapping_add(source.start as u64);
+        cpu.probe(at, size, Access::Read, privilege)?;
+        loaded[component as usize] = Some((at, size));
+    }
+    let mut data = [0; LOADABLE];
+    let mut read = 0;
+    for (at, size) in loaded.into_iter().flatten() {
+        cpu.read_as(at, &mut data[read..read + size], privilege)?;
+        read += size;
     }
 
     if requested & xcr0::X87 != 0 {
@@ -226,13 +287,19 @@ pub fn xrstor(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
     for component in (1..COMPONENTS).filter(|i| requested & !present & 1 << i != 0) {
         initialise(cpu, component);
     }
-    for (component, data) in loaded {
-        if let Some(bytes) = cpu.xstate.component(component) {
-            bytes[..data.len()].copy_from_slice(&data);
+    let mut data = &data[..];
+    for (component, (_, size)) in (0..COMPONENTS).zip(loaded).filter_map(|(i, piece)| Some((i, piece?))) {
+        let (bytes, rest) = data.split_at(size);
+        data = rest;
+        if let Some(area) = cpu.xstate.component(component) {
+            area[..size].copy_from_slice(bytes);
         }
     }
     Ok(())
 }
+
+/// Bytes of all components but x87.
+const LOADABLE: usize = 256 + 256 + 64 + 512 + LARGEST;
 
 fn memory_mxcsr(legacy: &[u8; LEGACY_END]) -> u32 {
     let at = offset::MXCSR;

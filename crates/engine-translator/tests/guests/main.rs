@@ -23,4 +23,5 @@ mod smc_torture;
 mod smp;
 mod stack_page;
 mod storms;
+mod transfers;
 mod unmatched;

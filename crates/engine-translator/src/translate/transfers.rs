@@ -1,0 +1,116 @@
+//! SYSCALL, SYSRET and IRET between 64-bit code and 64-bit code, without leaving emitted code: the helper behind their
+//! stub does what the run loop would, and finds the block to go on with. Whatever is not the usual case it leaves alone,
+//! for the run loop to emulate.
+//!
+//! Guest vectors stay where they are: supervisor code is then of a mode that does not use them, with the user's still
+//! in the host's registers. Only where user code is entered that has them elsewhere are they loaded.
+#![allow(unsafe_code)]
+
+use iced_x86::{Code, Instruction};
+use purlin_arch::x86_64::regs::{gpr, rflags};
+
+use super::{
+    asm::reg,
+    emit::{Emitter, Insn},
+    flags::STATUS,
+};
+use crate::{
+    cpu::{Block, Cpu},
+    profile::Place,
+    segment::is_canonical,
+    system::{fast_calls, iret},
+    vcpu::{from_flag_word, to_flag_word},
+};
+
+/// Which instruction it is: the low byte of what the stub passes on, with the instruction's length above.
+const SYSCALL: u64 = 0;
+const SYSRET: u64 = 1;
+const IRET: u64 = 2;
+const LEN_SHIFT: u32 = 8;
+
+impl Emitter<'_> {
+    /// What tells the stub which instruction `insn` is, if it is one that may be done here.
+    pub(super) fn transfer_word(&self, insn: &Instruction) -> Option<u64> {
+        if self.mode.bits() != 64 || self.mode.step() {
+            return None;
+        }
+        let which = match insn.code() {
+            Code::Syscall => SYSCALL,
+            Code::Sysretq if self.mode.kernel() => SYSRET,
+            Code::Iretq if self.mode.kernel() => IRET,
+            _ => return None,
+        };
+        Some(which | (insn.len() as u64) << LEN_SHIFT)
+    }
+
+    /// Executes `insn` by way of [`transfer`].
+    pub(super) fn transfer(&mut self, insn: &Insn, word: u64) {
+        self.free_flags(STATUS);
+        self.asm.mov_ri(reg::R10, word);
+        self.asm.call_to(self.stubs.transfer);
+        self.exit_desc(insn);
+    }
+}
+
+/// Executes the instruction that `word` says, whose `ExitDesc` is at `desc`. Returns the host address to go on at, with
+/// the flags in `flag_word` and the target's RIP in R11; 0 if nothing was done. The same restrictions as in
+/// [`super::helpers`]' `quick_access`.
+pub(super) extern "C" fn transfer(block: *mut Block, word: u64, desc: *const u8) -> u64 {
+    // SAFETY: called by emitted code on the thread that runs the vCPU, with its own block; no other reference to the
+    // Cpu exists while emitted code runs. A packed `ExitDesc` begins with RIP.
+    let (cpu, mailbox, rip) =
+        unsafe { (&mut *(*block).cpu.get(), &(*block).mailbox, desc.cast::<u64>().read_unaligned()) };
+    // There may be no other poll on a way that leads round by system calls alone.
+    if mailbox.any() || cpu.is_disturbed() {
+        return 0;
+    }
+    cpu.rflags = from_flag_word(cpu.rflags, cpu.emitted.flag_word);
+    let done = match word & 0xff {
+        SYSCALL => fast_calls::syscall(cpu, rip.wrapping_add(word >> LEN_SHIFT)).is_ok(),
+        SYSRET => {
+            let usual = cpu.gpr[R11] & rflags::TF == 0 && is_canonical(cpu.gpr[gpr::RCX]);
+            usual && fast_calls::sysret(cpu, true).is_ok()
+        }
+        _ => iret::quickly(cpu),
+    };
+    if !done {
+        return 0;
+    }
+    mailbox.phase.set(if cpu.cpl == 3 { Place::User } else { Place::Kernel });
+    cpu.emitted.lean = true;
+    let entry = cpu.enter_context();
+    cpu.emitted.lean = false;
+    entry.unwrap_or(cpu.shared.code.stubs.miss_saved)
+}
+
+const R11: usize = 11;
+
+impl Cpu {
+    /// Whether something wants the run loop before or behind the next instruction, whatever that is.
+    fn is_disturbed(&self) -> bool {
+        let debugged = self.pending_debug != 0 || self.dr7 & 0xff != 0 || self.rflags & rflags::TF != 0;
+        let event = self.injected.is_some() || self.nmi_pending || self.leave || self.emitted.wants_world;
+        let extint = || self.shared.extint.load(std::sync::atomic::Ordering::Acquire);
+        debugged || event || extint() || self.lapic.pending().is_some()
+    }
+
+    /// Makes emitted code ready for the context that the processor now is in. The block to go on with, if it is known.
+    fn enter_context(&mut self) -> Option<u64> {
+        let vectors = self.cpl == 3 && self.emitted.user_vectors;
+        let context = self.context(vectors, false);
+        let (from, to) = (self.emitted.context.mode.table(), context.mode.table());
+        let (rip, returns, flag_word) = (self.rip, self.emitted.returns, to_flag_word(self.rflags));
+        let emitted = &mut self.emitted;
+        emitted.load_vectors = vectors && emitted.vectors == 0;
+        emitted.flag_word = flag_word;
+        // Nothing is pending that could wait.
+        emitted.waiting = false;
+        emitted.context = context;
+        let jumps = emitted.jumps()?;
+        jumps.returns.set_pointer(from, returns);
+        let returns = jumps.returns.pointer(to);
+        let known = jumps.is_for(&context).then(|| jumps.get(to, rip));
+        self.emitted.returns = returns;
+        known?.or_else(|| self.find_quickly(rip))
+    }
+}
