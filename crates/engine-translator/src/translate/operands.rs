@@ -439,7 +439,8 @@ fn set_memory(insn: &mut Instruction, mem: Mem) {
     insn.set_memory_index(mem.index.map_or(Register::None, |(r, _)| name(r)));
     insn.set_memory_index_scale(1);
     insn.set_memory_displacement64(mem.disp as i64 as u64);
-    insn.set_memory_displ_size(if mem.disp == 0 { 0 } else { 8 });
+    // One byte where it fits.
+    insn.set_memory_displ_size(u32::from(mem.disp != 0));
 }
 
 /// The general register `number` of `size` bytes.
