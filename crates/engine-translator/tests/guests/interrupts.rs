@@ -8,7 +8,10 @@ use std::{
 use iced_x86::{IcedError, code_asm::*};
 use purlin_arch::x86_64::{
     msr,
-    regs::{gpr::RAX, rflags},
+    regs::{
+        gpr::{RAX, RDI},
+        rflags,
+    },
     state::{Activity, VcpuState},
 };
 use vm_memory::{Bytes, GuestAddress};
@@ -784,4 +787,25 @@ fn an_interrupt_in_user_code_switches_the_stack() {
     assert_eq!(state.regs.gpr[4], RING0_STACK - 40);
     assert_eq!(state.regs.rflags & rflags::IF, 0, "an interrupt gate");
     assert_eq!(state.regs.gpr[RAX], 77);
+}
+
+/// A jump of almost 2 GiB round the end of the address space leads backward, so it may be interrupted: at its target, which
+/// is more than 2 GiB away from where the block begins.
+#[test]
+fn a_jump_as_far_as_jumps_reach_is_interrupted() {
+    const START: u64 = 0xffff_ffff_ffff_f000;
+    const TARGET: u64 = 0x7fff_f008;
+    let m = Machine::new(1);
+    // inc ebx, twice; jmp +0x7fffffff
+    m.map(START, CODE, pte::P);
+    m.load(CODE, &[0xff, 0xc3, 0xff, 0xc3, 0xe9, 0xff, 0xff, 0xff, 0x7f]);
+    // jmp rdi
+    m.map(TARGET & !0xfff, CODE + 0x1000, pte::P);
+    m.load(CODE + 0x1000 + (TARGET & 0xfff), &[0xff, 0xe7]);
+    let mut guest = m.vcpu(0, |s| (s.regs.rip, s.regs.gpr[RDI]) = (START, START));
+    for _ in 0..100 {
+        assert_eq!(guest.run_for(Duration::from_millis(1)), Stop::Kicked);
+        let rip = guest.state().regs.rip;
+        assert!([START, TARGET].contains(&rip), "{rip:#x}");
+    }
 }
