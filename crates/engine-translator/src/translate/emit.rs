@@ -538,7 +538,7 @@ impl<'a> Emitter<'a> {
 
         let after = self.flags_saved;
         self.flags_saved = before;
-        self.asm.section(Section::Cold);
+        let (section, over) = self.asm.begin_cold();
         self.asm.bind(cold);
         self.asm.add_mem(reg::R10, Mem::gs_at(reg::R11, tag));
         self.slow_access(access.desc(insn), flags, live_after, op);
@@ -552,7 +552,7 @@ impl<'a> Emitter<'a> {
             self.slow_access(desc, flags, live_after, op);
             self.asm.jmp(back);
         }
-        self.asm.section(Section::Hot);
+        self.asm.end_cold(section, over);
         debug_assert_eq!(self.flags_saved, after);
     }
 
