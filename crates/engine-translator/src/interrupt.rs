@@ -15,9 +15,11 @@ use crate::{
     debug::{dr6, dr7},
     descriptor::{Descriptor, is_null, system_type},
     exception::{Exception, vector},
+    mem::{copy_from_guest, copy_to_guest, page_rest},
     segment::is_canonical,
     stack::Stack,
     task,
+    tlb::Privilege,
 };
 
 /// What is delivered.
@@ -322,6 +324,65 @@ fn enter_long(
     cpu.rip = target;
     enter_handler_flags(cpu, gate);
     Ok(())
+}
+
+/// Delivers the page fault `fault` of the instruction at `rip` through an interrupt gate to 64-bit code at CPL 0, all that it takes
+/// being in the TLB; false if nothing was done. It neither copies nor allocates, asks no bus, and no store of its has to be noticed.
+pub fn page_fault_quickly(cpu: &mut Cpu, fault: Exception, rip: u64) -> bool {
+    try_page_fault(cpu, fault, rip).is_some()
+}
+
+fn try_page_fault(cpu: &mut Cpu, fault: Exception, rip: u64) -> Option<()> {
+    const FRAME: usize = 6;
+    let offset = u64::from(vector::PF) * 16;
+    if !cpu.code64() || fault.vector != vector::PF || offset + 15 > u64::from(cpu.idtr.limit) {
+        return None;
+    }
+    let address = cpu.idtr.base.wrapping_add(offset);
+    let low = cpu.load_quickly(address, Privilege::Supervisor)?;
+    let high = cpu.load_quickly(address.wrapping_add(8), Privilege::Supervisor)? & 0xffff_ffff;
+    let gate = Descriptor { low, high, address };
+    let (selector, target) = (gate.gate_selector(), gate.gate_offset());
+    if gate.kind() != system_type::INTERRUPT_GATE || !gate.is_system() || !gate.present() || !is_canonical(target) {
+        return None;
+    }
+    let code = cpu.descriptor_quickly(selector).filter(|d| d.is_code64() && !d.is_conforming() && d.dpl() == 0)?;
+    let inward = cpu.cpl != 0;
+    let top = match low >> 32 & 7 {
+        0 if !inward => cpu.gpr[RSP],
+        0 => tss64_stack_quickly(cpu, 4)?,
+        ist => tss64_stack_quickly(cpu, 28 + 8 * ist)?,
+    };
+    let frame = (top & !15).wrapping_sub(8 * FRAME as u64);
+    let host = cpu.tlb.storable(cpu.privilege_at(0), frame).filter(|_| page_rest(frame) >= 8 * FRAME)?;
+    let (ss, cs) = (u64::from(cpu.seg[SS].selector), u64::from(cpu.seg[CS].selector));
+    let flags = cpu.rflags | rflags::RF;
+    let words: [u64; FRAME] = [u64::from(fault.error.unwrap_or(0)), rip, cs, flags, cpu.gpr[RSP], ss];
+    for (i, word) in words.iter().enumerate() {
+        copy_to_guest(host.wrapping_add(8 * i), &word.to_le_bytes());
+    }
+    cpu.cr2 = fault.payload;
+    if inward {
+        cpu.seg[SS] = Segment::null_stack(0);
+    }
+    cpu.gpr[RSP] = frame;
+    cpu.set_cs(&code, selector, 0);
+    cpu.rip = target;
+    enter_handler_flags(cpu, &gate);
+    Some(())
+}
+
+/// The same as [`tss64_stack`], of a TSS that is in the TLB.
+fn tss64_stack_quickly(cpu: &Cpu, offset: u64) -> Option<u64> {
+    let at = cpu.tr.base.wrapping_add(offset);
+    if cpu.tr.unusable() || offset + 7 > u64::from(cpu.tr.limit) || page_rest(at) < 8 {
+        return None;
+    }
+    // (It is a multiple of four.)
+    let host = cpu.tlb.readable(Privilege::Supervisor, at)?;
+    let mut bytes = [0; 8];
+    copy_from_guest(host, &mut bytes);
+    Some(u64::from_le_bytes(bytes)).filter(|pointer| is_canonical(*pointer))
 }
 
 /// A stack pointer in a 64-bit TSS.

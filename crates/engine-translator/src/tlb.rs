@@ -303,6 +303,12 @@ impl Tlb {
         (entry.tag == linear & !0xfff).then_some((entry.host + (linear & 0xfff)) as *const u8)
     }
 
+    /// Where `linear` may be stored to, unnoticed, as far as is known here.
+    pub fn storable(&self, privilege: Privilege, linear: u64) -> Option<*mut u8> {
+        let entry = &self.sets[privilege as usize].write[index(linear)];
+        (entry.tag == linear & !0xfff).then_some((entry.host + (linear & 0xfff)) as *mut u8)
+    }
+
     /// Whether the page of `linear` may be stored to, as far as is known here.
     pub fn may_store(&self, privilege: Privilege, linear: u64) -> bool {
         self.sets[privilege as usize].write[index(linear)].tag == linear & !0xfff

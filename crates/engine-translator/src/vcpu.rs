@@ -105,7 +105,9 @@ impl TranslatedVcpu {
         set_gs_base(self.block.0.as_ptr() as u64);
         self.timer.start();
         self.samples.start(self.mailbox());
+        self.cpu().emitted.delivers = true;
         let result = self.go();
+        self.cpu().emitted.delivers = false;
         self.samples.stop();
         self.timer.stop();
         self.cpu().bus = None;

@@ -19,11 +19,12 @@ pub fn helpers() -> [u64; COUNT] {
         refill as *const () as u64,
         find as *const () as u64,
         super::transfers::transfer as *const () as u64,
+        super::transfers::fault as *const () as u64,
     ]
 }
 
 /// How many there are.
-pub const COUNT: usize = 6;
+pub const COUNT: usize = 7;
 
 /// Where the copied instruction of `desc` is to make its access; null if it raises `pending`, or is to come again with
 /// the world stopped.
@@ -59,9 +60,11 @@ extern "C" fn quick_access(block: *mut Block, address: u64, desc: *const AccessD
         return std::ptr::null_mut();
     }
     let access = if desc.flags & AccessDesc::WRITE != 0 { Access::Write } else { Access::Read };
-    cpu.emitted.lean = true;
-    let target = cpu.resolve(address, access, cpu.privilege());
-    cpu.emitted.lean = false;
+    let target = cpu.resolve_leanly(address, access);
+    // Others may come before a page fault.
+    if desc.flags & (AccessDesc::ALIGNED | AccessDesc::X87) == 0 && desc.masking.register == 0 {
+        cpu.note_fault(&target);
+    }
     let Ok(Target::Ram(host)) = target else { return std::ptr::null_mut() };
     cpu.emitted.bounce_for = None;
     cpu.emitted.slow_host = host;
@@ -78,10 +81,10 @@ extern "C" fn refill(block: *mut Block, address: u64, desc: *const u8, write: u6
         return std::ptr::null_mut();
     }
     let (access, privilege) = (if desc.stores() { Access::Write } else { Access::Read }, cpu.privilege());
-    cpu.emitted.lean = true;
-    cpu.emitted.walk_cut = false;
-    let target = cpu.resolve(address, access, privilege);
-    cpu.emitted.lean = false;
+    let target = cpu.resolve_leanly(address, access);
+    if desc.is_plain() {
+        cpu.note_fault(&target);
+    }
     match target {
         // A store that has to be noticed has more to it.
         Ok(Target::Ram(host)) if write == 0 || cpu.tlb.may_store(privilege, address) => return host,
@@ -118,6 +121,25 @@ extern "C" fn commit(block: *mut Block, desc: *const AccessDesc) -> u64 {
 const FIRST_PART: usize = 8;
 
 impl Cpu {
+    /// Where an access goes that lies on one page, as far as that can be said in here.
+    fn resolve_leanly(&mut self, address: u64, access: Access) -> Result<Target, Exception> {
+        self.emitted.lean = true;
+        self.emitted.walk_cut = false;
+        let target = self.resolve(address, access, self.privilege());
+        self.emitted.lean = false;
+        target
+    }
+
+    /// Takes note if a page fault is what the access raises for certain. The stub that has asked delivers it.
+    fn note_fault(&mut self, target: &Result<Target, Exception>) {
+        if let Err(fault) = target
+            && self.emitted.delivers
+            && !self.emitted.walk_cut
+        {
+            (self.emitted.fault, self.emitted.faulted) = (*fault, 1);
+        }
+    }
+
     /// The page fault that ended a refill, if it was one. If restrictions cut the walk short it is made again without.
     pub fn refill_fault(&mut self) -> Option<Exception> {
         let (address, stores, known) = self.emitted.refill_failed.take()?;

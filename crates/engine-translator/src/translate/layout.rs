@@ -88,6 +88,12 @@ pub struct EmittedState {
     /// The linear address that a refill found no page for, and whether for a store, if that may be a page fault; and
     /// which, where that is certain.
     pub refill_failed: Option<(u64, bool, Option<Exception>)>,
+    /// Whether exceptions are delivered, not told.
+    pub delivers: bool,
+    /// Nonzero if an access raises the page fault in `fault` for certain.
+    pub faulted: u32,
+    /// See `faulted`.
+    pub fault: Exception,
     /// How often the code cache had been emptied when the jump tables last were for that.
     pub generation: u64,
     /// What the run loop executes.
@@ -132,6 +138,9 @@ impl Default for EmittedState {
             helpers: [0; super::helpers::COUNT],
             pending: None,
             refill_failed: None,
+            delivers: false,
+            faulted: 0,
+            fault: Exception::UD,
             generation: 0,
             context: Context::default(),
             jumps: std::ptr::null_mut(),
@@ -263,6 +272,8 @@ pub mod at {
     pub const HELPER_REFILL: Mem = Mem::gs(HELPER_ACCESS.disp + 24);
     pub const HELPER_FIND: Mem = Mem::gs(HELPER_ACCESS.disp + 32);
     pub const HELPER_TRANSFER: Mem = Mem::gs(HELPER_ACCESS.disp + 40);
+    pub const HELPER_FAULT: Mem = Mem::gs(HELPER_ACCESS.disp + 48);
+    pub const FAULTED: Mem = emitted!(faulted);
     pub const XMM: Mem = emitted!(xmm);
     pub const POLL: Mem = Mem::gs((offset_of!(Block, mailbox) + offset_of!(Mailbox, poll)) as i32);
     pub const XSTATE: Mem = Mem::gs((CPU + offset_of!(Cpu, xstate) + offset_of!(XState, area)) as i32);

@@ -2,7 +2,7 @@
 
 use super::{
     asm::{Asm, Mem, cc, reg},
-    desc::RefillDesc,
+    desc::{AccessDesc, RefillDesc},
     emit::{look_up, look_up_jump},
     jumps::TABLES,
     layout::{ExitKind, at, gpr, pinned_pairs, stack_page, tlb},
@@ -276,6 +276,46 @@ fn transfer(asm: &mut Asm, exit: u64) {
     asm.jmp_to(exit);
 }
 
+/// `fault(block, refill, rip) -> host address, or 0`, for the page fault that a helper has found, in a stub that emitted code has
+/// called. R11 points at so many bytes before a `RefillDesc`, or at an `AccessDesc`. Goes on behind this, with nothing
+/// changed but R10, R11 and flags, if it has to be delivered otherwise.
+fn fault(asm: &mut Asm, refill: Option<i32>) {
+    let undone = asm.label();
+    // Without the return to the code that has called.
+    asm.lea(reg::R10, Mem::at(reg::RSP, 8));
+    asm.store(at::RETURNS, reg::R10);
+    for (guest, host) in changed_by_transfers() {
+        asm.store(gpr(guest), host);
+    }
+    // (Two words there may be the caller's.)
+    asm.load(reg::RSP, at::HOST_RSP);
+    asm.lea(reg::RSP, Mem::at(reg::RSP, -16));
+    keep_xmm(asm, Asm::store_xmm);
+    asm.load(reg::RDI, at::BLOCK);
+    match refill {
+        Some(distance) => asm.lea(reg::RSI, Mem::at(reg::R11, distance)),
+        None => {
+            asm.mov_ri(reg::RSI, 0);
+            asm.load(reg::RDX, Mem::at(reg::R11, std::mem::offset_of!(AccessDesc, rip) as i32));
+        }
+    }
+    asm.call_mem(at::HELPER_FAULT);
+    asm.mov_rr(reg::R10, reg::RAX);
+    keep_xmm(asm, Asm::load_xmm);
+    to_returns(asm);
+    for (guest, host) in changed_by_transfers() {
+        asm.load(host, gpr(guest));
+    }
+    asm.test_rr(reg::R10);
+    asm.jcc(cc::E, undone);
+    asm.load(reg::R11, at::RIP);
+    asm.jmp_reg(reg::R10);
+
+    asm.bind(undone);
+    asm.lea(reg::RSP, Mem::at(reg::RSP, -8));
+    asm.store(at::RETURNS, reg::RSP);
+}
+
 /// Guest registers that a Rust function, or the transfer itself, may change, with the host's.
 fn changed_by_transfers() -> impl Iterator<Item = (u8, u8)> {
     pinned_pairs().filter(|(guest, host)| *guest == reg::RSP || CALLER_SAVED.contains(host))
@@ -350,14 +390,26 @@ fn access(asm: &mut Asm) {
     asm.mov_rr(reg::R10, reg::RAX);
     keep_xmm(asm, Asm::load_xmm);
     asm.test_rr(reg::R10);
-    let (slow, done) = (asm.label(), asm.label());
-    asm.jcc(cc::E, slow);
+    let (nothing, slow, done) = (asm.label(), asm.label(), asm.label());
+    asm.jcc(cc::E, nothing);
     asm.bind(done);
     to_returns(asm);
     for r in CALLER_SAVED {
         asm.load(r, gpr(r));
     }
     asm.ret();
+
+    asm.bind(nothing);
+    asm.cmp8_mem(at::FAULTED, 0);
+    asm.jcc(cc::E, slow);
+    asm.load(reg::R11, Mem::at(reg::RSP, 0));
+    to_returns(asm);
+    for r in CALLER_SAVED {
+        asm.load(r, gpr(r));
+    }
+    fault(asm, None);
+    asm.load(reg::RSP, at::HOST_RSP);
+    asm.lea(reg::RSP, Mem::at(reg::RSP, -16));
 
     asm.bind(slow);
     save_vectors(asm);
@@ -449,10 +501,17 @@ fn refill(asm: &mut Asm, write: bool, exit: u64) -> u64 {
     for r in CALLER_SAVED {
         asm.load(r, gpr(r));
     }
+    let nowhere = asm.label();
     asm.test_rr(reg::R11);
-    asm.jcc(cc::E, apart);
+    asm.jcc(cc::E, nowhere);
     asm.mov_ri(reg::R10, 0);
     asm.ret();
+
+    asm.bind(nowhere);
+    asm.cmp8_mem(at::FAULTED, 0);
+    asm.jcc(cc::E, apart);
+    asm.load(reg::R11, Mem::at(reg::RSP, 0));
+    fault(asm, Some(JUMP));
 
     asm.bind(apart);
     let linked = asm.label();

@@ -1,4 +1,4 @@
-//! SYSCALL, SYSRET and IRET between 64-bit code and 64-bit code, without leaving emitted code: the helper behind their
+//! SYSCALL, SYSRET, IRET and page faults between 64-bit code and 64-bit code, without leaving emitted code: the helper behind their
 //! stub does what the run loop would, and finds the block to go on with. Whatever is not the usual case it leaves alone,
 //! for the run loop to emulate.
 //!
@@ -11,11 +11,13 @@ use purlin_arch::x86_64::regs::{gpr, rflags};
 
 use super::{
     asm::reg,
+    desc::RefillDesc,
     emit::{Emitter, Insn},
     flags::STATUS,
 };
 use crate::{
     cpu::{Block, Cpu},
+    interrupt,
     profile::Place,
     segment::is_canonical,
     system::{fast_calls, iret},
@@ -77,6 +79,32 @@ pub(super) extern "C" fn transfer(block: *mut Block, word: u64, desc: *const u8)
         return 0;
     }
     mailbox.phase.set(if cpu.cpl == 3 { Place::User } else { Place::Kernel });
+    cpu.emitted.lean = true;
+    let entry = cpu.enter_context();
+    cpu.emitted.lean = false;
+    entry.unwrap_or(cpu.shared.code.stubs.miss_saved)
+}
+
+/// Delivers the page fault in `fault`, of the access whose `RefillDesc` is at `refill`, or if that is null of the instruction at
+/// `rip`; the flags are in `flag_word`. The same otherwise.
+pub(super) extern "C" fn fault(block: *mut Block, refill: *const u8, rip: u64) -> u64 {
+    // SAFETY: as in `transfer`.
+    let (cpu, mailbox) = unsafe { (&mut *(*block).cpu.get(), &(*block).mailbox) };
+    cpu.emitted.faulted = 0;
+    if mailbox.any() || cpu.is_disturbed() {
+        return 0;
+    }
+    let rip = match refill.is_null() {
+        true => rip,
+        // SAFETY: the stub has it from the emitted code that called it.
+        false => unsafe { RefillDesc::read(refill) }.rip(cpu.shared.code.origin(refill as u64).rip),
+    };
+    cpu.rflags = from_flag_word(cpu.rflags, cpu.emitted.flag_word);
+    if !interrupt::page_fault_quickly(cpu, cpu.emitted.fault, rip) {
+        return 0;
+    }
+    cpu.emitted.refill_failed = None;
+    mailbox.phase.set(Place::Kernel);
     cpu.emitted.lean = true;
     let entry = cpu.enter_context();
     cpu.emitted.lean = false;

@@ -1,4 +1,4 @@
-//! SYSCALL, SYSRET and IRET by which emitted code goes from one mode to another by itself, and what must stop it.
+//! SYSCALL, SYSRET, IRET and page faults by which emitted code goes from one mode to another by itself, and what must stop it.
 
 use std::time::Duration;
 
@@ -11,6 +11,10 @@ use purlin_arch::x86_64::{
         rflags,
     },
     state::{Msr, VcpuState},
+};
+use purlin_engine_translator::{
+    TranslatorEngine,
+    profile::{ExitKind, Profile},
 };
 
 use crate::{
@@ -373,4 +377,242 @@ fn an_interrupt_comes_before_the_first_user_instruction() {
         let gpr = guest.state().regs.gpr;
         assert_eq!((gpr[14], gpr[15], gpr[13]), (0, 0, ROUNDS.into()), "{name} {:#x}", gpr[RAX]);
     }
+}
+
+/// A page that is there for one access each.
+const WINDOW: u64 = 0x8000_0000;
+/// What the handler of page faults has found: CR2, RIP, flags and RSP.
+const FOUND: u64 = DATA + 0x1000;
+
+/// User code makes `access` to [`WINDOW`] in each round, and a system call that takes the page away again. The handler
+/// sums error codes up in R14 and counts in R15.
+fn faulting(m: &Machine, access: impl FnOnce(&mut CodeAssembler) -> Result) {
+    m.user_pages(CODE, 0x1000);
+    m.user_pages(DATA, 0x1000);
+    m.user_pages(STACK - 0x1000, 0x1000);
+    m.map(WINDOW, 0, 0);
+    m.map(WINDOW + 0x1000, 0, 0);
+    let entry = m.pte(WINDOW);
+    m.code(CODE, |a| {
+        a.mov(rbx, WINDOW)?;
+        a.vpcmpeqd(ymm2, ymm2, ymm2)?;
+        a.vpxor(ymm15, ymm15, ymm15)?;
+        rounds(a, |a| {
+            a.vpaddd(ymm15, ymm15, ymm2)?;
+            a.cmp(ebp, 1)?;
+            access(a)?;
+            a.setc(al)?;
+            a.add(r13b, al)?;
+            a.vmovdqu(ymmword_ptr(DATA), ymm15)?;
+            a.syscall()
+        })
+    });
+    m.code(KERNEL, |a| {
+        a.mov(qword_ptr(entry), 0)?;
+        a.mov(r8, WINDOW)?;
+        a.invlpg(byte_ptr(r8))?;
+        a.sysretq()
+    });
+    m.gate(14, HANDLER);
+    m.code(HANDLER, |a| {
+        a.pop(r8)?;
+        a.add(r14, r8)?;
+        a.inc(r15)?;
+        a.mov(r8, cr2)?;
+        a.mov(qword_ptr(FOUND), r8)?;
+        for (from, to) in [(0, 8), (16, 16), (24, 24)] {
+            a.mov(r8, qword_ptr(rsp + from))?;
+            a.mov(qword_ptr(FOUND + to), r8)?;
+        }
+        a.mov(r8, (DATA + 0x2000) | pte::P | pte::W | pte::U)?;
+        a.mov(qword_ptr(entry), r8)?;
+        a.iretq()
+    });
+}
+
+#[test]
+fn page_faults_go_to_their_handler() {
+    let rows: [(&str, u64, u64, Code); 4] = [
+        ("load", 4, WINDOW + 8, |a| a.mov(rdx, qword_ptr(rbx + 8))),
+        ("store", 6, WINDOW + 16, |a| a.mov(byte_ptr(rbx + 16), 1)),
+        ("push", 6, WINDOW + 0xff8, |a| {
+            a.lea(rsp, qword_ptr(rbx + 0x1000))?;
+            a.push(rbx)
+        }),
+        ("group", 4, WINDOW + 24, |a| {
+            a.mov(rdx, qword_ptr(rbx + 24))?;
+            a.mov(rsi, qword_ptr(rbx + 8))?;
+            a.mov(qword_ptr(rbx + 32), rsi)
+        }),
+    ];
+    for (name, error, address, access) in rows {
+        let profile = std::sync::Arc::new(Profile::default());
+        let engine = TranslatorEngine::new().unwrap().with_profile(profile.clone());
+        let m = Machine::with_engine(1, engine);
+        faulting(&m, access);
+        let mut guest = vcpu(&m, |_| {});
+        let stop = guest.run();
+        assert!(matches!(stop, Stop::Done(_)), "{name}: {stop:?}");
+        let gpr = guest.state().regs.gpr;
+        assert_eq!((gpr[14], gpr[15]), (error * u64::from(ROUNDS), ROUNDS.into()), "{name}");
+        // The comparison's flags, before and behind.
+        assert_eq!(gpr[13] as u8, ROUNDS as u8, "{name}");
+        let [cr2_then, at, flags, stack] = [0, 8, 16, 24].map(|at| m.peek::<u64>(FOUND + at));
+        let expected = rflags::FIXED | rflags::CF | rflags::SF | rflags::AF | rflags::PF;
+        let others = rflags::RF | rflags::IOPL;
+        assert_eq!((cr2_then, flags), (address, expected | others), "{name}");
+        assert!((CODE..CODE + 0x100).contains(&at), "{name}: {at:#x}");
+        assert_eq!(stack, if name == "push" { WINDOW + 0x1000 } else { STACK }, "{name}");
+        let sums: [u32; 8] = std::array::from_fn(|i| m.peek(DATA + 4 * i as u64));
+        assert_eq!(sums, [0u32.wrapping_sub(ROUNDS); 8], "{name}");
+
+        let report = profile.report();
+        let exits = report.exits.iter().find(|(kind, _)| *kind == ExitKind::Fault).map_or(0, |(_, n)| *n);
+        assert!(exits < 100, "{name}: emitted code was left {exits} times");
+    }
+}
+
+#[test]
+fn a_page_fault_on_a_stack_of_its_own() {
+    // By the interrupt stack table, and as supervisor code on the stack that it is on, aligned.
+    const IST: u64 = RING0_STACK - 0x800;
+    for (name, ist, stack) in [("user", 1u64, IST), ("kernel", 1, IST), ("here", 0, STACK - 0x20)] {
+        let m = Machine::new(1);
+        faulting(&m, |a| a.mov(rdx, qword_ptr(rbx)));
+        let gate: u64 = m.peek(IDT + 16 * 14);
+        m.poke(IDT + 16 * 14, gate | ist << 32);
+        m.poke(TSS + 36, IST);
+        let user = name == "user";
+        if !user {
+            // As a subroutine: the system call would end in user code.
+            m.code(KERNEL, |a| {
+                a.mov(qword_ptr(m.pte(WINDOW)), 0)?;
+                a.mov(r8, WINDOW)?;
+                a.invlpg(byte_ptr(r8))?;
+                a.jmp(rcx)
+            });
+        }
+        m.code(HANDLER, |a| {
+            a.mov(qword_ptr(FOUND), rsp)?;
+            a.add(rsp, 8)?;
+            a.inc(r15)?;
+            a.mov(r8, (DATA + 0x2000) | pte::P | pte::W | pte::U)?;
+            a.mov(qword_ptr(m.pte(WINDOW)), r8)?;
+            a.iretq()
+        });
+        let mut guest = vcpu(&m, |s| {
+            if !user {
+                s.system.segments = vec![flat(selector::DATA, 0x4093); 6];
+                s.system.segments[1] = flat(selector::CODE64, 0x209b);
+                s.regs.gpr[4] = STACK - 0x18;
+            }
+        });
+        let stop = guest.run();
+        assert!(matches!(stop, Stop::Done(_)), "{name}: {stop:?}");
+        assert_eq!(guest.state().regs.gpr[15], u64::from(ROUNDS), "{name}");
+        assert_eq!(m.peek::<u64>(FOUND), stack - 48, "{name}");
+    }
+}
+
+#[test]
+fn what_comes_before_a_page_fault() {
+    // An operand that is not aligned, on a page that is missing.
+    let m = Machine::new(1);
+    faulting(&m, |a| {
+        // From the last round on.
+        a.cmp(r12d, 1)?;
+        a.setz(al)?;
+        a.movzx(eax, al)?;
+        a.movaps(xmm3, xmmword_ptr(rbx + rax * 8))
+    });
+    let mut guest = vcpu(&m, |_| {});
+    let Stop::Vector(13, at) = guest.run() else { panic!() };
+    assert_eq!((at.error, guest.state().regs.gpr[15]), (Some(0), u64::from(ROUNDS) - 1));
+}
+
+#[test]
+fn page_faults_that_cannot_be_delivered_as_before() {
+    // In the last round but one the kernel changes what every round before has used: the gate is not present, of another
+    // kind, or beyond the limit, or its segment is gone; or it is a trap gate, behind which interrupts stay on.
+    let rows: [(&str, Code); 5] = [
+        ("gate", |a| a.mov(byte_ptr(IDT + 16 * 14 + 5), 0x6e)),
+        ("kind", |a| a.mov(byte_ptr(IDT + 16 * 14 + 5), 0xec)),
+        ("limit", |a| a.lidt(fword_ptr(FOUND + 0x40))),
+        ("descriptor", |a| a.mov(byte_ptr(GDT + 8 + 5), 0x1b)),
+        ("trap", |a| a.mov(byte_ptr(IDT + 16 * 14 + 5), 0xef)),
+    ];
+    for (name, change) in rows {
+        let m = Machine::new(1);
+        faulting(&m, |a| a.mov(rdx, qword_ptr(rbx)));
+        m.poke(FOUND + 0x40, (16 * 14 - 1) as u16);
+        m.poke(FOUND + 0x42, IDT);
+        m.code(KERNEL, |a| {
+            let mut out = a.create_label();
+            a.mov(qword_ptr(m.pte(WINDOW)), 0)?;
+            a.mov(r8, WINDOW)?;
+            a.invlpg(byte_ptr(r8))?;
+            a.cmp(r12d, 2)?;
+            a.jne(out)?;
+            change(a)?;
+            a.set_label(&mut out)?;
+            a.nop()?;
+            a.sysretq()
+        });
+        if name == "trap" {
+            m.code(HANDLER, |a| {
+                a.pushfq()?;
+                a.pop(r9)?;
+                a.pop(r8)?;
+                a.inc(r15)?;
+                a.mov(r8, (DATA + 0x2000) | pte::P | pte::W | pte::U)?;
+                a.mov(qword_ptr(m.pte(WINDOW)), r8)?;
+                a.iretq()
+            });
+        }
+        let mut guest = vcpu(&m, |s| s.regs.rflags |= rflags::IF);
+        let stop = guest.run();
+        let gpr = guest.state().regs.gpr;
+        match (name, stop) {
+            ("trap", Stop::Done(_)) => {
+                assert_eq!(gpr[15], u64::from(ROUNDS));
+                assert_ne!(gpr[9] & rflags::IF, 0);
+            }
+            // No handler has a segment any more.
+            ("descriptor", Stop::Shutdown) => {}
+            // A fault on the way to the handler of a page fault.
+            ("gate" | "kind" | "limit", Stop::Vector(8, at)) => {
+                assert_eq!((at.error, gpr[15]), (Some(0), u64::from(ROUNDS) - 1), "{name}");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_page_fault_without_a_stack_is_a_double_fault() {
+    let m = Machine::new(1);
+    faulting(&m, |a| a.mov(rdx, qword_ptr(rbx)));
+    // The double fault's handler has a stack of its own.
+    let gate: u64 = m.peek(IDT + 16 * 8);
+    m.poke(IDT + 16 * 8, gate | 1 << 32);
+    m.poke(TSS + 36, STACK - 0x2000);
+    m.code(KERNEL, |a| {
+        let mut out = a.create_label();
+        a.mov(qword_ptr(m.pte(WINDOW)), 0)?;
+        a.mov(r8, WINDOW)?;
+        a.invlpg(byte_ptr(r8))?;
+        a.cmp(r12d, 2)?;
+        a.jne(out)?;
+        a.mov(r8, RING0_STACK - 8)?;
+        a.mov(qword_ptr(m.pte(RING0_STACK - 8)), 0)?;
+        a.invlpg(byte_ptr(r8))?;
+        a.set_label(&mut out)?;
+        a.nop()?;
+        a.sysretq()
+    });
+    let mut guest = vcpu(&m, |_| {});
+    let Stop::Vector(8, at) = guest.run() else { panic!() };
+    assert_eq!((at.error, at.cs as u16), (Some(0), selector::USER_CODE64));
+    let state = guest.state();
+    assert_eq!((state.regs.gpr[15], state.system.cr2), (u64::from(ROUNDS) - 1, RING0_STACK - 8));
 }
