@@ -1,5 +1,7 @@
 //! Delivery of exceptions and interrupts (SDM vol. 3A chapter 6).
 
+use std::sync::atomic::Ordering;
+
 use purlin_arch::x86_64::{
     regs::{
         cr4,
@@ -484,6 +486,17 @@ fn enter_handler_flags(cpu: &mut Cpu, gate: &Descriptor) {
 }
 
 impl Cpu {
+    /// Whether an interrupt waits, RFLAGS.IF let it in or not.
+    pub fn interrupt_waits(&self) -> bool {
+        self.lapic.pending().is_some() || self.shared.extint.load(Ordering::Acquire)
+    }
+
+    /// Whether something else does that has to do with the next instruction: an event, a debug trap, a request to stop.
+    pub fn event_waits(&self) -> bool {
+        let debugged = self.pending_debug != 0 || self.rflags & rflags::TF != 0 || self.dr7 & 0xff != 0;
+        debugged || self.injected.is_some() || self.nmi_pending || self.leave || self.emitted.wants_world
+    }
+
     /// Pushes the error code of an exception that a task gate took to a new task (SDM vol. 3A 6.13).
     pub fn push_error_code(&mut self, error: u32) -> Result<(), Exception> {
         let size = if self.tr.access & 8 != 0 { 4 } else { 2 };

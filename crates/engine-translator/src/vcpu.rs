@@ -261,8 +261,7 @@ impl TranslatedVcpu {
         let trapping = cpu.rflags & rflags::TF != 0;
         let breakpoints = cpu.dr7 & 0xff != 0;
         // An event that a shadow holds back wants to come right after the next instruction.
-        let held_back =
-            shadow && (cpu.lapic.pending().is_some() || cpu.nmi_pending || cpu.shared.extint.load(Ordering::Acquire));
+        let held_back = shadow && (cpu.interrupt_waits() || cpu.nmi_pending);
         let step = trapping || breakpoints || held_back || cpu.pending_debug != 0 || single || alone;
         if breakpoints && let Some(exception) = debug::instruction_breakpoint(cpu) {
             return Leave::Raise(exception);
@@ -341,8 +340,7 @@ impl TranslatedVcpu {
     fn run_in(&mut self, context: &Context, step: bool) -> Leave {
         let cpu = self.cpu();
         // An interrupt that waits for the flag: STI must not pass by. (What was emulated last may have made one deliverable.)
-        cpu.emitted.waiting = cpu.rflags & rflags::IF == 0
-            && (cpu.lapic.pending().is_some() || cpu.shared.extint.load(Ordering::Acquire));
+        cpu.emitted.waiting = cpu.rflags & rflags::IF == 0 && cpu.interrupt_waits();
         cpu.emitted.vectors = u32::from(context.mode.vectors());
         cpu.emitted.flag_word = to_flag_word(cpu.rflags);
         cpu.emitted.context = *context;
@@ -569,7 +567,6 @@ impl TranslatedVcpu {
 
     /// Whether something else is to be done before the next instruction.
     fn is_disturbed(&mut self) -> bool {
-        let extint = self.shared.extint.load(Ordering::Acquire);
         let armed = self.timer.armed();
         let cpu = self.cpu();
         // A string instruction may have stored to the local APIC.
@@ -577,10 +574,8 @@ impl TranslatedVcpu {
             return true;
         }
         let shadow = cpu.sti_shadow || cpu.mov_ss_shadow;
-        let debugged = cpu.pending_debug != 0 || cpu.rflags & rflags::TF != 0 || cpu.dr7 & 0xff != 0;
-        let event = cpu.injected.is_some() || cpu.nmi_pending || cpu.leave || cpu.emitted.wants_world;
-        let interrupt = cpu.rflags & rflags::IF != 0 && (extint || cpu.lapic.pending().is_some());
-        shadow || debugged || event || interrupt || cpu.activity != Activity::Running
+        let interrupt = cpu.rflags & rflags::IF != 0 && cpu.interrupt_waits();
+        shadow || cpu.event_waits() || interrupt || cpu.activity != Activity::Running
     }
 
     /// A vector instruction was met while the vector registers were not in the host's, or not to be used.

@@ -431,7 +431,9 @@ impl<'a> Emitter<'a> {
     pub(super) fn link(&mut self, rip: u64, flags: u8, behind: Option<Label>) {
         self.asm.align_patch();
         let saved = flags & LinkDesc::SAVED != 0;
+        // A conditional jump to a block that is known leads there by itself (see `beyond`).
         if flags & LinkDesc::UNGROUPED == 0
+            && behind.is_none()
             && let Some(known) = (self.known)(rip)
         {
             self.asm.jmp_to(if saved { known.saved_entry } else { known.entry });
@@ -724,7 +726,7 @@ pub fn jump_index(asm: &mut Asm) {
 }
 
 /// Whether a segment that counts as flat (see [`Mode::flat`]) may have a base.
-fn has_base(segment: usize) -> bool {
+pub(super) fn has_base(segment: usize) -> bool {
     use purlin_arch::x86_64::regs::seg;
     segment == seg::FS || segment == seg::GS
 }

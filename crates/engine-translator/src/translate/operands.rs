@@ -7,7 +7,7 @@ use super::{
     asm::{Mem, reg},
     classify::Class,
     desc::AccessDesc,
-    emit::{Access, Emitter, Insn},
+    emit::{Access, Emitter, Insn, has_base},
     layout::{at, gpr, pinned},
     source::AMD,
     spare,
@@ -75,8 +75,8 @@ impl Operand {
 
     /// Whether it is off the stack pointer alone, in 64-bit code, in a segment without a base.
     pub fn is_stack(&self) -> bool {
-        let flat = self.segment != seg::FS && self.segment != seg::GS;
-        self.bits == 64 && self.base == Some(reg::RSP) && self.index.is_none() && self.fixed.is_none() && flat
+        let alone = self.index.is_none() && self.fixed.is_none();
+        self.bits == 64 && self.base == Some(reg::RSP) && alone && !has_base(self.segment)
     }
 
     /// The base register.

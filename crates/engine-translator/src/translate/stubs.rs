@@ -220,12 +220,7 @@ fn find(asm: &mut Asm, miss: u64) {
     to_host_stack(asm);
     asm.push(reg::R11);
     asm.push(reg::R11);
-    keep_xmm(asm, Asm::store_xmm);
-    asm.load(reg::RDI, at::BLOCK);
-    asm.mov_rr(reg::RSI, reg::R11);
-    asm.call_mem(at::HELPER_FIND);
-    asm.mov_rr(reg::R10, reg::RAX);
-    keep_xmm(asm, Asm::load_xmm);
+    call_lean(asm, at::HELPER_FIND, reg::R10, |asm| asm.mov_rr(reg::RSI, reg::R11));
     asm.pop(reg::R11);
     to_returns(asm);
     for r in CALLER_SAVED {
@@ -245,13 +240,10 @@ fn transfer(asm: &mut Asm, exit: u64) {
     to_host_stack(asm);
     asm.push(reg::R11);
     asm.push(reg::R11);
-    keep_xmm(asm, Asm::store_xmm);
-    asm.load(reg::RDI, at::BLOCK);
-    asm.mov_rr(reg::RSI, reg::R10);
-    asm.mov_rr(reg::RDX, reg::R11);
-    asm.call_mem(at::HELPER_TRANSFER);
-    asm.mov_rr(reg::R10, reg::RAX);
-    keep_xmm(asm, Asm::load_xmm);
+    call_lean(asm, at::HELPER_TRANSFER, reg::R10, |asm| {
+        asm.mov_rr(reg::RSI, reg::R10);
+        asm.mov_rr(reg::RDX, reg::R11);
+    });
     asm.pop(reg::R11);
     to_returns(asm);
     asm.test_rr(reg::R10);
@@ -290,18 +282,13 @@ fn fault(asm: &mut Asm, refill: Option<i32>) {
     // (Two words there may be the caller's.)
     asm.load(reg::RSP, at::HOST_RSP);
     asm.lea(reg::RSP, Mem::at(reg::RSP, -16));
-    keep_xmm(asm, Asm::store_xmm);
-    asm.load(reg::RDI, at::BLOCK);
-    match refill {
+    call_lean(asm, at::HELPER_FAULT, reg::R10, |asm| match refill {
         Some(distance) => asm.lea(reg::RSI, Mem::at(reg::R11, distance)),
         None => {
             asm.mov_ri(reg::RSI, 0);
             asm.load(reg::RDX, Mem::at(reg::R11, std::mem::offset_of!(AccessDesc, rip) as i32));
         }
-    }
-    asm.call_mem(at::HELPER_FAULT);
-    asm.mov_rr(reg::R10, reg::RAX);
-    keep_xmm(asm, Asm::load_xmm);
+    });
     to_returns(asm);
     for (guest, host) in changed_by_transfers() {
         asm.load(host, gpr(guest));
@@ -385,10 +372,10 @@ fn access(asm: &mut Asm) {
     to_host_stack(asm);
     asm.push(reg::R10);
     asm.push(reg::R11);
-    keep_xmm(asm, Asm::store_xmm);
-    call_access(asm, at::HELPER_QUICK);
-    asm.mov_rr(reg::R10, reg::RAX);
-    keep_xmm(asm, Asm::load_xmm);
+    call_lean(asm, at::HELPER_QUICK, reg::R10, |asm| {
+        asm.mov_rr(reg::RSI, reg::R10);
+        asm.mov_rr(reg::RDX, reg::R11);
+    });
     asm.test_rr(reg::R10);
     let (nothing, slow, done) = (asm.label(), asm.label(), asm.label());
     asm.jcc(cc::E, nothing);
@@ -414,8 +401,10 @@ fn access(asm: &mut Asm) {
     asm.bind(slow);
     save_vectors(asm);
     asm.load(reg::R11, Mem::at(reg::RSP, 0));
-    asm.load(reg::R10, Mem::at(reg::RSP, 8));
-    call_access(asm, at::HELPER_ACCESS);
+    asm.load(reg::RSI, Mem::at(reg::RSP, 8));
+    asm.load(reg::RDI, at::BLOCK);
+    asm.mov_rr(reg::RDX, reg::R11);
+    asm.call_mem(at::HELPER_ACCESS);
     asm.load(reg::R11, Mem::at(reg::RSP, 0));
     asm.mov_rr(reg::R10, reg::RAX);
     asm.test_rr(reg::R10);
@@ -489,14 +478,11 @@ fn refill(asm: &mut Asm, write: bool, exit: u64) -> u64 {
     }
     asm.load(reg::RDX, Mem::at(reg::RSP, 0));
     to_host_stack(asm);
-    keep_xmm(asm, Asm::store_xmm);
-    asm.load(reg::RDI, at::BLOCK);
-    asm.mov_rr(reg::RSI, reg::R10);
-    asm.lea(reg::RDX, Mem::at(reg::RDX, JUMP));
-    asm.mov_ri(reg::RCX, u64::from(write));
-    asm.call_mem(at::HELPER_REFILL);
-    asm.mov_rr(reg::R11, reg::RAX);
-    keep_xmm(asm, Asm::load_xmm);
+    call_lean(asm, at::HELPER_REFILL, reg::R11, |asm| {
+        asm.mov_rr(reg::RSI, reg::R10);
+        asm.lea(reg::RDX, Mem::at(reg::RDX, JUMP));
+        asm.mov_ri(reg::RCX, u64::from(write));
+    });
     to_returns(asm);
     for r in CALLER_SAVED {
         asm.load(r, gpr(r));
@@ -528,12 +514,15 @@ fn refill(asm: &mut Asm, write: bool, exit: u64) -> u64 {
     start
 }
 
-/// Calls `helper(block, R10, R11)`.
-fn call_access(asm: &mut Asm, helper: Mem) {
+/// `result` = `helper(block, …)`, which saves no vectors: `arguments` puts the others where they belong. The stack is the
+/// host's, and what Rust code may change has been saved.
+fn call_lean(asm: &mut Asm, helper: Mem, result: u8, arguments: impl FnOnce(&mut Asm)) {
+    keep_xmm(asm, Asm::store_xmm);
     asm.load(reg::RDI, at::BLOCK);
-    asm.mov_rr(reg::RSI, reg::R10);
-    asm.mov_rr(reg::RDX, reg::R11);
+    arguments(asm);
     asm.call_mem(helper);
+    asm.mov_rr(result, reg::RAX);
+    keep_xmm(asm, Asm::load_xmm);
 }
 
 /// Stores or loads the low halves of the sixteen vector registers of SSE, if they are the guest's. Changes flags.

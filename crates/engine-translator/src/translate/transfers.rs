@@ -63,7 +63,7 @@ pub(super) extern "C" fn transfer(block: *mut Block, word: u64, desc: *const u8)
     let (cpu, mailbox, rip) =
         unsafe { (&mut *(*block).cpu.get(), &(*block).mailbox, desc.cast::<u64>().read_unaligned()) };
     // There may be no other poll on a way that leads round by system calls alone.
-    if mailbox.any() || cpu.is_disturbed() {
+    if mailbox.any() || cpu.event_waits() || cpu.interrupt_waits() {
         return 0;
     }
     cpu.rflags = from_flag_word(cpu.rflags, cpu.emitted.flag_word);
@@ -91,7 +91,7 @@ pub(super) extern "C" fn fault(block: *mut Block, refill: *const u8, rip: u64) -
     // SAFETY: as in `transfer`.
     let (cpu, mailbox) = unsafe { (&mut *(*block).cpu.get(), &(*block).mailbox) };
     cpu.emitted.faulted = 0;
-    if mailbox.any() || cpu.is_disturbed() {
+    if mailbox.any() || cpu.event_waits() || cpu.interrupt_waits() {
         return 0;
     }
     let rip = match refill.is_null() {
@@ -114,14 +114,6 @@ pub(super) extern "C" fn fault(block: *mut Block, refill: *const u8, rip: u64) -
 const R11: usize = 11;
 
 impl Cpu {
-    /// Whether something wants the run loop before or behind the next instruction, whatever that is.
-    fn is_disturbed(&self) -> bool {
-        let debugged = self.pending_debug != 0 || self.dr7 & 0xff != 0 || self.rflags & rflags::TF != 0;
-        let event = self.injected.is_some() || self.nmi_pending || self.leave || self.emitted.wants_world;
-        let extint = || self.shared.extint.load(std::sync::atomic::Ordering::Acquire);
-        debugged || event || extint() || self.lapic.pending().is_some()
-    }
-
     /// Makes emitted code ready for the context that the processor now is in. The block to go on with, if it is known.
     fn enter_context(&mut self) -> Option<u64> {
         let vectors = self.cpl == 3 && self.emitted.user_vectors;

@@ -135,8 +135,7 @@ pub fn xsave(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
         in_use |= xcr0::SSE;
     }
     let saved = if kind == Kind::Plain { requested } else { requested & in_use };
-    let mut pieces = Pieces::default();
-    collect(cpu, &mut pieces, address, kind, pointers, requested, saved, privilege)?;
+    let mut pieces = pieces(cpu, address, kind, pointers, requested, saved, privilege)?;
     pieces.push(match kind {
         Kind::Compacted => {
             let header = [in_use & requested, COMPACTED | requested].map(u64::to_le_bytes);
@@ -177,17 +176,16 @@ impl Pieces {
     }
 }
 
-#[allow(clippy::too_many_arguments)]
-fn collect(
+fn pieces(
     cpu: &mut Cpu,
-    pieces: &mut Pieces,
     address: u64,
     kind: Kind,
     pointers: Pointers,
     requested: u64,
     saved: u64,
     privilege: Privilege,
-) -> Result<(), Exception> {
+) -> Result<Pieces, Exception> {
+    let mut pieces = Pieces::default();
     if saved & xcr0::X87 != 0 {
         let mut control = [0; offset::MXCSR];
         cpu.read_as(address, &mut control, privilege)?;
@@ -217,7 +215,7 @@ fn collect(
         };
         pieces.push(Piece { offset: target.start, size, source });
     }
-    Ok(())
+    Ok(pieces)
 }
 
 /// XRSTOR, from both formats.

@@ -1,13 +1,9 @@
 //! Calls and returns with a kernel's or a handler's own ones in between.
 
 use iced_x86::{IcedError, code_asm::*};
-use purlin_arch::x86_64::{
-    msr,
-    regs::{
-        gpr::{RAX, RSP},
-        rflags,
-    },
-    state::Msr,
+use purlin_arch::x86_64::regs::{
+    gpr::{RAX, RSP},
+    rflags,
 };
 
 use crate::machine::*;
@@ -136,12 +132,7 @@ fn system_calls_at_each_level() {
     let mut guest = m.vcpu(0, |s| {
         user_mode(s);
         s.regs.rflags |= rflags::IOPL;
-        s.msrs.retain(|m| ![msr::STAR, msr::LSTAR, msr::SFMASK].contains(&m.index));
-        s.msrs.extend([
-            Msr { index: msr::STAR, value: 0x0033_0008 << 32 },
-            Msr { index: msr::LSTAR, value: kernel },
-            Msr { index: msr::SFMASK, value: rflags::IF },
-        ]);
+        take_syscalls(s, kernel);
     });
     assert!(matches!(guest.run(), Stop::Done(_)));
     let gpr = guest.state().regs.gpr;

@@ -13,13 +13,14 @@ use iced_x86::{
 };
 use purlin_arch::x86_64::{
     cpuid::{CpuModel, leaves},
+    msr,
     regs::{
         cr0, cr4, efer,
         gpr::RSP,
         rflags,
         seg::{CS, SS},
     },
-    state::{Activity, Segment, Table, VcpuState},
+    state::{Activity, Msr, Segment, Table, VcpuState},
 };
 use purlin_engine::{
     After, Bus, Engine, Exit, Kick, Vcpu, Vm, VmConfig,
@@ -424,6 +425,16 @@ fn long_mode(state: &mut VcpuState, index: u32) {
 pub fn user_mode(state: &mut VcpuState) {
     state.system.segments = vec![flat(selector::USER_DATA, 0x40f3); 6];
     state.system.segments[CS] = flat(selector::USER_CODE64, 0x20fb);
+}
+
+/// SYSCALL leads to `kernel`, with interrupts off.
+pub fn take_syscalls(state: &mut VcpuState, kernel: u64) {
+    state.msrs.retain(|m| ![msr::STAR, msr::LSTAR, msr::SFMASK].contains(&m.index));
+    state.msrs.extend([
+        Msr { index: msr::STAR, value: 0x0033_0008 << 32 },
+        Msr { index: msr::LSTAR, value: kernel },
+        Msr { index: msr::SFMASK, value: rflags::IF },
+    ]);
 }
 
 /// Makes a state one of 32-bit code in compatibility mode, with the same privilege.

@@ -10,7 +10,7 @@ use purlin_arch::x86_64::{
         gpr::{RAX, RCX},
         rflags,
     },
-    state::{Msr, VcpuState},
+    state::VcpuState,
 };
 use purlin_engine_translator::{
     TranslatorEngine,
@@ -47,12 +47,7 @@ fn vcpu(m: &Machine, change: impl FnOnce(&mut VcpuState)) -> Guest {
     m.vcpu(0, |s| {
         user_mode(s);
         s.regs.rflags |= rflags::IOPL;
-        s.msrs.retain(|m| ![msr::STAR, msr::LSTAR, msr::SFMASK].contains(&m.index));
-        s.msrs.extend([
-            Msr { index: msr::STAR, value: 0x0033_0008 << 32 },
-            Msr { index: msr::LSTAR, value: KERNEL },
-            Msr { index: msr::SFMASK, value: rflags::IF },
-        ]);
+        take_syscalls(s, KERNEL);
         change(s);
     })
 }
