@@ -7,7 +7,7 @@
 #![allow(unsafe_code)]
 
 use iced_x86::{Code, Instruction};
-use purlin_arch::x86_64::regs::{gpr, rflags};
+use purlin_arch::x86_64::regs::rflags;
 
 use super::{
     asm::reg,
@@ -19,7 +19,6 @@ use crate::{
     cpu::{Block, Cpu},
     interrupt,
     profile::Place,
-    segment::is_canonical,
     system::{fast_calls, iret},
     vcpu::{from_flag_word, to_flag_word},
 };
@@ -69,10 +68,7 @@ pub(super) extern "C" fn transfer(block: *mut Block, word: u64, desc: *const u8)
     cpu.rflags = from_flag_word(cpu.rflags, cpu.emitted.flag_word);
     let done = match word & 0xff {
         SYSCALL => fast_calls::syscall(cpu, rip.wrapping_add(word >> LEN_SHIFT)).is_ok(),
-        SYSRET => {
-            let usual = cpu.gpr[R11] & rflags::TF == 0 && is_canonical(cpu.gpr[gpr::RCX]);
-            usual && fast_calls::sysret(cpu, true).is_ok()
-        }
+        SYSRET => cpu.gpr[R11] & rflags::TF == 0 && fast_calls::sysret(cpu, true).is_ok(),
         _ => iret::quickly(cpu),
     };
     if !done {

@@ -234,6 +234,7 @@ fn iret_checks_what_it_loads() {
         (selector::FREE | 3, user.1, None),
         (user.0, (selector::FREE + 8) | 3, None),
         ((selector::FREE + 16) | 3, user.1, Some(0x70)),
+        (user.0, (selector::FREE + 24) | 3, Some(0x78)),
     ];
     for (code, stack, error) in rows {
         let m = machine(
@@ -247,10 +248,11 @@ fn iret_checks_what_it_loads() {
             },
             |a| rounds(a, |a| a.syscall()),
         );
-        // Not accessed yet: code, data; and code that is not present.
+        // Not accessed yet: code, data; code that is not present; data that is only read.
         m.poke(GDT + 0x60, 0x00af_fa00_0000_ffffu64);
         m.poke(GDT + 0x68, 0x00cf_f200_0000_ffffu64);
         m.poke(GDT + 0x70, 0x00af_7b00_0000_ffffu64);
+        m.poke(GDT + 0x78, 0x00cf_f100_0000_ffffu64);
         let stop = vcpu(&m, |_| {}).run();
         let name = format!("{code:#x} {stack:#x}: {stop:?}");
         match (stop, error) {
