@@ -143,21 +143,6 @@ impl Asm {
         std::mem::replace(&mut self.current, section)
     }
 
-    /// Goes on in the cold section, over what comes next if this is the cold section.
-    pub fn begin_cold(&mut self) -> (Section, Label) {
-        let over = self.label();
-        if self.current == Section::Cold {
-            self.jmp(over);
-        }
-        (self.section(Section::Cold), over)
-    }
-
-    /// Ends what [`Self::begin_cold`] has begun.
-    pub fn end_cold(&mut self, section: Section, over: Label) {
-        self.bind(over);
-        self.section(section);
-    }
-
     /// Address of the next byte of the hot section.
     pub fn here(&self) -> u64 {
         self.origin + self.sections[0].len() as u64

@@ -6,7 +6,7 @@ use super::{
     asm::{Asm, Mem, Section, cc, reg},
     classify::Class,
     desc::AccessDesc,
-    emit::{Access, Emitter, Insn, jump_index, look_up_jump},
+    emit::{Access, Emitter, Insn, look_up_jump},
     flags::{FlagUse, STATUS},
     layout::{at, gpr, page_id, pinned},
     operands::{Operand, STACK},
@@ -253,48 +253,6 @@ impl Emitter<'_> {
 
     /// The call of an indirect target, which is in R11.
     fn call_r11(&mut self, insn: &Insn) {
-        if self.hot && self.pairs_returns() && !self.behind_sti {
-            self.call_known(insn);
-            return;
-        }
-        self.push_return_of_r11(insn);
-        if !self.pairs_returns() {
-            self.jump_r11();
-            return;
-        }
-        self.free_flags(STATUS);
-        self.asm.align_patch_behind(CALL);
-        self.asm.call_to(self.stubs.by_table[self.mode.table()]);
-        self.return_site(insn);
-    }
-
-    /// The same where the jump table probably has the target (which is canonical, then).
-    fn call_known(&mut self, insn: &Insn) {
-        self.poll(Some(insn.rip()), self.flags_saved);
-        self.free_flags(STATUS);
-        let (unknown, site) = (self.asm.label(), self.asm.label());
-        self.asm.store(at::TEMP, reg::R11);
-        let host = look_up_jump(&mut self.asm, self.mode.table());
-        self.asm.jcc(cc::NE, unknown);
-        self.push_return(insn);
-        // Nothing has changed this vCPU's table since.
-        self.asm.load(reg::R11, at::TEMP);
-        jump_index(&mut self.asm);
-        self.asm.align_patch_behind(Asm::CALL_GS);
-        self.asm.call_mem(host);
-        self.asm.section(Section::Cold);
-        self.asm.bind(unknown);
-        self.push_return_of_r11(insn);
-        self.asm.lea_label(reg::R10, site);
-        self.asm.push(reg::R10);
-        self.asm.jmp_to(self.stubs.find);
-        self.asm.section(Section::Hot);
-        self.asm.bind(site);
-        self.return_site(insn);
-    }
-
-    /// Pushes the return address of a call to the target in R11, if that is canonical.
-    fn push_return_of_r11(&mut self, insn: &Insn) {
         self.asm.store(at::TEMP, reg::R11);
         if self.mode.bits() != 64 {
             self.push_return(insn);
@@ -310,12 +268,39 @@ impl Emitter<'_> {
                 this.asm.jcc(cc::A, astray);
                 this.store_constant(mem, next, 8);
             });
-            let (section, over) = self.asm.begin_cold();
+            self.asm.section(Section::Cold);
             self.asm.bind(astray);
             self.emulate(insn);
-            self.asm.end_cold(section, over);
+            self.asm.section(Section::Hot);
         }
         self.asm.load(reg::R11, at::TEMP);
+        if !self.pairs_returns() {
+            self.jump_r11();
+            return;
+        }
+        self.free_flags(STATUS);
+        let table = self.mode.table();
+        if !self.hot {
+            self.asm.align_patch_behind(CALL);
+            self.asm.call_to(self.stubs.by_table[table]);
+            self.return_site(insn);
+            return;
+        }
+        self.poll(None, true);
+        let host = look_up_jump(&mut self.asm, table);
+        let unknown = self.asm.label();
+        self.asm.jcc(cc::NE, unknown);
+        self.asm.align_patch_behind(Asm::CALL_GS);
+        self.asm.call_mem(host);
+        self.asm.section(Section::Cold);
+        self.asm.bind(unknown);
+        let site = self.asm.label();
+        self.asm.lea_label(reg::R10, site);
+        self.asm.push(reg::R10);
+        self.asm.jmp_to(self.stubs.find);
+        self.asm.section(Section::Hot);
+        self.asm.bind(site);
+        self.return_site(insn);
     }
 
     /// Jumps to the target of `insn` in R11. One that is not canonical is found where it is looked up, and then the

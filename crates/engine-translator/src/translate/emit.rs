@@ -540,7 +540,7 @@ impl<'a> Emitter<'a> {
 
         let after = self.flags_saved;
         self.flags_saved = before;
-        let (section, over) = self.asm.begin_cold();
+        self.asm.section(Section::Cold);
         self.asm.bind(cold);
         self.asm.add_mem(reg::R10, Mem::gs_at(reg::R11, tag));
         self.slow_access(access.desc(insn), flags, live_after, op);
@@ -554,7 +554,7 @@ impl<'a> Emitter<'a> {
             self.slow_access(desc, flags, live_after, op);
             self.asm.jmp(back);
         }
-        self.asm.end_cold(section, over);
+        self.asm.section(Section::Hot);
         debug_assert_eq!(self.flags_saved, after);
     }
 
@@ -594,7 +594,7 @@ impl<'a> Emitter<'a> {
         let mut flags = if exact { RefillDesc::EXACT } else { 0 };
         flags |= if desc.flags & AccessDesc::WRITE != 0 { RefillDesc::STORE } else { 0 };
         flags |= if group { RefillDesc::LINKED } else { 0 };
-        let (section, over) = self.asm.begin_cold();
+        let section = self.asm.section(Section::Cold);
         self.asm.bind(labels[0]);
         self.asm.call_to(stub);
         self.asm.jmp(labels[1]);
@@ -603,7 +603,7 @@ impl<'a> Emitter<'a> {
             // A loop may come here once on each page.
             self.link(insn.rip(), LinkDesc::SAVED | LinkDesc::UNGROUPED, None);
         }
-        self.asm.end_cold(section, over);
+        self.asm.section(section);
     }
 
     /// The access by way of Rust.
@@ -713,16 +713,11 @@ pub fn look_up(asm: &mut Asm, privilege: Privilege, write: bool, size: u32) -> i
 /// is the result. Changes R10.
 pub fn look_up_jump(asm: &mut Asm, table: usize) -> Mem {
     let field = |offset: usize| Mem::gs_at(reg::R10, jump_table(table) + offset as i32);
-    jump_index(asm);
-    asm.cmp_reg_mem(reg::R11, field(std::mem::offset_of!(JumpEntry, rip)));
-    field(std::mem::offset_of!(JumpEntry, host))
-}
-
-/// R10 = where in a jump table the entry for the RIP in R11 is. Changes flags.
-pub fn jump_index(asm: &mut Asm) {
     const _: () = assert!(size_of::<JumpEntry>() == 1 << 4);
     asm.movzx16(reg::R10, reg::R11);
     asm.shl(reg::R10, 4);
+    asm.cmp_reg_mem(reg::R11, field(std::mem::offset_of!(JumpEntry, rip)));
+    field(std::mem::offset_of!(JumpEntry, host))
 }
 
 /// Whether a segment that counts as flat (see [`Mode::flat`]) may have a base.
