@@ -16,5 +16,8 @@ pub fn test() -> Result<()> {
         println!("/dev/kvm: {error}: the tests that need it are left out");
         tests.env("PURLIN_TEST_NO_KVM", "1");
     }
-    run(&mut tests)
+    run(&mut tests)?;
+    // The translator's guests lie where code is not movable.
+    let guests = ["-p", "purlin-engine-translator", "--test", "guests", "--locked"];
+    run(cargo(&["test"]).args(guests).env("PURLIN_TEST_MOVABLE_CODE", "1"))
 }

@@ -29,6 +29,7 @@ pub struct TranslatorEngine {
     tsc_khz: u32,
     code_cache: usize,
     hot_code: bool,
+    movable_code: bool,
     profile: Option<Arc<Profile>>,
 }
 
@@ -44,7 +45,8 @@ impl TranslatorEngine {
             let why = "the translator needs a processor with XSAVE and 64-bit LAHF (made since 2011): use another host";
             return Err(EngineError::Unavailable(why.into()));
         }
-        Ok(Self { tsc_khz: host_tsc_khz(), code_cache: CODE_CACHE, hot_code: false, profile: None })
+        let (tsc_khz, code_cache) = (host_tsc_khz(), CODE_CACHE);
+        Ok(Self { tsc_khz, code_cache, hot_code: false, movable_code: false, profile: None })
     }
 
     /// With room for `bytes` of emitted code in each VM instead of the default, 44 MiB. At least 512 KiB.
@@ -57,6 +59,14 @@ impl TranslatorEngine {
     #[doc(hidden)]
     pub fn with_hot_code(mut self) -> Self {
         self.hot_code = true;
+        self
+    }
+
+    /// Translating code below 4 GiB like that above, so that one translation serves all linear addresses of a page: for tests,
+    /// whose code is there.
+    #[doc(hidden)]
+    pub fn with_movable_code(mut self) -> Self {
+        self.movable_code = true;
         self
     }
 
@@ -96,6 +106,7 @@ impl TranslatorEngine {
             tsc_khz: self.tsc_khz,
             watching: Mutex::new(()),
             world: Mutex::new(()),
+            low_movable: AtomicBool::new(self.movable_code),
             profile: self.profile.clone(),
         });
         let blocks = Blocks::allocate(config.cpuid.len());

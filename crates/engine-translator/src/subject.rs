@@ -52,6 +52,11 @@ impl Subject {
         self.vm.shared.code.set_all_hot(all);
     }
 
+    /// From here on code below 4 GiB is translated like that above, or is not.
+    pub fn low_movable(&mut self, movable: bool) {
+        self.vm.shared.low_movable.store(movable, std::sync::atomic::Ordering::Relaxed);
+    }
+
     /// Runs blocks until an exception. `None` if it was kicked.
     pub fn run(&mut self) -> Result<Option<Exception>, EngineError> {
         self.vcpu.run_to_exception(false, &mut |_| true)

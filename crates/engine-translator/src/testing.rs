@@ -143,6 +143,7 @@ fn shared() -> Arc<Shared> {
         tsc_khz: 1_000_000,
         watching: Default::default(),
         world: Default::default(),
+        low_movable: Default::default(),
         profile: None,
     })
 }

@@ -357,7 +357,7 @@ impl TranslatedVcpu {
                 None => match self.cpu().block(&context, rip) {
                     Ok(found) => {
                         self.cpu().remember(&context, rip, &found);
-                        found.saved_entry
+                        found.by_rip
                     }
                     Err(stop) => return self.stopped(stop),
                 },
@@ -398,18 +398,18 @@ impl TranslatedVcpu {
                                 let entry = if saved { found.saved_entry } else { found.entry };
                                 self.shared.code.link(from, conditional, &origin, entry, &found);
                             }
-                            known = Some(found.saved_entry);
+                            known = Some(found.by_rip);
                         }
                         Err(stop) => return self.stopped(stop),
                     }
                 }
-                Left::Across { desc, at, generation } => {
+                Left::Across { desc, at, movable, generation } => {
                     self.cpu().rip = desc.rip;
                     match self.cpu().block(&context, desc.rip) {
                         Ok(found) => {
                             self.cpu().remember(&context, desc.rip, &found);
-                            self.shared.code.link_across(at, desc.check(at), generation, &found);
-                            known = Some(found.saved_entry);
+                            self.shared.code.link_across(at, desc.check(at), movable, generation, &found);
+                            known = Some(found.by_rip);
                         }
                         Err(stop) => return self.stopped(stop),
                     }

@@ -36,6 +36,8 @@ pub struct Shared {
     pub watching: Mutex<()>,
     /// Held by the vCPU that has all others stand outside of emitted code.
     pub world: Mutex<()>,
+    /// Code below 4 GiB is movable, too (see `translate/place.rs`).
+    pub low_movable: AtomicBool,
     /// What is counted of it.
     pub profile: Option<Arc<Profile>>,
 }

@@ -155,6 +155,7 @@ impl Translated {
             self.subject.forget_vectors();
             // Both ways of translating get their share.
             self.subject.all_hot(case.code.len().is_multiple_of(2));
+            self.subject.low_movable(case.code.len() & 2 != 0);
         }
         load(self.subject.cpu(), case, &area);
         let mut steps = Vec::new();

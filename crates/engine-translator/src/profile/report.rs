@@ -122,7 +122,7 @@ mod tests {
         let (profile, code) = (Profile::default(), CodeCache::default());
         let vcpus = [profile.vcpu(&code), profile.vcpu(&code)];
         let phase = Phase::default();
-        let place = |linear, user| GuestPlace { linear, physical: linear & 0xfff, user };
+        let place = |linear, user| GuestPlace { linear: Some(linear), physical: linear & 0xfff, user };
         for (vcpu, linear, times) in [(0, 0x1000, 1), (0, 0x2000, 3), (1, 0x1000, 1), (1, 0x3000, 1)] {
             phase.set(if linear == 0x1000 { Place::User } else { Place::Kernel });
             for _ in 0..times {
@@ -144,7 +144,7 @@ mod tests {
         assert_eq!((report.vcpus, report.samples()), (2, 7));
         assert_eq!(report.places[..2], [(Place::User, 2), (Place::Kernel, 4)]);
         let hottest: Vec<_> =
-            report.hottest.iter().map(|hot| (hot.place.linear, hot.place.user, hot.samples)).collect();
+            report.hottest.iter().map(|hot| (hot.place.linear.unwrap(), hot.place.user, hot.samples)).collect();
         assert_eq!(hottest, [(0x2000, false, 3), (0x1000, true, 2), (0x3000, false, 1)]);
         let emulated = |name: &str, samples| Emulated { name: name.into(), samples, count: 1 };
         assert_eq!(report.emulated, [emulated("out", 1), emulated("in", 0)]);

@@ -660,6 +660,11 @@ impl Asm {
         self.code().push(0x50 | r & 7);
     }
 
+    /// `push qword [mem]`
+    pub fn push_mem(&mut self, mem: Mem) {
+        self.op_mem(None, false, &[0xff], 6, mem);
+    }
+
     /// `pop reg`
     pub fn pop(&mut self, r: u8) {
         if r >= 8 {

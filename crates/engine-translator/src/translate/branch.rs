@@ -3,24 +3,34 @@
 use iced_x86::{Instruction, OpKind};
 
 use super::{
-    asm::{Asm, Mem, Section, cc, reg},
+    asm::{Asm, Label, Mem, Section, cc, reg},
     classify::Class,
     desc::AccessDesc,
     emit::{Access, Emitter, Insn, look_up_jump},
     flags::{FlagUse, STATUS},
-    layout::{at, gpr, page_id, pinned},
+    jumps::{PAGE_ENTRIES, PAGE_ENTRY_BITS, PageEntry},
+    layout::{at, gpr, page_entries, page_id, pinned},
     operands::{Operand, STACK},
+    place::{distance, is_movable},
+    stubs::LEAVE_WORD,
 };
 
 /// Length of a direct call.
 const CALL: usize = 5;
 
 /// How a jump to another page is laid out: where what is patched is.
-pub mod across {
+pub struct Across {
     /// From the check to the number of the page, a multiple of four bytes.
-    pub const ID: u32 = 8;
+    pub id: u32,
     /// From the check to the jump behind it: within eight aligned bytes, as the check begins such eight.
-    pub const JUMP: u32 = 18;
+    pub jump: u32,
+}
+
+impl Across {
+    /// From one place to another.
+    pub const FIXED: Self = Self { id: 8, jump: 18 };
+    /// In movable code.
+    pub const MOVABLE: Self = Self { id: 52, jump: 72 };
     /// From the descriptor to what goes by way of the jump table.
     pub const TABLE: u32 = 4;
     /// The number of no page.
@@ -158,7 +168,7 @@ impl Emitter<'_> {
         }
         self.hosts = [None; 2];
         self.asm.lea(reg::R10, mem);
-        self.asm.mov_ri(reg::R11, value);
+        self.load_rip(reg::R11, value);
         self.asm.store(Mem::at(reg::R10, 0), reg::R11);
     }
 
@@ -199,6 +209,7 @@ impl Emitter<'_> {
             return;
         }
         let way = self.asm.label();
+        self.push_code_page();
         self.asm.align_patch_behind(CALL);
         self.asm.call(way);
         self.asm.section(Section::Cold);
@@ -213,21 +224,39 @@ impl Emitter<'_> {
     fn return_site(&mut self, insn: &Insn) {
         let site = self.asm.label_here();
         self.return_sites.push(site);
-        self.compare_r11(insn.next());
-        self.asm.jcc_to(cc::NE, self.stubs.by_table[self.mode.table()]);
+        self.compare_return(insn.next());
         (self.hosts, self.flags_saved) = ([None; 2], true);
         if insn.onward.is_none() {
             self.jump(insn.next(), false);
         }
     }
 
-    /// Compares R11 with a constant: in its first instruction there are at least five bytes. R10 may be changed.
-    pub(super) fn compare_r11(&mut self, value: u64) {
-        if value as i64 == i64::from(value as i32) {
-            self.asm.cmp_ri(reg::R11, value as i32);
+    /// Goes where the jump table says if the RIP in R11 is not `rip`. The first instruction has at least five bytes.
+    fn compare_return(&mut self, rip: u64) {
+        let elsewhere = self.stubs.by_table[self.mode.table()];
+        if let Some(offset) = distance(rip) {
+            // What a movable call has pushed first: the page that it was on.
+            self.asm.bytes(LEAVE_WORD);
+            self.asm.lea(reg::R10, Mem::at(reg::R11, -(offset as i32)));
+            self.asm.cmp_reg_mem(reg::R10, Mem::at(reg::RSP, -8));
+            self.asm.jcc_to(cc::NE, elsewhere);
+            self.asm.store(at::CODE_PAGE, reg::R10);
+            return;
+        }
+        if rip as i64 == i64::from(rip as i32) {
+            self.asm.cmp_ri(reg::R11, rip as i32);
         } else {
-            self.asm.mov_ri(reg::R10, value);
+            self.asm.mov_ri(reg::R10, rip);
             self.asm.cmp_rr(reg::R11, reg::R10);
+        }
+        self.asm.jcc_to(cc::NE, elsewhere);
+    }
+
+    /// Movable code's calls leave a word beside the address of their return site: with that alone a return could not tell
+    /// which of the pages that share a translation it leads to. Between this and the call nothing may leave the block.
+    fn push_code_page(&mut self) {
+        if is_movable(self.rip) {
+            self.asm.push_mem(at::CODE_PAGE);
         }
     }
 
@@ -238,17 +267,49 @@ impl Emitter<'_> {
         let table = self.mode.table();
         self.asm.align(8, 0);
         let (check, other) = (self.asm.label_here(), self.asm.label());
-        self.asm.cmp32_mem(page_id(table, rip), across::NEVER);
-        self.asm.jcc(cc::NE, other);
+        match distance(rip) {
+            Some(distance) => self.check_movable_page(distance, other),
+            None => {
+                self.asm.cmp32_mem(page_id(table, rip), Across::NEVER);
+                self.asm.jcc(cc::NE, other);
+            }
+        }
         self.asm.jmp(other);
         let section = self.asm.section(Section::Cold);
         self.asm.align_patch();
         self.asm.bind(other);
         self.asm.call_to(self.stubs.across);
         self.asm.offset_to(check);
-        self.asm.mov_wide(reg::R11, rip);
+        match distance(rip) {
+            Some(distance) => {
+                self.asm.mov_wide(reg::R11, distance as u64);
+                self.asm.add_mem(reg::R11, at::CODE_PAGE);
+            }
+            None => self.asm.mov_wide(reg::R11, rip),
+        }
         self.asm.jmp_to(self.stubs.by_table[table]);
         self.asm.section(section);
+    }
+
+    /// Makes the page at that distance the one under way, if it is the one whose number is to be filled in; else jumps to
+    /// `other`.
+    fn check_movable_page(&mut self, distance: i64, other: Label) {
+        let table = self.mode.table();
+        let field = |offset: usize| Mem::gs_at(reg::R10, page_entries(table, offset));
+        let start = self.asm.code().len();
+        self.asm.load(reg::R11, at::CODE_PAGE);
+        self.asm.lea(reg::R11, Mem::at(reg::R11, (distance & !0xfff) as i32));
+        self.asm.rorx(reg::R10, reg::R11, 12 - PAGE_ENTRY_BITS as u8);
+        self.asm.and32(reg::R10, ((PAGE_ENTRIES - 1) << PAGE_ENTRY_BITS) as u32);
+        self.asm.cmp_reg_mem(reg::R11, field(std::mem::offset_of!(PageEntry, linear)));
+        self.asm.jcc(cc::NE, other);
+        self.asm.align(4, 0);
+        self.asm.cmp32_mem(field(std::mem::offset_of!(PageEntry, id)), Across::NEVER);
+        debug_assert_eq!(self.asm.code().len() - start, Across::MOVABLE.id as usize + 4);
+        self.asm.jcc(cc::NE, other);
+        self.asm.store(at::CODE_PAGE, reg::R11);
+        self.asm.align_patch();
+        debug_assert_eq!(self.asm.code().len() - start, Across::MOVABLE.jump as usize);
     }
 
     /// The call of an indirect target, which is in R11.
@@ -281,6 +342,7 @@ impl Emitter<'_> {
         self.free_flags(STATUS);
         let table = self.mode.table();
         if !self.hot {
+            self.push_code_page();
             self.asm.align_patch_behind(CALL);
             self.asm.call_to(self.stubs.by_table[table]);
             self.return_site(insn);
@@ -290,10 +352,12 @@ impl Emitter<'_> {
         let host = look_up_jump(&mut self.asm, table);
         let unknown = self.asm.label();
         self.asm.jcc(cc::NE, unknown);
+        self.push_code_page();
         self.asm.align_patch_behind(Asm::CALL_GS);
         self.asm.call_mem(host);
         self.asm.section(Section::Cold);
         self.asm.bind(unknown);
+        self.push_code_page();
         let site = self.asm.label();
         self.asm.lea_label(reg::R10, site);
         self.asm.push(reg::R10);

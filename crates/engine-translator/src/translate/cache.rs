@@ -26,10 +26,11 @@ use rustc_hash::FxHashSet as HashSet;
 
 use super::{
     asm::Asm,
-    branch::across::{self, NEVER},
-    emit::{Emitted, FaultPoint},
+    branch::Across,
+    emit::{ENTRY_BY_RIP, Emitted, FaultPoint},
     jumps::Context,
     memory::CodeMemory,
+    place::is_movable,
     spare,
     stubs::{self, Stubs},
 };
@@ -45,7 +46,7 @@ use self::{
 pub struct Key {
     /// Guest physical address of its first byte.
     pub physical: u64,
-    /// Offset in CS of its first byte.
+    /// Offset in CS of its first byte, as translations call it (see [`super::place`]).
     pub rip: u64,
     /// Physical address of the second page, plus one, for an instruction that lies on two; else 0.
     pub second: u64,
@@ -60,6 +61,8 @@ pub struct Found {
     pub saved_entry: u64,
     /// Host address of the entry with the flags in the host's; the same if they do not matter.
     pub entry: u64,
+    /// Host address of the entry with the flags in `flag_word` and RIP in R11; of those from other pages the only one.
+    pub by_rip: u64,
     /// Its physical page.
     pub page: u64,
     /// Whether links may lead to it: it lies on one page. (Jump tables know of both.)
@@ -71,7 +74,7 @@ pub struct Found {
 /// What emitted code was translated from.
 #[derive(Clone, Copy, Debug)]
 pub struct Origin {
-    /// RIP of its block.
+    /// RIP of its block, as translations call it.
     pub rip: u64,
     /// Physical page of its block.
     pub page: u64,
@@ -159,7 +162,9 @@ impl CodeCache {
     }
 
     fn found(&self, key: &Key, living: &Living) -> Found {
+        let by_rip = living.saved_entry - if is_movable(key.rip) { ENTRY_BY_RIP } else { 0 };
         Found {
+            by_rip: self.memory.base() + u64::from(by_rip),
             saved_entry: self.memory.base() + u64::from(living.saved_entry),
             entry: self.memory.base() + u64::from(living.start),
             page: key.physical >> 12,
@@ -268,8 +273,9 @@ impl CodeCache {
         let key = block.key;
         self.memory.redirect_call(block.start, self.offset(self.stubs.dead));
         self.memory.redirect_call(block.saved_entry, self.offset(self.stubs.dead_saved));
+        let sites = if is_movable(key.rip) { &self.stubs.dead_sites } else { &self.stubs.by_table };
         for &site in inner.blocks.return_sites(index) {
-            self.memory.redirect(site, self.offset(self.stubs.by_table[key.context.mode.table()]));
+            self.memory.redirect(site, self.offset(sites[key.context.mode.table()]));
         }
         if key.second != 0 {
             inner.crossing.remove(&Key { second: 0, ..key });
@@ -353,21 +359,24 @@ impl CodeCache {
         }
     }
 
-    /// The same for a jump to another page, whose check is at host address `check`, and whose descriptor is at `desc`.
+    /// The same for a jump to another page, in movable code or not, whose check is at host address `check`, and whose descriptor is at `desc`.
     ///
     /// It is done once and for all: who has seen that the page is the right one may be about to follow the jump.
-    pub fn link_across(&self, desc: u64, check: u64, generation: u64, to: &Found) {
+    pub fn link_across(&self, desc: u64, check: u64, movable: bool, generation: u64, to: &Found) {
         let _inner = self.lock();
         if self.generation() != generation {
             return;
         }
         let (check, desc) = (self.offset(check), self.offset(desc));
-        if to.linkable && self.memory.read(check + across::ID) == NEVER {
-            self.memory.redirect(check + across::JUMP, self.offset(to.saved_entry));
-            self.memory.store(check + across::ID, to.page_id);
+        let layout = if movable { Across::MOVABLE } else { Across::FIXED };
+        // (At the lower end of movable code there may be a jump that leads out of it.)
+        let alike = movable == (to.by_rip != to.saved_entry);
+        if to.linkable && alike && self.memory.read(check + layout.id) == Across::NEVER {
+            self.memory.redirect(check + layout.jump, self.offset(to.saved_entry));
+            self.memory.store(check + layout.id, to.page_id);
         }
         // Where that does not hold, the jump table says.
-        self.memory.redirect(desc - CALL, desc + across::TABLE);
+        self.memory.redirect(desc - CALL, desc + Across::TABLE);
     }
 
     /// Whether `address` is one of the fixed pieces'.

@@ -1,9 +1,9 @@
 //! Descriptors: what emitted code tells Rust of the place at which it calls or leaves. They are position-independent
 //! and read-only. There are many of them, so all but [`AccessDesc`] are packed: they follow the call of a stub, which finds
-//! them by its return address.
+//! them by its return address. RIPs in them are those of translations (see `place.rs`).
 #![allow(unsafe_code)]
 
-use super::masking::Masking;
+use super::{masking::Masking, place::resolve};
 
 /// An access to memory.
 #[repr(C, align(8))]
@@ -52,6 +52,11 @@ impl AccessDesc {
     /// A descriptor.
     pub fn new(rip: u64, next: u64, size: usize, flags: u16, segment: usize, masking: Masking) -> Self {
         Self { rip, next, size: size as u16, flags, masking, segment: segment as u8, _pad: [0; 7] }
+    }
+
+    /// With RIPs that are what they seem, while the page of movable code is the one at `code_page`.
+    pub fn resolved(self, code_page: u64) -> Self {
+        Self { rip: resolve(self.rip, code_page), next: resolve(self.next, code_page), ..self }
     }
 
     /// Whether it is made in two parts, the first of them of `first` bytes up to the last that an address of its size
@@ -153,7 +158,7 @@ impl LinkDesc {
 pub struct AcrossDesc {
     /// From behind the field to the check of the page.
     check: i32,
-    /// Where the jump leads.
+    /// Where the jump leads; in movable code the distance from its page.
     pub rip: u64,
 }
 
@@ -263,6 +268,11 @@ impl ExitDesc {
     /// The bytes that emitted code has of it.
     pub fn packed(rip: u64, insn: &[u8]) -> impl Iterator<Item = u8> {
         rip.to_ne_bytes().into_iter().chain([insn.len() as u8]).chain(insn.iter().copied())
+    }
+
+    /// With an RIP that is what it seems, while the page of movable code is the one at `code_page`.
+    pub fn resolved(self, code_page: u64) -> Self {
+        Self { rip: resolve(self.rip, code_page), ..self }
     }
 
     /// From emitted code.

@@ -16,6 +16,7 @@ use super::{
     masking::Masking,
     mode::Mode,
     operands::{Operand, keeps_hosts},
+    place::{distance, is_movable, placed, resolve},
     plan::{Check, GROUPS, plan},
     source::{BMI2, MAX_INSN},
     spare,
@@ -67,6 +68,13 @@ pub struct FaultPoint {
     pub flags_saved: bool,
 }
 
+impl FaultPoint {
+    /// With an RIP that is what it seems, while the page of movable code is the one at `code_page`.
+    pub fn resolved(self, code_page: u64) -> Self {
+        Self { rip: self.rip.map(|rip| resolve(rip, code_page)), ..self }
+    }
+}
+
 /// A finished block.
 pub struct Emitted {
     /// Has the code and descriptors.
@@ -82,6 +90,9 @@ pub struct Emitted {
     /// Offsets of the places behind calls, which the host's returns lead to.
     pub return_sites: Vec<u32>,
 }
+
+/// From the entry of movable code by RIP to the one with the flags in `flag_word`.
+pub const ENTRY_BY_RIP: u32 = 16;
 
 /// Nothing, in five bytes.
 const NOP5: &[u8] = &[0x0f, 0x1f, 0x44, 0, 0];
@@ -177,20 +188,36 @@ impl<'a> Emitter<'a> {
         self.finish([saved_entry, entry])
     }
 
-    /// The entry with the flags in `flag_word`: the other one, if they do not matter.
+    /// The entry with the flags in `flag_word`: the other one, if they do not matter. (Movable code has the one by RIP in
+    /// front of it, so it is never the other one there.)
     fn saved_entry(&mut self, insns: &[Insn], entry: Label) -> Label {
-        if self.mode.bits() == 64 && kills_flags_soon(insns) {
+        let killed = self.mode.bits() == 64 && kills_flags_soon(insns);
+        let offset = distance(self.rip);
+        if killed && offset.is_none() {
             return entry;
         }
         self.asm.section(Section::Cold);
-        self.asm.align_patch();
+        match offset {
+            Some(offset) => self.entry_by_rip(offset as i32),
+            None => self.asm.align_patch(),
+        }
         let saved_entry = self.asm.label_here();
-        if insns.first().is_none_or(|first| first.live != 0) {
+        if !killed && insns.first().is_none_or(|first| first.live != 0) {
             self.load_flags();
         }
         self.asm.jmp(entry);
         self.asm.section(Section::Hot);
         saved_entry
+    }
+
+    /// The entry of movable code with the RIP in R11 and the flags in `flag_word`: [`ENTRY_BY_RIP`] bytes.
+    fn entry_by_rip(&mut self, offset: i32) {
+        self.asm.align(8, 0);
+        let start = self.asm.code().len();
+        self.asm.lea(reg::R10, Mem::at(reg::R11, -offset));
+        self.asm.store(at::CODE_PAGE, reg::R10);
+        self.asm.align(8, 0);
+        debug_assert_eq!(self.asm.code().len() - start, ENTRY_BY_RIP as usize);
     }
 
     fn finish(mut self, labels: [Label; 2]) -> Emitted {
@@ -282,7 +309,7 @@ impl<'a> Emitter<'a> {
             self.asm.load(reg::R10, at::TEMP);
             self.asm.store(at::FDP, reg::R10);
         }
-        self.asm.mov_ri(reg::R10, insn.rip());
+        self.load_rip(reg::R10, insn.rip());
         self.asm.store(at::FIP, reg::R10);
         let at = insn.bytes.iter().position(|&b| (0xd8..=0xdf).contains(&b)).unwrap_or(0);
         let opcode = u32::from(insn.bytes[at] & 7) << 8 | u32::from(insn.bytes[(at + 1).min(14)]);
@@ -389,9 +416,15 @@ impl<'a> Emitter<'a> {
     /// The same, where a conditional jump that ends at `behind` has led here.
     pub(super) fn jump_from(&mut self, rip: u64, backward: bool, mut behind: Option<Label>) {
         let same_page = self.stays(rip);
-        // (A poll says where the guest is by the distance from the block.)
-        let near = rip.wrapping_sub(self.rip) as i64 == i64::from(rip.wrapping_sub(self.rip) as i32);
-        if self.mode.bits() == 64 && !self.mode.step() && !same_page && is_canonical(rip) && near {
+        // (A poll says where the guest is by the distance from the block, movable code by that from its page.)
+        let near = (rip.wrapping_sub(self.rip) as i64).unsigned_abs() < (1 << 31) - 0x1000;
+        // (In movable code that is longer, and takes an instruction that not all hosts have.)
+        let movable = is_movable(self.rip);
+        let linked = match movable {
+            true => self.hot && *BMI2 && rip >> 12 != self.rip >> 12,
+            false => is_canonical(rip) && !is_movable(placed(self.mode, rip)),
+        };
+        if self.mode.bits() == 64 && !self.mode.step() && !same_page && near && linked {
             self.free_flags(STATUS);
             if backward {
                 self.poll(Some(rip), true);
@@ -400,10 +433,10 @@ impl<'a> Emitter<'a> {
             return;
         }
         if self.mode.step() || !same_page {
-            if self.mode.bits() == 64 && !is_canonical(rip) {
+            if self.mode.bits() == 64 && !is_canonical(rip) && !movable {
                 self.asm.store_imm(at::BRANCH, 0, 8);
             }
-            self.asm.mov_ri(reg::R11, rip);
+            self.load_rip(reg::R11, rip);
             self.jump_r11();
             return;
         }
@@ -648,6 +681,28 @@ impl<'a> Emitter<'a> {
             self.asm.lea(reg::R10, sum);
         } else {
             self.asm.lea32(reg::R10, sum);
+        }
+    }
+
+    // --- RIPs
+
+    /// A host register = `rip`, whatever that is in movable code.
+    pub(super) fn load_rip(&mut self, host: u8, rip: u64) {
+        match distance(rip) {
+            Some(distance) => self.load_code_address(host, distance),
+            None => self.asm.mov_ri(host, rip),
+        }
+    }
+
+    /// A host register = the linear address at that distance from the page of movable code.
+    pub(super) fn load_code_address(&mut self, host: u8, distance: i64) {
+        self.asm.load(host, at::CODE_PAGE);
+        // A displacement of 32 bits, from somewhere on the page.
+        let near = distance.clamp(i32::MIN.into(), i32::MAX.into());
+        for part in [near, distance - near] {
+            if part != 0 {
+                self.asm.lea(host, Mem::at(host, part as i32));
+            }
         }
     }
 

@@ -3,7 +3,10 @@
 
 use purlin_arch::x86_64::regs::seg;
 
-use super::desc::{AccessDesc, RefillDesc};
+use super::{
+    desc::{AccessDesc, RefillDesc},
+    place::resolve,
+};
 use crate::{
     cpu::{Block, Cpu},
     exception::Exception,
@@ -152,7 +155,7 @@ impl Cpu {
 
     /// `None`: a locked access to two pages, and other vCPUs may be in emitted code.
     fn slow_access(&mut self, address: u64, desc: &AccessDesc) -> Result<Option<*mut u8>, Exception> {
-        self.rip = desc.rip;
+        self.rip = resolve(desc.rip, self.emitted.code_page);
         if desc.flags & AccessDesc::X87 != 0 {
             crate::xstate::check_pending_x87(self)?;
         }

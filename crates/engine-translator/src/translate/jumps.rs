@@ -5,7 +5,7 @@
 //!
 //! *Direct* jumps to other pages are linked, behind a check that the page they lead to is what it was: each combination of
 //! mode, linear page and physical page has a number (`Found::page_id`), and a table by linear page has the numbers of
-//! those that hold now.
+//! those that hold now. (That of a page of movable code is the same wherever it is: then the table says where, too.)
 //!
 //! All of this is kept apart by mode, and emptied when linear addresses change their meaning.
 
@@ -17,7 +17,7 @@ const TABLE_ENTRIES: usize = 1 << 16;
 pub const TABLES: usize = 8;
 /// Entries of a table of pages.
 pub const PAGE_ENTRIES: usize = 1 << 12;
-/// What such an entry is where nothing is known.
+/// What no page is called.
 const NO_PAGE: u32 = 0;
 
 /// Which entry of a table of pages is that of a linear address.
@@ -42,13 +42,27 @@ impl JumpEntry {
     }
 }
 
+/// What a linear page is.
+#[repr(C, align(16))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageEntry {
+    /// Its linear address. (Jumps whose number tells that do not look here.)
+    pub linear: u64,
+    /// Its number (see above), or [`NO_PAGE`].
+    pub id: u32,
+}
+
+/// log2 of the size of a [`PageEntry`].
+pub const PAGE_ENTRY_BITS: u32 = 4;
+const _: () = assert!(size_of::<PageEntry>() == 1 << PAGE_ENTRY_BITS);
+
 /// The tables of one vCPU.
 #[repr(C, align(64))]
 pub struct JumpTables {
     /// Read by emitted code.
     pub entries: [[JumpEntry; TABLE_ENTRIES]; TABLES],
     /// The same, by [`page_index`].
-    pub page_ids: [[u32; PAGE_ENTRIES]; TABLES],
+    pub page_entries: [[PageEntry; PAGE_ENTRIES]; TABLES],
     /// The third way: where returns lead.
     pub returns: ReturnStacks,
     state: [TableState; TABLES],
@@ -193,11 +207,12 @@ impl JumpTables {
         let (word, bit) = page_bit(linear);
         self.pages[word] |= bit;
         let index = page_index(linear);
-        let entry = &mut self.page_ids[table][index];
-        if *entry == id {
+        let entry = &mut self.page_entries[table][index];
+        let new = PageEntry { linear: linear & !0xfff, id };
+        if *entry == new {
             return;
         }
-        *entry = id;
+        *entry = new;
         let state = &mut self.state[table];
         let list = if global { &mut state.global_pages } else { &mut state.local_pages };
         list.push(index as u16);
@@ -227,7 +242,7 @@ impl JumpTables {
                 self.entries[table][index] = JumpEntry::none(index);
             }
             for index in pages.drain(..).map(usize::from) {
-                self.page_ids[table][index] = NO_PAGE;
+                self.page_entries[table][index].id = NO_PAGE;
             }
         }
     }

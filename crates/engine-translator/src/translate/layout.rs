@@ -4,7 +4,7 @@ use std::mem::offset_of;
 
 use super::{
     asm::{Mem, reg},
-    jumps::{Context, JumpTables, PAGE_ENTRIES, page_index},
+    jumps::{Context, JumpTables, PAGE_ENTRIES, PageEntry, page_index},
 };
 use crate::{
     clock::GuestClock,
@@ -56,6 +56,8 @@ pub struct EmittedState {
     pub xsave_mask: u64,
     /// A value on its way from one access to the next.
     pub temp: u64,
+    /// Linear address of the page that movable code under way lies on (see `place.rs`).
+    pub code_page: u64,
     /// Where the `ExitDesc` of the last indirect branch in 64-bit code is, from the first stub on; 0 after a direct one to an address that is not
     /// canonical.
     pub branch: u64,
@@ -124,6 +126,7 @@ impl Default for EmittedState {
             xsave_mask: 0,
             temp: 0,
             stack_address: 0,
+            code_page: 0,
             branch: 0,
             lent: [0; 2],
             groups: [0; super::plan::GROUPS],
@@ -256,6 +259,7 @@ pub mod at {
     pub const XSAVE_MASK: Mem = emitted!(xsave_mask);
     pub const XSAVE_MASK_HIGH: Mem = Mem::gs(XSAVE_MASK.disp + 4);
     pub const TEMP: Mem = emitted!(temp);
+    pub const CODE_PAGE: Mem = emitted!(code_page);
     pub const BRANCH: Mem = emitted!(branch);
     pub const STACK_ADDRESS: Mem = emitted!(stack_address);
     pub const LENT: Mem = emitted!(lent);
@@ -321,8 +325,14 @@ pub fn jump_table(table: usize) -> i32 {
 
 /// Place in the table of pages that goes with jump table `table`, for the page of `linear`.
 pub fn page_id(table: usize, linear: u64) -> Mem {
-    let tables = offset_of!(Block, jumps) + offset_of!(JumpTables, page_ids);
-    Mem::gs((tables + table * size_of::<[u32; PAGE_ENTRIES]>() + 4 * page_index(linear)) as i32)
+    let entry = size_of::<PageEntry>() * page_index(linear);
+    Mem::gs(page_entries(table, offset_of!(PageEntry, id)) + entry as i32)
+}
+
+/// Displacement of that table, plus that of a field of its entries.
+pub fn page_entries(table: usize, field: usize) -> i32 {
+    let tables = offset_of!(Block, jumps) + offset_of!(JumpTables, page_entries);
+    (tables + table * size_of::<[PageEntry; PAGE_ENTRIES]>() + field) as i32
 }
 
 /// The host register that holds guest register `index`, `None` for those kept in memory.

@@ -19,6 +19,7 @@ pub mod offered;
 mod operands;
 #[cfg(test)]
 mod pinned;
+pub mod place;
 mod plan;
 mod registers;
 mod returns;

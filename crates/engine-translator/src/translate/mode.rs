@@ -1,5 +1,7 @@
 //! What of the processor's state a translation depends on.
 
+use std::sync::atomic::Ordering;
+
 use purlin_arch::x86_64::regs::{cr0, cr4, rflags, seg, xcr0};
 
 use super::jumps::Context;
@@ -38,6 +40,8 @@ const TIME_STAMP: u32 = 1 << 16;
 const RDTSCP: u32 = 1 << 17;
 /// CR4.FSGSBASE.
 const FSGSBASE: u32 = 1 << 18;
+/// All code in the lower half of the addresses is movable.
+const LOW_MOVABLE: u32 = 1 << 19;
 
 impl Mode {
     /// 16, 32 or 64.
@@ -128,6 +132,11 @@ impl Mode {
         self.0 & FSGSBASE != 0
     }
 
+    /// Whether all code in the lower half of the addresses is movable (see `place.rs`), not only what lies high enough.
+    pub fn low_movable(self) -> bool {
+        self.0 & LOW_MOVABLE != 0
+    }
+
     /// Whether accesses may be checked together. Where such a check does not hold, the same code without goes on; it
     /// leads back to code of the plain mode.
     pub fn grouped(self) -> bool {
@@ -201,12 +210,13 @@ impl Cpu {
         Context { mode: Mode(mode), cs_base, cs_limit }
     }
 
-    /// Which instructions can be executed without being emulated.
+    /// Which instructions of 64-bit code can be executed without being emulated, and which code is movable.
     fn own_code(&self) -> u32 {
         let bit = |on: bool, bit: u32| if on { bit } else { 0 };
         bit(self.cpl == 0 || self.cr4 & cr4::TSD == 0, TIME_STAMP)
             | bit(self.features.rdtscp, RDTSCP)
             | bit(self.cr4 & cr4::FSGSBASE != 0, FSGSBASE)
+            | bit(self.shared.low_movable.load(Ordering::Relaxed), LOW_MOVABLE)
     }
 
     /// Whether a debug register watches loads or stores.

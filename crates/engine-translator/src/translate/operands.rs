@@ -9,6 +9,7 @@ use super::{
     desc::AccessDesc,
     emit::{Access, Emitter, Insn, has_base},
     layout::{at, gpr, pinned},
+    place::is_movable,
     source::AMD,
     spare,
 };
@@ -21,6 +22,8 @@ pub struct Operand {
     disp: i32,
     /// RIP-relative or absolute: the address itself.
     fixed: Option<u64>,
+    /// RIP-relative in movable code: what `fixed` says is to be taken like an RIP there (see `place.rs`).
+    movable: bool,
     /// Address size: 16, 32 or 64.
     bits: u32,
     /// Segment register, in the encoding's order.
@@ -53,6 +56,7 @@ impl Operand {
             index: number(index).map(|i| (i, insn.memory_index_scale().trailing_zeros() as u8)),
             disp: insn.memory_displacement64() as i32,
             fixed,
+            movable: insn.is_ip_rel_memory_operand() && is_movable(insn.ip()),
             bits,
             segment: insn.memory_segment().number(),
         }
@@ -60,7 +64,7 @@ impl Operand {
 
     /// `[base + disp]` in `segment`, of 64-bit code.
     pub fn register(base: u8, disp: i32, segment: usize) -> Self {
-        Self { base: Some(base), index: None, disp, fixed: None, bits: 64, segment }
+        Self { base: Some(base), index: None, disp, fixed: None, movable: false, bits: 64, segment }
     }
 
     /// The same with an address of so many bits.
@@ -87,6 +91,11 @@ impl Operand {
     /// The index register and log2 of its scale.
     pub fn index(&self) -> Option<(u8, u8)> {
         self.index
+    }
+
+    /// Whether its address is relative to the page of movable code.
+    pub fn is_movable(&self) -> bool {
+        self.movable
     }
 
     /// What is added to the registers: all of the address where there are none.
@@ -131,6 +140,10 @@ const LENDABLE: [u8; 7] = [reg::RBX, reg::RBP, reg::RSI, reg::RDI, reg::RCX, reg
 impl Emitter<'_> {
     /// R10 = offset of `operand` in its segment, R11 is changed. No flags are.
     pub(super) fn address(&mut self, operand: &Operand) {
+        if let Some(fixed) = operand.fixed.filter(|_| operand.movable) {
+            self.movable_address(fixed, operand.bits);
+            return;
+        }
         if let Some(fixed) = operand.fixed {
             let fixed = if operand.bits == 32 { fixed & 0xffff_ffff } else { fixed };
             self.asm.mov_ri(reg::R10, fixed);
@@ -152,6 +165,17 @@ impl Emitter<'_> {
                 self.asm.lea32(reg::R10, mem);
                 self.asm.movzx16(reg::R10, reg::R10);
             }
+        }
+    }
+
+    /// R10 = the address that is called `placed` in movable code.
+    fn movable_address(&mut self, placed: u64, bits: u32) {
+        if bits == 32 {
+            // The sum of EIP and displacement has 32 bits: that of its low half is all that is known.
+            self.asm.load(reg::R10, at::CODE_PAGE);
+            self.asm.lea32(reg::R10, Mem::at(reg::R10, placed as i32));
+        } else {
+            self.load_rip(reg::R10, placed);
         }
     }
 

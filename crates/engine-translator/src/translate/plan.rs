@@ -57,6 +57,7 @@ struct Key {
     segment: usize,
     base: Option<u8>,
     index: Option<(u8, u8)>,
+    movable: bool,
 }
 
 /// One access.
@@ -251,7 +252,7 @@ fn reference(insn: &Insn, mode: Mode) -> Option<Reference> {
         seg::FS | seg::GS => operand.segment,
         _ => STACK,
     };
-    let key = Key { segment, base: operand.base(), index: operand.index() };
+    let key = Key { segment, base: operand.base(), index: operand.index(), movable: operand.is_movable() };
     Some(Reference { key, disp: operand.displacement(), size: size as i64, write, operand })
 }
 

@@ -34,11 +34,11 @@ impl ReturnStacks {
         let mut stacks = Self { memory, pointers: [0; TABLES] };
         for (table, &sentinel) in sentinels.iter().enumerate() {
             let base = stacks.base() + (table * STRIDE) as u64;
-            let top = stacks.top(table);
-            // SAFETY: both are within the new mapping.
+            let top = stacks.top(table) as *mut u64;
+            // SAFETY: all of it is within the new mapping.
             unsafe {
                 mprotect(base as *mut _, GUARD, MprotectFlags::empty())?;
-                (top as *mut u64).write(sentinel);
+                top.add(1).write(sentinel);
             }
         }
         stacks.forget();
@@ -73,12 +73,24 @@ impl ReturnStacks {
 
     /// Empties that of `table`.
     pub fn forget_table(&mut self, table: usize) {
-        self.pointers[table] = self.top(table);
+        let top = self.top(table);
+        // SAFETY: it is within the mapping, which is ours, and emitted code is not executed.
+        unsafe { renew(top) };
+        self.pointers[table] = top;
     }
 }
 
 /// Offset of an empty stack's pointer from where the stack begins.
 const TOP: usize = STRIDE - 64;
+
+/// Puts the word at the top of a stack back, which is a copy of the one above: emitted code may have put another one there.
+///
+/// # Safety
+/// `top` is what [`emptied`] or [`ReturnStacks::top`] says of a stack that nobody uses at the moment.
+pub unsafe fn renew(top: u64) {
+    // SAFETY: both are within the stack, as the caller vouches.
+    unsafe { (top as *mut u64).write((top as *const u64).add(1).read()) };
+}
 
 /// The pointer that empties the stack which a push at `address` has run out of: stacks begin at `base`.
 pub fn emptied(base: u64, address: u64) -> Option<u64> {

@@ -11,7 +11,7 @@ use std::sync::{
 
 use super::{
     layout::{EmittedState, signal_place},
-    returns::emptied,
+    returns::{emptied, renew},
 };
 
 /// Code caches: start and end addresses, and the signal stub. More than this many VMs in one process have to wait.
@@ -96,7 +96,8 @@ extern "C" fn handler(signal: i32, info: *mut libc::siginfo_t, context: *mut lib
         if signal == libc::SIGSEGV
             && let Some(pointer) = emptied((*emitted).returns_base, (*info).si_addr() as u64)
         {
-            // The call comes again.
+            // The push comes again.
+            renew(pointer);
             context.uc_mcontext.gregs[libc::REG_RSP as usize] = pointer as i64;
             return;
         }

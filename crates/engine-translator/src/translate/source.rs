@@ -11,6 +11,7 @@ use super::{
     cache::{Found, Key, NotAdded},
     emit::{Emitter, Insn},
     jumps::Context,
+    place::placed,
     spare,
     trace::{self, Trace},
 };
@@ -121,10 +122,10 @@ impl Cpu {
             return None;
         }
         let (_, physical) = self.fetch_page(linear).ok()?;
-        let key = Key { physical: physical | linear & 0xfff, rip, second: 0, context };
+        let key = Key { physical: physical | linear & 0xfff, rip: placed(context.mode, rip), second: 0, context };
         let found = self.shared.code.find(&key)?;
         self.remember(&context, rip, &found);
-        Some(found.saved_entry)
+        Some(found.by_rip)
     }
 
     /// Lets indirect jumps to `rip` find `found`, and direct ones to its page know that.
@@ -137,7 +138,7 @@ impl Cpu {
         let global = [first, second].iter().all(|&linear| self.tlb.is_global_code(privilege, linear));
         if let Some(jumps) = self.emitted.jumps() {
             let table = context.mode.table();
-            jumps.set(table, rip, [first, second], found.saved_entry, global);
+            jumps.set(table, rip, [first, second], found.by_rip, global);
             if found.linkable {
                 jumps.set_page(table, first, found.page_id, global);
             }
@@ -147,7 +148,8 @@ impl Cpu {
     fn find_or_translate(&mut self, context: &Context, rip: u64) -> Result<Found, Stop> {
         let linear = self.fetch_address(context, rip)?;
         let first = self.fetch_page(linear)?;
-        let key = Key { physical: first.1 | linear & 0xfff, rip, second: 0, context: *context };
+        let placed = placed(context.mode, rip);
+        let key = Key { physical: first.1 | linear & 0xfff, rip: placed, second: 0, context: *context };
         if let Some(found) = self.shared.code.find(&key) {
             return Ok(found);
         }

@@ -12,7 +12,7 @@ use crate::tlb::{Entry, Privilege, StackPage};
 /// Addresses of the stubs.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Stubs {
-    /// `extern "C" fn(entry)`: loads the guest's registers and jumps to `entry`, with the flags in `flag_word`.
+    /// `extern "C" fn(entry)`: loads the guest's registers and jumps to `entry`, with RIP in R11 and the flags in `flag_word`.
     pub enter: u64,
     /// What all exits end with.
     pub exit: u64,
@@ -32,6 +32,8 @@ pub struct Stubs {
     pub by_table: [u64; TABLES],
     /// By jump table: what returns lead to when they have run out, with the stack's pointer a word too high; the same.
     pub sentinels: [u64; TABLES],
+    /// By jump table: what return sites of movable code that is dead lead to.
+    pub dead_sites: [u64; TABLES],
     /// Called in front of a packed `ExitDesc`, flags live; does not return.
     pub emulate: u64,
     /// The same with the flags in `flag_word`.
@@ -91,6 +93,9 @@ impl Stubs {
     }
 }
 
+/// `lea rsp, [rsp + 8]`, in five bytes, which can be patched.
+pub const LEAVE_WORD: &[u8] = &[0x48, 0x8d, 0x64, 0x24, 8];
+
 const PRIVILEGES: usize = 3;
 
 /// Registers that a Rust function may change, but for the scratch registers.
@@ -149,6 +154,10 @@ pub fn assemble(asm: &mut Asm) -> Stubs {
         asm.lea(reg::RSP, Mem::at(reg::RSP, -8));
         stubs.by_table[table] = asm.here();
         by_table(asm, table, stubs.find);
+        asm.align(16, 0);
+        stubs.dead_sites[table] = asm.here();
+        asm.bytes(LEAVE_WORD);
+        asm.jmp_to(stubs.by_table[table]);
     }
 
     asm.align(16, 0);
@@ -209,6 +218,7 @@ fn enter(asm: &mut Asm) {
         asm.load(host, gpr(guest));
     }
     asm.load(reg::RSP, at::RETURNS);
+    asm.load(reg::R11, at::RIP);
     asm.jmp_mem(at::ENTRY);
 }
 

@@ -14,6 +14,7 @@ use super::{
     desc::RefillDesc,
     emit::{Emitter, Insn},
     flags::STATUS,
+    place::resolve,
 };
 use crate::{
     cpu::{Block, Cpu},
@@ -67,7 +68,10 @@ pub(super) extern "C" fn transfer(block: *mut Block, word: u64, desc: *const u8)
     }
     cpu.rflags = from_flag_word(cpu.rflags, cpu.emitted.flag_word);
     let done = match word & 0xff {
-        SYSCALL => fast_calls::syscall(cpu, rip.wrapping_add(word >> LEN_SHIFT)).is_ok(),
+        SYSCALL => {
+            let next = resolve(rip, cpu.emitted.code_page).wrapping_add(word >> LEN_SHIFT);
+            fast_calls::syscall(cpu, next).is_ok()
+        }
         SYSRET => cpu.gpr[R11] & rflags::TF == 0 && fast_calls::sysret(cpu, true).is_ok(),
         _ => iret::quickly(cpu),
     };
@@ -95,6 +99,7 @@ pub(super) extern "C" fn fault(block: *mut Block, refill: *const u8, rip: u64) -
         // SAFETY: the stub has it from the emitted code that called it.
         false => unsafe { RefillDesc::read(refill) }.rip(cpu.shared.code.origin(refill as u64).rip),
     };
+    let rip = resolve(rip, cpu.emitted.code_page);
     cpu.rflags = from_flag_word(cpu.rflags, cpu.emitted.flag_word);
     if !interrupt::page_fault_quickly(cpu, cpu.emitted.fault, rip) {
         return 0;

@@ -5,7 +5,10 @@ use super::TranslatedVcpu;
 use crate::{
     mailbox::ATTENTION,
     segment::is_canonical,
-    translate::{AccessDesc, AcrossDesc, ExitDesc, ExitKind, FaultPoint, LinkDesc, Origin, RefillDesc},
+    translate::{
+        AccessDesc, AcrossDesc, ExitDesc, ExitKind, FaultPoint, LinkDesc, Origin, RefillDesc,
+        place::{is_movable, resolve},
+    },
 };
 
 /// How emitted code was left.
@@ -33,6 +36,8 @@ pub(super) enum Left {
         desc: AcrossDesc,
         /// See `desc`.
         at: u64,
+        /// It is in movable code.
+        movable: bool,
         /// How often the cache had been emptied.
         generation: u64,
     },
@@ -53,14 +58,15 @@ impl TranslatedVcpu {
         let emitted = &self.cpu().emitted;
         let (kind, value) = (ExitKind::from_raw(emitted.exit_kind), emitted.exit_value);
         let (_, _, address, place) = emitted.signal;
-        let branch = emitted.branch;
+        let (branch, page) = (emitted.branch, emitted.code_page);
         // SAFETY: for these kinds emitted code passes the address of such a descriptor.
-        let (exit_desc, access_desc) =
-            unsafe { (|| ExitDesc::read(value as *const u8), || *(value as *const AccessDesc)) };
+        let (exit_desc, access_desc) = unsafe {
+            (|| ExitDesc::read(value as *const u8).resolved(page), || (*(value as *const AccessDesc)).resolved(page))
+        };
         let enter = self.shared.code.stubs.enter;
         let missed = |rip: u64| match code64 && !is_canonical(rip) && branch != 0 {
             // SAFETY: emitted code has stored the descriptor's distance from the first stub on its way here.
-            true => Left::Astray(unsafe { ExitDesc::read((enter + branch) as *const u8) }),
+            true => Left::Astray(unsafe { ExitDesc::read((enter + branch) as *const u8) }.resolved(page)),
             false => Left::Miss(rip),
         };
         if let Some(profile) = &self.profile {
@@ -76,27 +82,31 @@ impl TranslatedVcpu {
                 let desc = unsafe { LinkDesc::read(value as *const u8) };
                 let origin = code.origin(value);
                 let from = Some((value - 5, desc.conditional(value)));
-                Left::Link { rip: desc.rip(origin.rip), flags: desc.flags(), from, origin }
+                let rip = resolve(desc.rip(origin.rip), page);
+                Left::Link { rip, flags: desc.flags(), from, origin }
             }
             ExitKind::Apart => {
                 // SAFETY: such a descriptor follows the call of this exit.
                 let desc = unsafe { RefillDesc::read(value as *const u8) };
                 let origin = code.origin(value);
                 let flags = LinkDesc::SAVED | LinkDesc::UNGROUPED;
-                Left::Link { rip: desc.rip(origin.rip), flags, from: None, origin }
+                Left::Link { rip: resolve(desc.rip(origin.rip), page), flags, from: None, origin }
             }
             ExitKind::Across => {
                 // SAFETY: such a descriptor follows the call of this exit.
-                let desc = unsafe { AcrossDesc::read(value as *const u8) };
-                Left::Across { desc, at: value, generation: code.generation() }
+                let mut desc = unsafe { AcrossDesc::read(value as *const u8) };
+                let origin = code.origin(value);
+                let movable = is_movable(origin.rip);
+                desc.rip = desc.rip.wrapping_add(if movable { page } else { 0 });
+                Left::Across { desc, at: value, movable, generation: origin.generation }
             }
-            ExitKind::Dead => Left::Miss(code.origin(value).rip),
+            ExitKind::Dead => Left::Miss(resolve(code.origin(value).rip, page)),
             ExitKind::Emulate => Left::Emulate(exit_desc()),
             ExitKind::Fault => Left::Fault(access_desc()),
             ExitKind::After => Left::After(access_desc()),
             ExitKind::Signal => match code.fault_at(address) {
                 Some(FaultPoint { rip: None, .. }) => missed(value),
-                point => Left::Signal(point),
+                point => Left::Signal(point.map(|point| point.resolved(page))),
             },
         }
     }

@@ -3,7 +3,6 @@
 
 use iced_x86::{IcedError, code_asm::*};
 use purlin_arch::x86_64::regs::gpr::{RAX, RBP, RBX, RCX, RSP};
-use purlin_engine_translator::TranslatorEngine;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::{
@@ -604,7 +603,7 @@ fn the_last_of_many_indirect_calls() {
 #[test]
 fn calls_without_end_are_interrupted() {
     const LEVELS: usize = 29;
-    let m = Machine::with_engine(1, TranslatorEngine::new().unwrap().with_hot_code());
+    let m = Machine::with_engine(1, engine().with_hot_code());
     m.code(CODE, |a| {
         let mut functions: Vec<_> = (0..=LEVELS).map(|_| a.create_label()).collect();
         // EBX: levels to go. So each is called early, not when all that comes before it is done.

@@ -226,6 +226,12 @@ fn host_cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
     })
 }
 
+/// The engine that tests begin with. With `PURLIN_TEST_MOVABLE_CODE` their code is translated as what lies above 4 GiB is.
+pub fn engine() -> TranslatorEngine {
+    let engine = TranslatorEngine::new().expect("the translator");
+    if std::env::var_os("PURLIN_TEST_MOVABLE_CODE").is_some() { engine.with_movable_code() } else { engine }
+}
+
 /// The machine.
 pub struct Machine {
     pub memory: Arc<GuestRam>,
@@ -237,12 +243,12 @@ pub struct Machine {
 impl Machine {
     /// With this many vCPUs.
     pub fn new(cpus: u32) -> Self {
-        Self::with_engine(cpus, TranslatorEngine::new().expect("the translator"))
+        Self::with_engine(cpus, engine())
     }
 
     /// With so little room for emitted code that it is used up again and again.
     pub fn with_small_code_cache(cpus: u32) -> Self {
-        Self::with_engine(cpus, TranslatorEngine::new().expect("the translator").with_code_cache(512 << 10))
+        Self::with_engine(cpus, engine().with_code_cache(512 << 10))
     }
 
     /// With an engine of the test's own.

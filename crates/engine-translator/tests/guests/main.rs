@@ -14,6 +14,7 @@ mod interrupts;
 mod litmus;
 mod machine;
 mod modes;
+mod movable;
 mod own_code;
 mod profile;
 mod refills;

@@ -3,7 +3,6 @@
 
 use iced_x86::{IcedError, code_asm::*};
 use purlin_arch::x86_64::regs::gpr::{RCX, RDI, RDX, RSI};
-use purlin_engine_translator::TranslatorEngine;
 
 use crate::machine::*;
 
@@ -28,7 +27,7 @@ fn with_vectors(hot: bool, prepare: impl FnOnce(&Machine), run: impl FnOnce(&mut
         return;
     }
     let wide = std::is_x86_feature_detected!("avx512f");
-    let engine = TranslatorEngine::new().unwrap();
+    let engine = engine();
     let m = Machine::with_engine(1, if hot { engine.with_hot_code() } else { engine });
     (0..BYTES).for_each(|i| m.poke(BEFORE + i, ((i * 37) >> 3) as u8 | 1));
     m.code(LOAD, |a| {

@@ -4,7 +4,6 @@ use std::time::{Duration, Instant};
 
 use iced_x86::{IcedError, code_asm::*};
 use purlin_arch::x86_64::regs::gpr::{RAX, RBX, RCX, RDI, RSI};
-use purlin_engine_translator::TranslatorEngine;
 
 use crate::machine::*;
 
@@ -749,7 +748,7 @@ fn a_function_that_begins_to_look_at_the_flags_finds_them() {
         }),
     ];
     for ((way, lead), hot) in WAYS.into_iter().flat_map(|way| [(way, false), (way, true)]) {
-        let engine = TranslatorEngine::new().unwrap();
+        let engine = engine();
         let m = Machine::with_engine(1, if hot { engine.with_hot_code() } else { engine });
         let length = assemble(64, CALLER, |a| {
             let mut function = a.create_label();

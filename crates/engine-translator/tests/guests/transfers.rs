@@ -12,10 +12,7 @@ use purlin_arch::x86_64::{
     },
     state::VcpuState,
 };
-use purlin_engine_translator::{
-    TranslatorEngine,
-    profile::{ExitKind, Profile},
-};
+use purlin_engine_translator::profile::{ExitKind, Profile};
 
 use crate::{
     apic::{EOI, SELF_IPI, wrmsr, x2apic},
@@ -444,7 +441,7 @@ fn page_faults_go_to_their_handler() {
     ];
     for (name, error, address, access) in rows {
         let profile = std::sync::Arc::new(Profile::default());
-        let engine = TranslatorEngine::new().unwrap().with_profile(profile.clone());
+        let engine = engine().with_profile(profile.clone());
         let m = Machine::with_engine(1, engine);
         faulting(&m, access);
         let mut guest = vcpu(&m, |_| {});

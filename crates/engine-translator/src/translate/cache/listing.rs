@@ -3,13 +3,13 @@
 use std::ops::Range;
 
 use super::{CodeCache, Key};
-use crate::tlb::Privilege;
+use crate::{tlb::Privilege, translate::place::is_movable};
 
 /// Where guest code is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct GuestPlace {
-    /// Its linear address.
-    pub linear: u64,
+    /// Its linear address; `None` if it may have several, with one translation for all of them.
+    pub linear: Option<u64>,
     /// Its guest physical address, which tells programs apart that have the same linear ones.
     pub physical: u64,
     /// Whether it runs in user mode.
@@ -20,8 +20,9 @@ impl From<&Key> for GuestPlace {
     fn from(key: &Key) -> Self {
         let mode = key.context.mode;
         let linear = key.context.cs_base.wrapping_add(key.rip);
+        let linear = if mode.bits() == 64 { linear } else { linear & 0xffff_ffff };
         Self {
-            linear: if mode.bits() == 64 { linear } else { linear & 0xffff_ffff },
+            linear: (!is_movable(key.rip)).then_some(linear),
             physical: key.physical,
             user: mode.privilege() == Privilege::User,
         }

@@ -11,7 +11,7 @@ pub fn report(report: &Report) -> String {
     let hottest = report.hottest.iter().take(HOTTEST).map(|hot| {
         json!({
             "mode": if hot.place.user { "user" } else { "kernel" },
-            "address": format!("{:#x}", hot.place.linear),
+            "address": hot.place.linear.map(|linear| format!("{linear:#x}")),
             "physical_address": format!("{:#x}", hot.place.physical),
             "samples": hot.samples,
             "percent": share(hot.samples),

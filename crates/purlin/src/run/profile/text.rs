@@ -78,8 +78,9 @@ fn hottest(text: &mut String, report: &Report) {
     );
     for hot in report.hottest.iter().take(HOTTEST) {
         let (share, mode) = (percent(hot.samples, report), if hot.place.user { "user" } else { "kernel" });
-        let (linear, physical) = (hot.place.linear, hot.place.physical);
-        let _ = writeln!(text, "{share:>6.1} %{:>12}  {mode:<6}  {linear:#018x}  {physical:#014x}", hot.samples);
+        let linear = hot.place.linear.map_or("several".into(), |linear| format!("{linear:#018x}"));
+        let physical = hot.place.physical;
+        let _ = writeln!(text, "{share:>6.1} %{:>12}  {mode:<6}  {linear:<18}  {physical:#014x}", hot.samples);
     }
 }
 
@@ -110,7 +111,10 @@ pub mod tests {
             Place::Emulation => 200,
             _ => 0,
         };
-        let hot = |linear, user, samples| Hot { place: GuestPlace { linear, physical: 0x1234_5000, user }, samples };
+        let hot = |linear, user, samples| Hot {
+            place: GuestPlace { linear: Some(linear), physical: 0x1234_5000, user },
+            samples,
+        };
         Report {
             vcpus: 2,
             cpu_ns: 4_000_000_000,
