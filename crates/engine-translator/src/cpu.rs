@@ -21,7 +21,7 @@ use crate::{
     mailbox::Mailbox,
     msr::Msrs,
     tlb::{Tlb, TlbHandle},
-    translate::{JumpTables, PageCopies},
+    translate::{JumpTables, PageCopies, RecentBlocks},
     vm::Shared,
     xstate::XState,
 };
@@ -179,6 +179,8 @@ pub struct Cpu {
     pub shared: Arc<Shared>,
     /// What it has translated from lately.
     pub copies: PageCopies,
+    /// Blocks that it has found lately.
+    pub recent: RecentBlocks,
     /// The bus of the run under way.
     pub(crate) bus: Option<*const dyn Bus>,
     /// A bus access answered `After::Leave`: the run ends before the next instruction.

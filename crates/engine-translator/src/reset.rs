@@ -11,7 +11,7 @@ use purlin_arch::x86_64::{
 use crate::{
     cpu::{Cpu, Segment, Table, access},
     debug::{dr6, dr7},
-    translate::PageCopies,
+    translate::{PageCopies, RecentBlocks},
     vm::Shared,
 };
 
@@ -74,6 +74,7 @@ impl Cpu {
             tlb: crate::tlb::TlbHandle::standalone(),
             shared,
             copies: PageCopies::default(),
+            recent: RecentBlocks::default(),
             bus: None,
             leave: false,
         };

@@ -356,7 +356,7 @@ impl TranslatedVcpu {
                 Some(entry) => entry,
                 None => match self.cpu().block(&context, rip) {
                     Ok(found) => {
-                        self.cpu().remember(&context, rip, &found);
+                        self.cpu().remember(&context, rip, found.target());
                         found.by_rip
                     }
                     Err(stop) => return self.stopped(stop),
@@ -407,7 +407,7 @@ impl TranslatedVcpu {
                     self.cpu().rip = desc.rip;
                     match self.cpu().block(&context, desc.rip) {
                         Ok(found) => {
-                            self.cpu().remember(&context, desc.rip, &found);
+                            self.cpu().remember(&context, desc.rip, found.target());
                             self.shared.code.link_across(at, desc.check(at), movable, generation, &found);
                             known = Some(found.by_rip);
                         }

@@ -71,6 +71,22 @@ pub struct Found {
     pub page_id: u32,
 }
 
+/// A block as jumps from other pages use it.
+#[derive(Clone, Copy, Debug)]
+pub struct JumpTarget {
+    /// See [`Found::by_rip`].
+    pub by_rip: u64,
+    /// See [`Found::page_id`]; `None` if it lies on two pages.
+    pub page_id: Option<u32>,
+}
+
+impl Found {
+    /// The block as jumps from other pages use it.
+    pub fn target(&self) -> JumpTarget {
+        JumpTarget { by_rip: self.by_rip, page_id: self.linkable.then_some(self.page_id) }
+    }
+}
+
 /// What emitted code was translated from.
 #[derive(Clone, Copy, Debug)]
 pub struct Origin {

@@ -44,6 +44,9 @@ const FSGSBASE: u32 = 1 << 18;
 const LOW_MOVABLE: u32 = 1 << 19;
 
 impl Mode {
+    /// That of no code.
+    pub const NONE: Self = Self(u32::MAX);
+
     /// 16, 32 or 64.
     pub fn bits(self) -> u32 {
         match self.0 & (CODE32 | CODE64) {

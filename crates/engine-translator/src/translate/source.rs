@@ -8,7 +8,7 @@ use std::{
 use iced_x86::DecoderOptions;
 
 use super::{
-    cache::{Found, Key, NotAdded},
+    cache::{Found, JumpTarget, Key, NotAdded},
     emit::{Emitter, Insn},
     jumps::Context,
     place::placed,
@@ -123,24 +123,32 @@ impl Cpu {
         }
         let (_, physical) = self.fetch_page(linear).ok()?;
         let key = Key { physical: physical | linear & 0xfff, rip: placed(context.mode, rip), second: 0, context };
-        let found = self.shared.code.find(&key)?;
-        self.remember(&context, rip, &found);
-        Some(found.by_rip)
+        let generation = self.emitted.generation;
+        let target = match self.recent.get(&key, generation) {
+            Some(target) => target,
+            None => {
+                let target = self.shared.code.find(&key)?.target();
+                self.recent.set(&key, target, generation);
+                target
+            }
+        };
+        self.remember(&context, rip, target);
+        Some(target.by_rip)
     }
 
-    /// Lets indirect jumps to `rip` find `found`, and direct ones to its page know that.
-    pub fn remember(&mut self, context: &Context, rip: u64, found: &Found) {
+    /// Lets indirect jumps to `rip` find `target`, and direct ones to its page know that.
+    pub fn remember(&mut self, context: &Context, rip: u64, target: JumpTarget) {
         let wide = context.mode.bits() == 64;
         let within = |linear: u64| if wide { linear } else { linear & 0xffff_ffff };
         let first = within(context.cs_base.wrapping_add(rip));
-        let second = if found.linkable { first } else { within((first & !0xfff).wrapping_add(0x1000)) };
+        let second = if target.page_id.is_some() { first } else { within((first & !0xfff).wrapping_add(0x1000)) };
         let privilege = context.mode.privilege();
         let global = [first, second].iter().all(|&linear| self.tlb.is_global_code(privilege, linear));
         if let Some(jumps) = self.emitted.jumps() {
             let table = context.mode.table();
-            jumps.set(table, rip, [first, second], found.by_rip, global);
-            if found.linkable {
-                jumps.set_page(table, first, found.page_id, global);
+            jumps.set(table, rip, [first, second], target.by_rip, global);
+            if let Some(page_id) = target.page_id {
+                jumps.set_page(table, first, page_id, global);
             }
         }
     }
@@ -151,6 +159,7 @@ impl Cpu {
         let placed = placed(context.mode, rip);
         let key = Key { physical: first.1 | linear & 0xfff, rip: placed, second: 0, context: *context };
         if let Some(found) = self.shared.code.find(&key) {
+            self.recent.set(&key, found.target(), self.emitted.generation);
             return Ok(found);
         }
         if linear & 0xfff > (4096 - MAX_INSN) as u64 && self.shared.code.crosses(&key) {
@@ -164,6 +173,11 @@ impl Cpu {
         let mut copies = std::mem::take(&mut self.copies);
         let found = self.translate(key, context, linear, first, hot, &mut copies);
         self.copies = copies;
+        if let Ok(found) = &found
+            && found.linkable
+        {
+            self.recent.set(&key, found.target(), self.emitted.generation);
+        }
         found
     }
 
