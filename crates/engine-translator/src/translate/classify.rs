@@ -4,6 +4,7 @@ use iced_x86::{Code, CpuidFeature, EncodingKind, Instruction, Mnemonic, OpKind, 
 use purlin_arch::x86_64::regs::seg;
 
 use super::{mode::Mode, offered::offered, registers::control_field, source::AMD};
+use crate::xstate::Form;
 
 /// What the translator does with an instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,7 +43,8 @@ pub enum Class {
     Swapgs,
     /// See [`Self::Cli`].
     Pushf,
-    /// Others that are emulated in general and have code of their own in 64-bit mode (see `registers.rs`, `strings.rs`).
+    /// Others that are emulated in general and have code of their own in 64-bit mode (see `registers.rs`, `strings.rs`,
+    /// `extended.rs`).
     Own(Own),
     /// Plain Rust deals with it, or finds that it is undefined.
     Emulate,
@@ -65,6 +67,8 @@ pub enum Own {
     ReadControl,
     /// MOVS and STOS.
     String,
+    /// XSAVE, XSAVEOPT, XSAVEC and XRSTOR.
+    ExtendedState,
 }
 
 /// Which vector state an instruction needs.
@@ -124,6 +128,7 @@ pub fn inlined(insn: &Instruction, mode: Mode) -> Option<Class> {
         Code::Cld | Code::Std => Own::Direction,
         Mov_r64_cr if mode.kernel() && control_field(insn.op1_register()).is_some() => Own::ReadControl,
         _ if is_plain_string(insn) && mode.flat(seg::DS) => Own::String,
+        _ if Form::of(insn.mnemonic()).is_some() => Own::ExtendedState,
         _ => return None,
     };
     Some(Class::Own(own))

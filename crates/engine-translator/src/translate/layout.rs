@@ -277,6 +277,7 @@ pub mod at {
     pub const HELPER_FIND: Mem = Mem::gs(HELPER_ACCESS.disp + 32);
     pub const HELPER_TRANSFER: Mem = Mem::gs(HELPER_ACCESS.disp + 40);
     pub const HELPER_FAULT: Mem = Mem::gs(HELPER_ACCESS.disp + 48);
+    pub const HELPER_EXTENDED: Mem = Mem::gs(HELPER_ACCESS.disp + 56);
     pub const FAULTED: Mem = emitted!(faulted);
     pub const XMM: Mem = emitted!(xmm);
     pub const POLL: Mem = Mem::gs((offset_of!(Block, mailbox) + offset_of!(Mailbox, poll)) as i32);

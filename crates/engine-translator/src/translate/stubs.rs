@@ -41,6 +41,9 @@ pub struct Stubs {
     /// Called in front of a packed `ExitDesc`, with the flags in `flag_word`; R10 says which transfer it is (see
     /// `transfers.rs`). Goes where that leads; does not return.
     pub transfer: u64,
+    /// Called with the linear address of a save area in R10, and in R11 which instruction it is (see `extended.rs`), with the
+    /// flags in `flag_word`. Returns with R10 = 0 if it is to be emulated. Keeps all other registers.
+    pub extended: u64,
     /// Called with a linear address in R10 and an `AccessDesc` in R11; returns the host address in R10. Keeps all
     /// other registers, not the flags. Does not return if the access faults.
     pub access: u64,
@@ -76,6 +79,7 @@ impl Stubs {
             (self.emulate, "emulate"),
             (self.emulate_saved, "emulate"),
             (self.transfer, "emulate"),
+            (self.extended, "emulate"),
             (self.dead, "dead"),
             (self.dead_saved, "dead"),
             (self.across, "link"),
@@ -172,6 +176,10 @@ pub fn assemble(asm: &mut Asm) -> Stubs {
     asm.align(16, 0);
     stubs.transfer = asm.here();
     transfer(asm, saved_tail);
+
+    asm.align(16, 0);
+    stubs.extended = asm.here();
+    extended(asm);
 
     asm.align(16, 0);
     stubs.access = asm.here();
@@ -276,6 +284,26 @@ fn transfer(asm: &mut Asm, exit: u64) {
     }
     asm.store_imm(at::EXIT_KIND, ExitKind::Emulate as i32, 4);
     asm.jmp_to(exit);
+}
+
+/// `extended_state(block, R10, R11) -> nonzero if it is done`, which says by `vectors` whether they are to be loaded.
+fn extended(asm: &mut Asm) {
+    for r in CALLER_SAVED {
+        asm.store(gpr(r), r);
+    }
+    save_vectors(asm);
+    to_host_stack(asm);
+    asm.load(reg::RDI, at::BLOCK);
+    asm.mov_rr(reg::RSI, reg::R10);
+    asm.mov_rr(reg::RDX, reg::R11);
+    asm.call_mem(at::HELPER_EXTENDED);
+    asm.mov_rr(reg::R10, reg::RAX);
+    to_returns(asm);
+    restore_vectors(asm);
+    for r in CALLER_SAVED {
+        asm.load(r, gpr(r));
+    }
+    asm.ret();
 }
 
 /// `fault(block, refill, rip) -> host address, or 0`, for the page fault that a helper has found, in a stub that emitted code has

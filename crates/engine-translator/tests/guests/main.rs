@@ -8,6 +8,7 @@ mod calls_between;
 mod cross_modifying;
 mod debugging;
 mod deliverable;
+mod extended;
 mod faults;
 mod groups;
 mod interrupts;
