@@ -12,7 +12,7 @@ use crate::{
     exception::Exception,
     mailbox::Mailbox,
     msr::Msrs,
-    tlb::{Privilege, Set, StackPage, Tlb},
+    tlb::{Privilege, SecondSet, Set, StackPage, Tlb},
     xstate::XState,
 };
 
@@ -311,6 +311,13 @@ pub fn tlb(privilege: Privilege, write: bool, field: usize) -> i32 {
     let set = privilege as usize * size_of::<Set>();
     let side = if write { offset_of!(Set, write) } else { offset_of!(Set, read) };
     (offset_of!(Block, tlb) + offset_of!(Tlb, sets) + set + side + field) as i32
+}
+
+/// From the first of those entries to the first of the second level's.
+pub fn second_level(privilege: Privilege, write: bool) -> i32 {
+    let set = privilege as usize * size_of::<SecondSet>();
+    let side = if write { offset_of!(SecondSet, write) } else { offset_of!(SecondSet, read) };
+    (offset_of!(Block, tlb) + offset_of!(Tlb, second) + set + side) as i32 - tlb(privilege, write, 0)
 }
 
 /// The field at `field` of the page of the stack of `privilege`.

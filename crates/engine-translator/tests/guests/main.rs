@@ -26,4 +26,5 @@ mod smp;
 mod stack_page;
 mod storms;
 mod transfers;
+mod turns;
 mod unmatched;
