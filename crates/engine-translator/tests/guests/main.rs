@@ -10,6 +10,7 @@ mod debugging;
 mod deliverable;
 mod extended;
 mod faults;
+mod fillers;
 mod groups;
 mod interrupts;
 mod litmus;
