@@ -58,6 +58,21 @@ pub struct Set {
     pub write: [Entry; SET_ENTRIES],
 }
 
+/// Entries of the second level's sets.
+pub const SECOND_ENTRIES: usize = 256;
+/// Pages that share an entry of the first level differ from this bit on.
+pub const SECOND_SHIFT: u32 = 12 + SET_BITS;
+
+/// What others have taken the place of in a [`Set`]: a page that is used by turns with one of the same index would have to be
+/// walked to each time.
+#[repr(C)]
+pub struct SecondSet {
+    /// For loads.
+    pub read: [Entry; SECOND_ENTRIES],
+    /// For stores.
+    pub write: [Entry; SECOND_ENTRIES],
+}
+
 /// A copy of one entry for stores: of the page that the stack pointer was on last. Most accesses to a stack are to it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -106,6 +121,10 @@ pub struct Tlb {
     pub stack: [StackPage; SETS],
     /// The sets, by [`Privilege`].
     pub sets: [Set; SETS],
+    /// Those of the second level.
+    pub second: [SecondSet; SETS],
+    /// Entries of the second level in use, since it was last emptied: set and index.
+    second_used: Vec<(u8, u16)>,
     fetch: [[Fetch; FETCH_ENTRIES]; 2],
     /// Entries filled since the last flush, so that a flush touches only those: set and index.
     used: Vec<(u8, u16)>,
@@ -151,6 +170,7 @@ impl Tlb {
             // With room for all that `fill` puts there: it must not allocate (see `quick_access`).
             (&raw mut (*tlb).used).write(Vec::with_capacity(4 * SET_ENTRIES + 1));
             (&raw mut (*tlb).global).write(Vec::with_capacity(4 * SET_ENTRIES + 1));
+            (&raw mut (*tlb).second_used).write(Vec::with_capacity(SECOND_USED));
             &mut *tlb
         };
         for set in &mut tlb.sets {
@@ -158,10 +178,16 @@ impl Tlb {
                 set.invalidate(index);
             }
         }
+        for set in &mut tlb.second {
+            (0..SECOND_ENTRIES).for_each(|index| set.invalidate(index));
+        }
         tlb.forget_stack(|_| true);
         tlb.forget_fetches();
     }
 }
+
+/// How many uses of the second level's entries are counted before it is emptied.
+const SECOND_USED: usize = 4 * SECOND_ENTRIES;
 
 /// A vCPU's handle on its TLB, which lies in its [`crate::cpu::Block`], where emitted code can reach it.
 pub struct TlbHandle(std::ptr::NonNull<Tlb>);
@@ -212,6 +238,18 @@ impl Set {
     }
 }
 
+impl SecondSet {
+    fn invalidate(&mut self, index: usize) {
+        self.read[index].tag = invalid_tag(index);
+        self.write[index].tag = invalid_tag(index);
+    }
+}
+
+/// Index of the second level's entry for a linear address.
+fn second_index(linear: u64) -> usize {
+    (linear >> 12).wrapping_add(linear >> SECOND_SHIFT) as usize & (SECOND_ENTRIES - 1)
+}
+
 /// Index of the entry for a linear address.
 pub fn index(linear: u64) -> usize {
     (linear >> 12) as usize & (SET_ENTRIES - 1)
@@ -259,8 +297,17 @@ impl Tlb {
             self.sets[set as usize].invalidate(index as usize);
         }
         self.used.clear();
+        self.flush_second();
         self.forget_stack(|_| true);
         self.forget_local_fetches();
+    }
+
+    /// Empties the second level, global pages included: which are is not known there.
+    fn flush_second(&mut self) {
+        for &(set, index) in &self.second_used {
+            self.second[set as usize].invalidate(index as usize);
+        }
+        self.second_used.clear();
     }
 
     /// Forgets the page of `linear` (INVLPG). Returns whether everything had to go.
@@ -273,6 +320,9 @@ impl Tlb {
         let index = index(linear);
         for set in &mut self.sets {
             set.invalidate(index);
+        }
+        for set in &mut self.second {
+            set.invalidate(second_index(linear));
         }
         self.forget_stack(|page| page.tag == linear & !0xfff);
         for side in &mut self.fetch {
@@ -289,6 +339,12 @@ impl Tlb {
                 entry.tag = invalid_tag(index as usize);
             }
         }
+        for &(set, index) in &self.second_used {
+            let entry = &mut self.second[set as usize].write[index as usize];
+            if entry.host == host {
+                entry.tag = invalid_tag(index as usize);
+            }
+        }
         self.forget_stack(|page| page.tag.wrapping_add(page.distance) == host);
     }
 
@@ -299,35 +355,74 @@ impl Tlb {
 
     /// Where `linear` may be loaded from, as far as is known here.
     pub fn readable(&self, privilege: Privilege, linear: u64) -> Option<*const u8> {
-        let entry = &self.sets[privilege as usize].read[index(linear)];
-        (entry.tag == linear & !0xfff).then_some((entry.host + (linear & 0xfff)) as *const u8)
+        let (first, second) = (&self.sets[privilege as usize], &self.second[privilege as usize]);
+        let host = known([&first.read[index(linear)], &second.read[second_index(linear)]], linear)?;
+        Some(host.cast_const())
     }
 
     /// Where `linear` may be stored to, unnoticed, as far as is known here.
     pub fn storable(&self, privilege: Privilege, linear: u64) -> Option<*mut u8> {
-        let entry = &self.sets[privilege as usize].write[index(linear)];
-        (entry.tag == linear & !0xfff).then_some((entry.host + (linear & 0xfff)) as *mut u8)
+        let (first, second) = (&self.sets[privilege as usize], &self.second[privilege as usize]);
+        known([&first.write[index(linear)], &second.write[second_index(linear)]], linear)
     }
 
     /// Whether the page of `linear` may be stored to, as far as is known here.
     pub fn may_store(&self, privilege: Privilege, linear: u64) -> bool {
-        self.sets[privilege as usize].write[index(linear)].tag == linear & !0xfff
+        self.storable(privilege, linear).is_some()
+    }
+
+    /// Makes room for the page of `linear`: the one that is at its index goes to the second level.
+    fn make_room(&mut self, set: usize, linear: u64) {
+        let first = &self.sets[set];
+        let (read, write) = (first.read[index(linear)], first.write[index(linear)]);
+        if read.tag == invalid_tag(index(linear)) || read.tag == linear & !0xfff {
+            return;
+        }
+        if self.second_used.len() == SECOND_USED {
+            self.flush_second();
+        }
+        let to = second_index(read.tag);
+        let stored = if write.tag == read.tag { write.tag } else { invalid_tag(to) };
+        self.second[set].read[to] = read;
+        self.second[set].write[to] = Entry { tag: stored, host: read.host };
+        self.second_used.push((set as u8, to as u16));
     }
 
     fn fill(&mut self, privilege: Privilege, linear: u64, walked: &Walked, host: u64, stores: bool) {
         let (set, index) = (privilege as usize, index(linear));
         let (tag, invalid) = (linear & !0xfff, invalid_tag(index));
         let entry = |allowed: bool| Entry { tag: if allowed { tag } else { invalid }, host };
-        self.sets[set].read[index] = entry(walked.readable);
-        self.sets[set].write[index] = entry(walked.writable && stores);
-        let list = if walked.global { &mut self.global } else { &mut self.used };
+        self.enter(set, linear, [entry(walked.readable), entry(walked.writable && stores)], walked.global);
+        self.note_size(linear, walked);
+    }
+
+    /// The entries of the page of `linear` for loads and for stores are these.
+    fn enter(&mut self, set: usize, linear: u64, [read, write]: [Entry; 2], global: bool) {
+        let index = index(linear);
+        self.make_room(set, linear);
+        (self.sets[set].read[index], self.sets[set].write[index]) = (read, write);
+        let list = if global { &mut self.global } else { &mut self.used };
         list.push((set as u8, index as u16));
         // A list that only ever grows between flushes would not stay short.
         if list.len() > 4 * SET_ENTRIES {
             list.sort_unstable();
             list.dedup();
         }
-        self.note_size(linear, walked);
+    }
+
+    /// The page of `linear` goes from the second level to the first.
+    fn promote(&mut self, privilege: Privilege, linear: u64) {
+        let (set, from) = (privilege as usize, second_index(linear));
+        let second = &mut self.second[set];
+        let (read, mut write) = (second.read[from], second.write[from]);
+        if read.tag != linear & !0xfff {
+            return;
+        }
+        second.invalidate(from);
+        if write.tag != read.tag {
+            write.tag = invalid_tag(index(linear));
+        }
+        self.enter(set, linear, [read, write], false);
     }
 
     fn note_size(&mut self, linear: u64, walked: &Walked) {
@@ -336,6 +431,12 @@ impl Tlb {
             self.large[word] |= bit;
         }
     }
+}
+
+/// The host address of `linear`, if one of these entries has its page.
+fn known(entries: [&Entry; 2], linear: u64) -> Option<*mut u8> {
+    let entry = entries.into_iter().find(|entry| entry.tag == linear & !0xfff)?;
+    Some((entry.host + (linear & 0xfff)) as *mut u8)
 }
 
 impl Cpu {
@@ -366,6 +467,15 @@ impl Cpu {
 
     #[cold]
     fn resolve_slowly(&mut self, address: u64, access: Access, privilege: Privilege) -> Result<Target, Exception> {
+        let second = match access {
+            Access::Read => self.tlb.readable(privilege, address).map(<*const u8>::cast_mut),
+            Access::Write => self.tlb.storable(privilege, address),
+            Access::Fetch => None,
+        };
+        if let Some(host) = second {
+            self.tlb.promote(privilege, address);
+            return Ok(Target::Ram(host));
+        }
         let walked = self.walk(address, access, privilege)?;
         let shared = self.shared.clone();
         let Some(page) = shared.ram.page(walked.physical) else {

@@ -131,8 +131,9 @@ fn execute(cpu: &mut Cpu, insn: &Instruction) -> Done {
 
         Fxsave | Fxsave64 => plain(xstate::fxsave(cpu, insn)),
         Fxrstor | Fxrstor64 => plain(xstate::fxrstor(cpu, insn)),
-        Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64 => plain(xstate::xsave(cpu, insn)),
-        Xrstor | Xrstor64 => plain(xstate::xrstor(cpu, insn)),
+        Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64 | Xrstor | Xrstor64 => {
+            plain(xstate::xsave(cpu, insn))
+        }
         Vzeroupper | Vzeroall => plain(xstate::zero_vectors(cpu, insn)),
         Ldmxcsr | Vldmxcsr => plain(xstate::ldmxcsr(cpu, insn)),
         Stmxcsr | Vstmxcsr => plain(xstate::stmxcsr(cpu, insn)),

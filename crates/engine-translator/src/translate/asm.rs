@@ -102,6 +102,7 @@ pub mod cc {
     #![allow(missing_docs)]
     pub const E: u8 = 4;
     pub const NE: u8 = 5;
+    pub const BE: u8 = 6;
     pub const A: u8 = 7;
 }
 

@@ -50,6 +50,11 @@ impl Emitter<'_> {
                 self.push_return(insn);
                 self.call(insn, target, backward);
             }
+            // As no call of the host's: that would be a guess for nobody.
+            Class::Filler => {
+                self.push_return(insn);
+                self.jump(target, backward);
+            }
             Class::CallIndirect => {
                 self.target(insn);
                 self.call_r11(insn);
@@ -155,7 +160,7 @@ impl Emitter<'_> {
     }
 
     /// Pushes the address of the next instruction.
-    fn push_return(&mut self, insn: &Insn) {
+    pub(super) fn push_return(&mut self, insn: &Insn) {
         let size = (self.mode.bits() / 8) as usize;
         let next = insn.next();
         self.stack_push(insn, size, &mut |this, mem| this.store_constant(mem, next, size));

@@ -4,6 +4,7 @@ use iced_x86::{Code, CpuidFeature, EncodingKind, Instruction, Mnemonic, OpKind, 
 use purlin_arch::x86_64::regs::seg;
 
 use super::{mode::Mode, offered::offered, registers::control_field, source::AMD};
+use crate::xstate::Form;
 
 /// What the translator does with an instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +29,8 @@ pub enum Class {
     Loop,
     /// A direct near call.
     Call,
+    /// A direct near call to behind a byte that is never returned to (see [`fills_returns`]).
+    Filler,
     /// A near jump through a register or memory.
     JumpIndirect,
     /// A near call through a register or memory.
@@ -42,7 +45,8 @@ pub enum Class {
     Swapgs,
     /// See [`Self::Cli`].
     Pushf,
-    /// Others that are emulated in general and have code of their own in 64-bit mode (see `registers.rs`, `strings.rs`).
+    /// Others that are emulated in general and have code of their own in 64-bit mode (see `registers.rs`, `strings.rs`,
+    /// `extended.rs`).
     Own(Own),
     /// Plain Rust deals with it, or finds that it is undefined.
     Emulate,
@@ -65,6 +69,8 @@ pub enum Own {
     ReadControl,
     /// MOVS and STOS.
     String,
+    /// XSAVE, XSAVEOPT, XSAVEC and XRSTOR.
+    ExtendedState,
 }
 
 /// Which vector state an instruction needs.
@@ -124,9 +130,19 @@ pub fn inlined(insn: &Instruction, mode: Mode) -> Option<Class> {
         Code::Cld | Code::Std => Own::Direction,
         Mov_r64_cr if mode.kernel() && control_field(insn.op1_register()).is_some() => Own::ReadControl,
         _ if is_plain_string(insn) && mode.flat(seg::DS) => Own::String,
+        _ if Form::of(insn.mnemonic()).is_some() => Own::ExtendedState,
         _ => return None,
     };
     Some(Class::Own(own))
+}
+
+/// Whether 64-bit code of these bytes is a call by which a kernel fills the processor's stack of return addresses when it
+/// switches threads, so that the one does not predict the other's returns: `call 1f; int3; 1:`, and behind that another one, or
+/// the stack pointer's way back. (A retpoline begins like that, too.)
+pub fn fills_returns(code: &[u8]) -> bool {
+    const SLOT: &[u8] = &[0xe8, 1, 0, 0, 0, 0xcc];
+    const ADD_RSP: &[u8] = &[0x48, 0x83, 0xc4];
+    code.strip_prefix(SLOT).is_some_and(|behind| behind.starts_with(SLOT) || behind.starts_with(ADD_RSP))
 }
 
 /// MOVS or STOS with addresses of 64 bits in flat segments.
@@ -337,4 +353,21 @@ fn vex(insn: &Instruction) -> Class {
 fn evex(insn: &Instruction) -> Class {
     let vsib = insn.is_vsib();
     if vsib { Class::Emulate } else { Class::Vector(Needs { avx512: true, ..Needs::default() }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::fills_returns;
+
+    #[test]
+    fn what_fills_returns() {
+        let call = [0xe8, 1, 0, 0, 0, 0xcc];
+        let add_rsp = [0x48, 0x83, 0xc4, 0x10];
+        let retpoline = [0x48, 0x89, 0x04, 0x24, 0xc3];
+        assert!(fills_returns(&[call, call].concat()));
+        assert!(fills_returns(&[&call[..], &add_rsp].concat()));
+        assert!(!fills_returns(&[&call[..], &retpoline].concat()));
+        assert!(!fills_returns(&call), "the page ends");
+        assert!(!fills_returns(&add_rsp));
+    }
 }

@@ -283,6 +283,7 @@ impl<'a> Emitter<'a> {
                 return false;
             }
             Class::Jump if insn.onward.is_some() => {}
+            Class::Filler if insn.onward.is_some() => self.push_return(insn),
             Class::JumpIf if insn.onward.is_some() => self.side_exit(insn),
             Class::Call | Class::CallIndirect if insn.onward.is_some() => self.branch(insn),
             _ => {

@@ -28,7 +28,7 @@ pub fn flag_use(insn: &Instruction, class: Class) -> FlagUse {
             FlagUse { reads: insn.rflags_read() & STATUS, kills, touches }
         }
         Class::Nothing | Class::Push | Class::Pop | Class::Leave | Class::Cli | Class::Swapgs => FlagUse::default(),
-        Class::Own(own) if !matches!(own, Own::WriteBase | Own::String) => FlagUse::default(),
+        Class::Own(own) if !matches!(own, Own::WriteBase | Own::String | Own::ExtendedState) => FlagUse::default(),
         // Where an interrupt waits, it leaves; so do others where there is more to them.
         _ => FlagUse { reads: STATUS, kills: 0, touches: 0 },
     }

@@ -23,11 +23,12 @@ pub fn helpers() -> [u64; COUNT] {
         find as *const () as u64,
         super::transfers::transfer as *const () as u64,
         super::transfers::fault as *const () as u64,
+        super::extended::extended_state as *const () as u64,
     ]
 }
 
 /// How many there are.
-pub const COUNT: usize = 7;
+pub const COUNT: usize = 8;
 
 /// Where the copied instruction of `desc` is to make its access; null if it raises `pending`, or is to come again with
 /// the world stopped.

@@ -12,7 +12,7 @@ use crate::{
     exception::Exception,
     mailbox::Mailbox,
     msr::Msrs,
-    tlb::{Privilege, Set, StackPage, Tlb},
+    tlb::{Privilege, SecondSet, Set, StackPage, Tlb},
     xstate::XState,
 };
 
@@ -277,6 +277,7 @@ pub mod at {
     pub const HELPER_FIND: Mem = Mem::gs(HELPER_ACCESS.disp + 32);
     pub const HELPER_TRANSFER: Mem = Mem::gs(HELPER_ACCESS.disp + 40);
     pub const HELPER_FAULT: Mem = Mem::gs(HELPER_ACCESS.disp + 48);
+    pub const HELPER_EXTENDED: Mem = Mem::gs(HELPER_ACCESS.disp + 56);
     pub const FAULTED: Mem = emitted!(faulted);
     pub const XMM: Mem = emitted!(xmm);
     pub const POLL: Mem = Mem::gs((offset_of!(Block, mailbox) + offset_of!(Mailbox, poll)) as i32);
@@ -310,6 +311,13 @@ pub fn tlb(privilege: Privilege, write: bool, field: usize) -> i32 {
     let set = privilege as usize * size_of::<Set>();
     let side = if write { offset_of!(Set, write) } else { offset_of!(Set, read) };
     (offset_of!(Block, tlb) + offset_of!(Tlb, sets) + set + side + field) as i32
+}
+
+/// From the first of those entries to the first of the second level's.
+pub fn second_level(privilege: Privilege, write: bool) -> i32 {
+    let set = privilege as usize * size_of::<SecondSet>();
+    let side = if write { offset_of!(SecondSet, write) } else { offset_of!(SecondSet, read) };
+    (offset_of!(Block, tlb) + offset_of!(Tlb, second) + set + side) as i32 - tlb(privilege, write, 0)
 }
 
 /// The field at `field` of the page of the stack of `privilege`.

@@ -6,6 +6,7 @@ mod cache;
 pub mod classify;
 mod desc;
 mod emit;
+mod extended;
 mod flags;
 mod groups;
 mod helpers;

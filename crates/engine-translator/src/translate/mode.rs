@@ -224,7 +224,7 @@ impl Cpu {
 
     /// Whether a debug register watches loads or stores.
     fn watches_data(&self) -> bool {
-        (0..4).any(|n| self.dr7 >> (2 * n) & 3 != 0 && self.dr7 >> (16 + 4 * n) & 3 != 0)
+        self.dr7 & 0xff != 0 && (0..4).any(|n| self.dr7 >> (2 * n) & 3 != 0 && self.dr7 >> (16 + 4 * n) & 3 != 0)
     }
 
     /// Which classes of vector instructions need no check (CR0, CR4, XCR0; SDM vol. 3A 2.5, vol. 1 13.2).

@@ -241,7 +241,7 @@ fn reference(insn: &Insn, mode: Mode) -> Option<Reference> {
         }
         Class::Leave => (Operand::register(reg::RBP, 0, STACK), 8, false),
         Class::Return => (Operand::register(reg::RSP, 0, STACK), 8, false),
-        Class::Call => (Operand::register(reg::RSP, -8, STACK), 8, true),
+        Class::Call | Class::Filler => (Operand::register(reg::RSP, -8, STACK), 8, true),
         _ => return None,
     };
     if !operand.is_wide() || !mode.flat(operand.segment) || !(1..=64).contains(&size) {
@@ -278,7 +278,7 @@ fn adds(insn: &Insn) -> Option<(u8, i64)> {
             return None;
         }
         Class::Pop => return Some((reg::RSP, i64::from(i.stack_pointer_increment()))),
-        Class::Call => return Some((reg::RSP, -8)),
+        Class::Call | Class::Filler => return Some((reg::RSP, -8)),
         Class::Copy if i.op0_kind() == OpKind::Register => {}
         _ => return None,
     }

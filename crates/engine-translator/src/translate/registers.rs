@@ -46,6 +46,7 @@ impl Emitter<'_> {
             Own::WriteBase => self.write_base(insn, number, size),
             Own::Direction => self.set_flag(rflags::DF, i32::from(insn.insn.code() == Code::Std)),
             Own::String => self.string(insn),
+            Own::ExtendedState => self.extended_state(insn),
         }
     }
 

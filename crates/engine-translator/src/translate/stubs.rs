@@ -5,9 +5,9 @@ use super::{
     desc::{AccessDesc, RefillDesc},
     emit::{look_up, look_up_jump},
     jumps::TABLES,
-    layout::{ExitKind, at, gpr, pinned_pairs, stack_page, tlb},
+    layout::{ExitKind, at, gpr, pinned_pairs, second_level, stack_page, tlb},
 };
-use crate::tlb::{Entry, Privilege, StackPage};
+use crate::tlb::{ENTRY_BITS, Entry, Privilege, SECOND_ENTRIES, SECOND_SHIFT, StackPage};
 
 /// Addresses of the stubs.
 #[derive(Clone, Copy, Debug, Default)]
@@ -41,6 +41,9 @@ pub struct Stubs {
     /// Called in front of a packed `ExitDesc`, with the flags in `flag_word`; R10 says which transfer it is (see
     /// `transfers.rs`). Goes where that leads; does not return.
     pub transfer: u64,
+    /// Called with the linear address of a save area in R10, and in R11 which instruction it is (see `extended.rs`), with the
+    /// flags in `flag_word`. Returns with R10 = 0 if it is to be emulated. Keeps all other registers.
+    pub extended: u64,
     /// Called with a linear address in R10 and an `AccessDesc` in R11; returns the host address in R10. Keeps all
     /// other registers, not the flags. Does not return if the access faults.
     pub access: u64,
@@ -76,6 +79,7 @@ impl Stubs {
             (self.emulate, "emulate"),
             (self.emulate_saved, "emulate"),
             (self.transfer, "emulate"),
+            (self.extended, "emulate"),
             (self.dead, "dead"),
             (self.dead_saved, "dead"),
             (self.across, "link"),
@@ -174,6 +178,10 @@ pub fn assemble(asm: &mut Asm) -> Stubs {
     transfer(asm, saved_tail);
 
     asm.align(16, 0);
+    stubs.extended = asm.here();
+    extended(asm);
+
+    asm.align(16, 0);
     stubs.access = asm.here();
     access(asm);
     asm.align(16, 0);
@@ -182,12 +190,14 @@ pub fn assemble(asm: &mut Asm) -> Stubs {
     for privilege in [Privilege::User, Privilege::Supervisor, Privilege::SupervisorAc] {
         for (write, body) in refills.into_iter().enumerate() {
             let tag = tlb(privilege, write == 1, std::mem::offset_of!(Entry, tag));
+            asm.align(16, 0);
             stubs.refill[privilege as usize][write] = asm.here();
             asm.add_mem(reg::R10, Mem::gs_at(reg::R11, tag));
-            asm.jmp_to(body);
+            let unknown = asm.here();
+            second_look_up(asm, privilege, write == 1, body);
             asm.align(16, 0);
             stubs.stack[privilege as usize][write] = asm.here();
-            turn_to_stack(asm, privilege, body);
+            turn_to_stack(asm, privilege, unknown);
         }
     }
     asm.align(16, 0);
@@ -276,6 +286,26 @@ fn transfer(asm: &mut Asm, exit: u64) {
     }
     asm.store_imm(at::EXIT_KIND, ExitKind::Emulate as i32, 4);
     asm.jmp_to(exit);
+}
+
+/// `extended_state(block, R10, R11) -> nonzero if it is done`, which says by `vectors` whether they are to be loaded.
+fn extended(asm: &mut Asm) {
+    for r in CALLER_SAVED {
+        asm.store(gpr(r), r);
+    }
+    save_vectors(asm);
+    to_host_stack(asm);
+    asm.load(reg::RDI, at::BLOCK);
+    asm.mov_rr(reg::RSI, reg::R10);
+    asm.mov_rr(reg::RDX, reg::R11);
+    asm.call_mem(at::HELPER_EXTENDED);
+    asm.mov_rr(reg::R10, reg::RAX);
+    to_returns(asm);
+    restore_vectors(asm);
+    for r in CALLER_SAVED {
+        asm.load(r, gpr(r));
+    }
+    asm.ret();
 }
 
 /// `fault(block, refill, rip) -> host address, or 0`, for the page fault that a helper has found, in a stub that emitted code has
@@ -431,17 +461,74 @@ fn access(asm: &mut Asm) {
 /// The length of the jump between a call of a refill and its descriptor.
 const JUMP: i32 = 5;
 
+/// What refills of loads, or of those that store, have in common.
+#[derive(Clone, Copy)]
+struct Refill {
+    /// For the linear address in R10, of an access that lies on one page.
+    start: u64,
+    /// Where there is more to it.
+    apart: u64,
+}
+
+/// Goes on with the access to the linear address in R10 where the second level of the TLB says, or else by way of a refill.
+fn second_look_up(asm: &mut Asm, privilege: Privilege, write: bool, Refill { start, apart }: Refill) {
+    let host = tlb(privilege, write, std::mem::offset_of!(Entry, host));
+    // Whether it lies on one page.
+    asm.store(gpr(reg::RAX), reg::RAX);
+    asm.load(reg::R11, Mem::at(reg::RSP, 0));
+    asm.load16(reg::RAX, Mem::at(reg::R11, JUMP));
+    asm.and32(reg::RAX, u32::from(RefillDesc::SIZE));
+    asm.mov_rr32(reg::R11, reg::R10);
+    asm.and32(reg::R11, 0xfff);
+    asm.lea32(reg::RAX, Mem::sum(reg::RAX, reg::R11));
+    asm.cmp32_ri(reg::RAX, 0x1000);
+    asm.load(reg::RAX, gpr(reg::RAX));
+    asm.jcc_to(cc::A, apart);
+
+    second_entry(asm, privilege, write);
+    asm.jcc_to(cc::A, start);
+    asm.load(reg::R11, Mem::gs_at(reg::R11, host));
+    asm.mov_rr(reg::RAX, reg::R10);
+    asm.and32(reg::RAX, 0xfff);
+    asm.lea(reg::R11, Mem::sum(reg::R11, reg::RAX));
+    asm.load(reg::RAX, gpr(reg::RAX));
+    asm.mov_ri(reg::R10, 0);
+    asm.ret();
+}
+
+/// Looks the linear address in R10 up in the second level of the TLB: it is found if the flags then say "not above". R11
+/// leads to the entry as one of the first level does.
+fn second_entry(asm: &mut Asm, privilege: Privilege, write: bool) {
+    let tag = tlb(privilege, write, std::mem::offset_of!(Entry, tag));
+    asm.mov_rr(reg::R11, reg::R10);
+    asm.shr(reg::R11, SECOND_SHIFT as u8);
+    asm.store(at::STACK_ADDRESS, reg::R10);
+    asm.shr(reg::R10, 12);
+    asm.lea(reg::R11, Mem::sum(reg::R11, reg::R10));
+    asm.and32(reg::R11, SECOND_ENTRIES as u32 - 1);
+    asm.shl(reg::R11, ENTRY_BITS as u8);
+    asm.lea(reg::R11, Mem::at(reg::R11, second_level(privilege, write)));
+    asm.load(reg::R10, at::STACK_ADDRESS);
+    asm.sub_mem(reg::R10, Mem::gs_at(reg::R11, tag));
+    asm.cmp_ri(reg::R10, 0xfff);
+    asm.load(reg::R10, at::STACK_ADDRESS);
+}
+
 /// The page of the stack is that of the linear address in R11 from now on, if it may be stored to.
 fn turn_to_stack(asm: &mut Asm, privilege: Privilege, refill: u64) {
     let [tag, distance] = [std::mem::offset_of!(StackPage, tag), std::mem::offset_of!(StackPage, distance)]
         .map(|field| stack_page(privilege, field));
     let [entry_tag, entry_host] = [std::mem::offset_of!(Entry, tag), std::mem::offset_of!(Entry, host)]
         .map(|field| Mem::gs_at(reg::R11, tlb(privilege, true, field)));
-    let unknown = asm.label();
+    let (unknown, first) = (asm.label(), asm.label());
     asm.store(at::STACK_ADDRESS, reg::R11);
     asm.mov_rr(reg::R10, reg::R11);
     look_up(asm, privilege, true, 1);
+    asm.jcc(cc::BE, first);
+    asm.load(reg::R10, at::STACK_ADDRESS);
+    second_entry(asm, privilege, true);
     asm.jcc(cc::A, unknown);
+    asm.bind(first);
     asm.load(reg::R10, entry_tag);
     asm.store(tag, reg::R10);
     asm.load(reg::R11, entry_host);
@@ -467,22 +554,9 @@ fn turn_to_stack(asm: &mut Asm, privilege: Privilege, refill: u64) {
 }
 
 /// `refill(block, linear, desc, write) -> host address, or 0`, for the linear address in R10.
-fn refill(asm: &mut Asm, write: bool, exit: u64) -> u64 {
+fn refill(asm: &mut Asm, write: bool, exit: u64) -> Refill {
     asm.align(16, 0);
-    let start = asm.here();
-    let apart = asm.label();
-    // Whether it lies on one page.
-    asm.store(gpr(reg::RAX), reg::RAX);
-    asm.load(reg::R11, Mem::at(reg::RSP, 0));
-    asm.load16(reg::RAX, Mem::at(reg::R11, JUMP));
-    asm.and32(reg::RAX, u32::from(RefillDesc::SIZE));
-    asm.mov_rr32(reg::R11, reg::R10);
-    asm.and32(reg::R11, 0xfff);
-    asm.lea32(reg::RAX, Mem::sum(reg::RAX, reg::R11));
-    asm.cmp32_ri(reg::RAX, 0x1000);
-    asm.load(reg::RAX, gpr(reg::RAX));
-    asm.jcc(cc::A, apart);
-
+    let (start, more) = (asm.here(), asm.label());
     for r in CALLER_SAVED {
         asm.store(gpr(r), r);
     }
@@ -505,12 +579,12 @@ fn refill(asm: &mut Asm, write: bool, exit: u64) -> u64 {
 
     asm.bind(nowhere);
     asm.cmp8_mem(at::FAULTED, 0);
-    asm.jcc(cc::E, apart);
+    asm.jcc(cc::E, more);
     asm.load(reg::R11, Mem::at(reg::RSP, 0));
     fault(asm, Some(JUMP));
 
-    asm.bind(apart);
-    let linked = asm.label();
+    asm.bind(more);
+    let (apart, linked) = (asm.here(), asm.label());
     asm.pop(reg::R11);
     asm.lea(reg::R11, Mem::at(reg::R11, JUMP));
     asm.load8(reg::R10, Mem::at(reg::R11, 1));
@@ -521,7 +595,7 @@ fn refill(asm: &mut Asm, write: bool, exit: u64) -> u64 {
     asm.bind(linked);
     asm.lea(reg::R11, Mem::at(reg::R11, RefillDesc::LEN));
     asm.jmp_reg(reg::R11);
-    start
+    Refill { start, apart }
 }
 
 /// `result` = `helper(block, …)`, which saves no vectors: `arguments` puts the others where they belong. The stack is the

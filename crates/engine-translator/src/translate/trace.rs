@@ -8,7 +8,7 @@
 use iced_x86::{Decoder, DecoderError};
 
 use super::{
-    classify::{Class, classify, inlined},
+    classify::{Class, classify, fills_returns, inlined},
     emit::Insn,
     flags::{FlagUse, STATUS, flag_use},
     jumps::Context,
@@ -123,7 +123,7 @@ impl<'a> Tracer<'a> {
         if self.decoder.last_error() == DecoderError::NoMoreBytes && bytes.len() - at < MAX_INSN {
             return None;
         }
-        let class = self.class(&insn);
+        let class = self.class(&insn, &bytes[at..]);
         let mut copy = [0; MAX_INSN];
         copy[..insn.len()].copy_from_slice(&bytes[at..at + insn.len()]);
         let end = (at + insn.len()).min(4096) as u32;
@@ -131,10 +131,14 @@ impl<'a> Tracer<'a> {
         Some(Insn { insn, class, flags: flag_use(&insn, class), live: 0, bytes: copy, onward: None })
     }
 
-    fn class(&self, insn: &iced_x86::Instruction) -> Class {
+    fn class(&self, insn: &iced_x86::Instruction, code: &[u8]) -> Class {
         let mode = self.context.mode;
-        let own = (mode.bits() == 64 && !mode.step() && *BMI2).then(|| inlined(insn, mode)).flatten();
-        own.unwrap_or_else(|| classify(insn, mode.bits()))
+        let plain = mode.bits() == 64 && !mode.step();
+        let own = (plain && *BMI2).then(|| inlined(insn, mode)).flatten();
+        match own.unwrap_or_else(|| classify(insn, mode.bits())) {
+            Class::Call if plain && fills_returns(code) => Class::Filler,
+            class => class,
+        }
     }
 
     /// Where the path goes on behind a jump; `None` if it ends there.
@@ -146,7 +150,7 @@ impl<'a> Tracer<'a> {
         let target = insn.insn.near_branch_target();
         let forward = target > insn.rip() && self.position(target).is_some();
         match insn.class {
-            Class::Jump if forward => Some(target),
+            Class::Jump | Class::Filler if forward => Some(target),
             Class::Call | Class::CallIndirect => self.position(insn.next()).map(|_| insn.next()),
             Class::JumpIf if target > insn.rip() => self.position(insn.next()).map(|_| insn.next()),
             Class::Jump | Class::JumpIf if target == self.source.key.rip => {
@@ -181,8 +185,8 @@ impl<'a> Tracer<'a> {
             (Class::Call, _) => {
                 self.live_at(target);
             }
-            (Class::Jump, Some(_)) => insn.flags = FlagUse::default(),
-            (Class::Jump, None) => insn.flags.reads = self.live_at(target),
+            (Class::Jump | Class::Filler, Some(_)) => insn.flags = FlagUse::default(),
+            (Class::Jump | Class::Filler, None) => insn.flags.reads = self.live_at(target),
             (Class::JumpIf, Some(onward)) => {
                 let other = if onward == target { insn.next() } else { target };
                 insn.flags.reads = insn.insn.rflags_read() & STATUS | self.live_at(other);

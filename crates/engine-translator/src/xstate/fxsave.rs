@@ -43,7 +43,7 @@ fn host_mxcsr_mask() -> u32 {
 }
 
 /// How FIP and FDP look in an image: 64 bits with REX.W, else 32 with selectors, which are always zero here.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pointers {
     Bits32,
     Bits64,

@@ -5,6 +5,7 @@ mod environment;
 mod fxsave;
 mod layout;
 mod masked;
+mod memory;
 mod saved;
 #[cfg(test)]
 mod tests;
@@ -18,7 +19,7 @@ pub use layout::Layout;
 pub use masked::execute as masked;
 use purlin_arch::x86_64::regs::xcr0;
 pub use saved::{restore, save};
-pub use xsave::{xrstor, xsave};
+pub use xsave::{Form, execute as xsave, quickly as xsave_quickly};
 
 use crate::{cpu::Cpu, exception::Exception};
 

@@ -1,4 +1,4 @@
-//! XSAVE, XSAVEOPT, XSAVEC and XRSTOR (SDM vol. 1 13.7 to 13.10).
+//! XSAVE, XSAVEOPT, XSAVEC and XRSTOR (SDM vol. 1 13.7 to 13.10): from wherever they are executed to an area in memory.
 
 use iced_x86::{Instruction, Mnemonic};
 use purlin_arch::x86_64::regs::{
@@ -11,48 +11,90 @@ use super::{
     Layout, MXCSR_INIT, checks, fxsave,
     fxsave::Pointers,
     layout::COMPONENTS,
+    memory::{HostMemory, Memory},
     offset::{self, HEADER_END, LEGACY_END, XSTATE_BV},
 };
-use crate::{cpu::Cpu, exception::Exception, mem::Access, tlb::Privilege};
+use crate::{cpu::Cpu, exception::Exception, mem::Access};
 
 const COMPACTED: u64 = 1 << 63;
 /// MXCSR belongs to both in the standard format.
 const WITH_MXCSR: u64 = xcr0::SSE | xcr0::AVX;
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Plain,
     Optimised,
     Compacted,
+    Restore,
 }
 
-fn decode(insn: &Instruction) -> (Kind, Pointers) {
-    match insn.mnemonic() {
-        Mnemonic::Xsaveopt => (Kind::Optimised, Pointers::Bits32),
-        Mnemonic::Xsaveopt64 => (Kind::Optimised, Pointers::Bits64),
-        Mnemonic::Xsavec => (Kind::Compacted, Pointers::Bits32),
-        Mnemonic::Xsavec64 => (Kind::Compacted, Pointers::Bits64),
-        Mnemonic::Xsave64 | Mnemonic::Xrstor64 => (Kind::Plain, Pointers::Bits64),
-        _ => (Kind::Plain, Pointers::Bits32),
+/// Which of the instructions it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Form {
+    kind: Kind,
+    pointers: Pointers,
+}
+
+impl Form {
+    const ALL: [(Mnemonic, Kind, Pointers); 8] = [
+        (Mnemonic::Xsave, Kind::Plain, Pointers::Bits32),
+        (Mnemonic::Xsave64, Kind::Plain, Pointers::Bits64),
+        (Mnemonic::Xsaveopt, Kind::Optimised, Pointers::Bits32),
+        (Mnemonic::Xsaveopt64, Kind::Optimised, Pointers::Bits64),
+        (Mnemonic::Xsavec, Kind::Compacted, Pointers::Bits32),
+        (Mnemonic::Xsavec64, Kind::Compacted, Pointers::Bits64),
+        (Mnemonic::Xrstor, Kind::Restore, Pointers::Bits32),
+        (Mnemonic::Xrstor64, Kind::Restore, Pointers::Bits64),
+    ];
+
+    /// That of `mnemonic`; `None` if it is another instruction.
+    pub fn of(mnemonic: Mnemonic) -> Option<Self> {
+        Self::ALL.iter().position(|(known, ..)| *known == mnemonic).map(|word| Self::from_word(word as u64))
+    }
+
+    /// The same as emitted code passes it on.
+    pub fn to_word(self) -> u64 {
+        Self::ALL.iter().position(|&(_, kind, pointers)| Self { kind, pointers } == self).unwrap_or(0) as u64
+    }
+
+    /// What [`Self::to_word`] has said.
+    pub fn from_word(word: u64) -> Self {
+        let (_, kind, pointers) = Self::ALL[word as usize % Self::ALL.len()];
+        Self { kind, pointers }
+    }
+
+    /// Whether the processor has it, where the system has enabled these instructions.
+    fn is_offered(self, cpu: &Cpu) -> bool {
+        match self.kind {
+            Kind::Plain | Kind::Restore => true,
+            Kind::Optimised => cpu.features.xsaveopt,
+            Kind::Compacted => cpu.features.xsavec,
+        }
+    }
+
+    fn access(self) -> Access {
+        if self.kind == Kind::Restore { Access::Read } else { Access::Write }
     }
 }
 
-/// Address of the area, whose legacy region and header are checked, and the requested components.
-fn operands(cpu: &mut Cpu, insn: &Instruction, access: Access) -> Result<(u64, u64), Exception> {
-    if cpu.cr4 & cr4::OSXSAVE == 0 {
+/// #UD and #NM.
+fn check_enabled(cpu: &Cpu, form: Form) -> Result<(), Exception> {
+    if !form.is_offered(cpu) || cpu.cr4 & cr4::OSXSAVE == 0 {
         return Err(Exception::UD);
     }
-    checks::check_task_switched(cpu)?;
-    let requested = cpu.xcr0 & (cpu.gpr[RAX] & 0xffff_ffff | cpu.gpr[RDX] << 32);
-    let (segment, at) = cpu.effective_address(insn);
-    let address = cpu.linear(segment, at, HEADER_END, access)?;
-    if address & 63 != 0 { Err(Exception::GP0) } else { Ok((address, requested)) }
+    checks::check_task_switched(cpu)
 }
 
-/// Checks that the segment holds the extended components too, up to byte `end` of the area.
-fn check_whole_area(cpu: &mut Cpu, insn: &Instruction, end: usize, access: Access) -> Result<(), Exception> {
+/// Address of the area, whose legacy region and header are checked.
+fn operand(cpu: &mut Cpu, insn: &Instruction, access: Access) -> Result<u64, Exception> {
     let (segment, at) = cpu.effective_address(insn);
-    cpu.linear(segment, at, end, access).map(drop)
+    let address = cpu.linear(segment, at, HEADER_END, access)?;
+    if address & 63 != 0 { Err(Exception::GP0) } else { Ok(address) }
+}
+
+/// The components that EDX:EAX asks for, of those that the system has enabled.
+fn requested(cpu: &Cpu) -> u64 {
+    cpu.xcr0 & (cpu.gpr[RAX] & 0xffff_ffff | cpu.gpr[RDX] << 32)
 }
 
 /// How many bytes of a component exist outside of 64-bit mode: those of registers 0 to 7.
@@ -94,21 +136,24 @@ impl Piece {
         Self { offset, size: data.len(), source: Source::Bytes(bytes) }
     }
 
-    /// Writes it into the area at `address`; its pages have been checked.
-    fn write(&self, cpu: &mut Cpu, address: u64, privilege: Privilege) -> Result<(), Exception> {
-        let (at, end) = (address.wrapping_add(self.offset as u64), self.size);
-        match self.source {
-            Source::Area(from) => {
+    /// Writes it into the area; its pages have been checked.
+    fn write(&self, cpu: &mut Cpu, memory: &Memory) -> Result<(), Exception> {
+        match (self.source, memory) {
+            (Source::Area(from), Memory::Host(host)) => {
+                host.write(self.offset, &cpu.xstate.area[from..from + self.size]);
+                Ok(())
+            }
+            (Source::Area(from), _) => {
                 let mut buffer = [0; 256];
-                for done in (0..end).step_by(buffer.len()) {
-                    let part = &mut buffer[..(end - done).min(256)];
+                for done in (0..self.size).step_by(buffer.len()) {
+                    let part = &mut buffer[..(self.size - done).min(256)];
                     part.copy_from_slice(&cpu.xstate.area[from + done..][..part.len()]);
-                    cpu.write_as(at.wrapping_add(done as u64), part, privilege)?;
+                    memory.write(cpu, self.offset + done, part)?;
                 }
                 Ok(())
             }
-            Source::Bytes(bytes) => cpu.write_as(at, &bytes[..end], privilege),
-            Source::Zeros => cpu.write_as(at, &[0; LARGEST][..end], privilege),
+            (Source::Bytes(bytes), _) => memory.write(cpu, self.offset, &bytes[..self.size]),
+            (Source::Zeros, _) => memory.write(cpu, self.offset, &[0; LARGEST][..self.size]),
         }
     }
 }
@@ -116,44 +161,58 @@ impl Piece {
 /// Bytes of the largest component.
 const LARGEST: usize = 1024;
 
-/// XSAVE, XSAVEOPT, XSAVEC.
-pub fn xsave(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
-    let (kind, pointers) = decode(insn);
-    let offered = match kind {
-        Kind::Plain => true,
-        Kind::Optimised => cpu.features.xsaveopt,
-        Kind::Compacted => cpu.features.xsavec,
-    };
-    if !offered {
-        return Err(Exception::UD);
-    }
-    let (address, requested) = operands(cpu, insn, Access::Write)?;
-    let privilege = cpu.privilege();
+/// XSAVE, XSAVEOPT, XSAVEC, XRSTOR.
+pub fn execute(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
+    let form = Form::of(insn.mnemonic()).ok_or(Exception::UD)?;
+    check_enabled(cpu, form)?;
+    let access = form.access();
+    let address = operand(cpu, insn, access)?;
+    let memory = Memory::Linear { address, insn, access, privilege: cpu.privilege() };
+    save_or_restore(cpu, form, &memory)
+}
 
+/// The same in 64-bit code, if the area at linear `address` is plain memory that can be accessed without anybody's taking
+/// note. False if nothing was done: there is more to it.
+pub fn quickly(cpu: &mut Cpu, form: Form, address: u64) -> bool {
+    let ready = check_enabled(cpu, form).is_ok() && cpu.dr7 & 0xff == 0 && address & 63 == 0;
+    let memory = if ready { HostMemory::find(cpu, address, form.access()) } else { None };
+    memory.is_some_and(|host| save_or_restore(cpu, form, &Memory::Host(host)).is_ok())
+}
+
+fn save_or_restore(cpu: &mut Cpu, form: Form, memory: &Memory) -> Result<(), Exception> {
+    match form.kind {
+        Kind::Restore => restore(cpu, form.pointers, memory),
+        _ => save(cpu, form, memory),
+    }
+}
+
+fn save(cpu: &mut Cpu, Form { kind, pointers }: Form, memory: &Memory) -> Result<(), Exception> {
+    let requested = requested(cpu);
     let mut in_use = cpu.xstate.in_use();
     if kind == Kind::Compacted && cpu.xstate.mxcsr() != MXCSR_INIT {
         in_use |= xcr0::SSE;
     }
     let saved = if kind == Kind::Plain { requested } else { requested & in_use };
-    let mut pieces = pieces(cpu, address, kind, pointers, requested, saved, privilege)?;
+    let mut pieces = pieces(cpu, memory, kind, pointers, requested, saved)?;
     pieces.push(match kind {
         Kind::Compacted => {
             let header = [in_use & requested, COMPACTED | requested].map(u64::to_le_bytes);
             Piece::bytes(XSTATE_BV, header.as_flattened())
         }
         _ => {
-            let old: u64 = cpu.load(address.wrapping_add(XSTATE_BV as u64))?;
-            let new = old & !requested | in_use & requested;
+            let mut old = [0; 8];
+            memory.read(cpu, XSTATE_BV, &mut old)?;
+            let new = u64::from_le_bytes(old) & !requested | in_use & requested;
             Piece::bytes(XSTATE_BV, &new.to_le_bytes())
         }
     });
     let end = pieces.all().map(|piece| piece.offset + piece.size).max().unwrap_or(0);
-    check_whole_area(cpu, insn, end, Access::Write)?;
+    memory.check_end(cpu, end)?;
     for piece in pieces.all() {
-        cpu.probe(address.wrapping_add(piece.offset as u64), piece.size, Access::Write, privilege)?;
+        memory.probe(cpu, piece.offset, piece.size)?;
     }
     for piece in pieces.all() {
-        piece.write(cpu, address, privilege)?;
+        piece.write(cpu, memory)?;
     }
     Ok(())
 }
@@ -178,17 +237,16 @@ impl Pieces {
 
 fn pieces(
     cpu: &mut Cpu,
-    address: u64,
+    memory: &Memory,
     kind: Kind,
     pointers: Pointers,
     requested: u64,
     saved: u64,
-    privilege: Privilege,
 ) -> Result<Pieces, Exception> {
     let mut pieces = Pieces::default();
     if saved & xcr0::X87 != 0 {
         let mut control = [0; offset::MXCSR];
-        cpu.read_as(address, &mut control, privilege)?;
+        memory.read(cpu, 0, &mut control)?;
         fxsave::put_x87_control(cpu, &mut control, pointers);
         pieces.push(Piece::bytes(0, &control));
         pieces.push(Piece::area(offset::ST, offset::ST, offset::XMM - offset::ST));
@@ -219,12 +277,10 @@ fn pieces(
 }
 
 /// XRSTOR, from both formats.
-pub fn xrstor(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
-    let (_, pointers) = decode(insn);
-    let (address, requested) = operands(cpu, insn, Access::Read)?;
-    let privilege = cpu.privilege();
+fn restore(cpu: &mut Cpu, pointers: Pointers, memory: &Memory) -> Result<(), Exception> {
+    let requested = requested(cpu);
     let mut header = [0; HEADER_END - LEGACY_END];
-    cpu.read_as(address.wrapping_add(LEGACY_END as u64), &mut header, privilege)?;
+    memory.read(cpu, LEGACY_END, &mut header)?;
     let word = |i: usize| u64::from_le_bytes(header[8 * i..8 * i + 8].try_into().unwrap_or_default());
     let (present, format) = (word(0), word(1));
     let compacted = format & COMPACTED != 0;
@@ -243,7 +299,7 @@ pub fn xrstor(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
     }
 
     let mut legacy = [0; LEGACY_END];
-    cpu.read_as(address, &mut legacy, privilege)?;
+    memory.read(cpu, 0, &mut legacy)?;
     let mxcsr = match compacted {
         false if requested & WITH_MXCSR != 0 => Some(memory_mxcsr(&legacy)),
         true if requested & present & xcr0::SSE != 0 => Some(memory_mxcsr(&legacy)),
@@ -261,17 +317,15 @@ pub fn xrstor(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
         let source = if compacted { layout.compacted(component, components) } else { layout.range(component) };
         let Some(source) = source else { continue };
         let size = visible(cpu, component, source.len());
-        check_whole_area(cpu, insn, source.start + size, Access::Read)?;
-        let at = address.wrapping_add(source.start as u64);
-        cpu.probe(at, size, Access::Read, privilege)?;
-        loaded[component as usize] = Some((at, size));
+        memory.check_end(cpu, source.start + size)?;
+        memory.probe(cpu, source.start, size)?;
+        loaded[component as usize] = Some((source.start, size));
     }
-    let mut data = [0; LOADABLE];
-    let mut read = 0;
-    for (at, size) in loaded.into_iter().flatten() {
-        cpu.read_as(at, &mut data[read..read + size], privilege)?;
-        read += size;
-    }
+    let mut data = match memory {
+        Memory::Linear { .. } => Some(Loaded::read(cpu, memory, &loaded)?),
+        // That cannot fault any more.
+        Memory::Host(_) => None,
+    };
 
     if requested & xcr0::X87 != 0 {
         match present & xcr0::X87 {
@@ -285,19 +339,46 @@ pub fn xrstor(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
     for component in (1..COMPONENTS).filter(|i| requested & !present & 1 << i != 0) {
         initialise(cpu, component);
     }
-    let mut data = &data[..];
-    for (component, (_, size)) in (0..COMPONENTS).zip(loaded).filter_map(|(i, piece)| Some((i, piece?))) {
-        let (bytes, rest) = data.split_at(size);
-        data = rest;
-        if let Some(area) = cpu.xstate.component(component) {
-            area[..size].copy_from_slice(bytes);
+    for (component, (at, size)) in (0..COMPONENTS).zip(loaded).filter_map(|(i, piece)| Some((i, piece?))) {
+        let loaded = data.as_mut().map(|data| data.take(size));
+        let Some(area) = cpu.xstate.component(component) else { continue };
+        match (memory, loaded) {
+            (Memory::Host(host), _) => host.read(at, &mut area[..size]),
+            (_, Some(loaded)) => area[..size].copy_from_slice(loaded),
+            _ => {}
         }
     }
     Ok(())
 }
 
+/// Components on their way from memory.
+struct Loaded {
+    data: [u8; LOADABLE],
+    taken: usize,
+}
+
 /// Bytes of all components but x87.
 const LOADABLE: usize = 256 + 256 + 64 + 512 + LARGEST;
+
+impl Loaded {
+    /// Reads them, each with its place and size.
+    fn read(cpu: &mut Cpu, memory: &Memory, components: &[Option<(usize, usize)>]) -> Result<Self, Exception> {
+        let mut loaded = Self { data: [0; LOADABLE], taken: 0 };
+        let mut end = 0;
+        for &(at, size) in components.iter().flatten() {
+            memory.read(cpu, at, &mut loaded.data[end..end + size])?;
+            end += size;
+        }
+        Ok(loaded)
+    }
+
+    /// The next one, of this size.
+    fn take(&mut self, size: usize) -> &[u8] {
+        let start = self.taken;
+        self.taken += size;
+        &self.data[start..self.taken]
+    }
+}
 
 fn memory_mxcsr(legacy: &[u8; LEGACY_END]) -> u32 {
     let at = offset::MXCSR;

@@ -42,7 +42,7 @@ impl Flush {
 }
 
 /// Exceptions get a stack of their own (SDM vol. 3, 8.7: IST1), since that of the guest is under test.
-fn own_stack_for(m: &Machine, vector: u8) {
+pub fn own_stack_for(m: &Machine, vector: u8) {
     let gate = IDT + 16 * u64::from(vector);
     m.poke(gate + 4, m.peek::<u8>(gate + 4) | 1);
     m.poke(TSS + 36, RING0_STACK);

@@ -150,7 +150,8 @@ fn consistent(mut f: Features) -> Features {
 }
 
 /// What the levels of the psABI promise beyond [`BASELINE`], with the later flags that every processor of the level's
-/// generation has on both vendors' side (v3: Haswell and Zen; v4: Skylake-SP and Zen 4).
+/// generation has on both vendors' side (v3: Haswell and Zen; v4: Skylake-SP and Zen 4), or on AMD's, where only those have
+/// such a flag.
 fn level(model: CpuModel) -> Option<Features> {
     let v2 = Features {
         l1_ecx: l1_ecx::SSE3 | l1_ecx::SSSE3 | l1_ecx::CX16 | l1_ecx::SSE4_1 | l1_ecx::SSE4_2 | l1_ecx::POPCNT,
@@ -171,6 +172,8 @@ fn level(model: CpuModel) -> Option<Features> {
         xsave: xsave::XSAVEOPT,
         e1_ecx: e1_ecx::ABM,
         e1_edx: e1_edx::PDPE1GB,
+        // Without it Linux clears the x87's registers at each switch of threads, before it loads them.
+        e8_ebx: e8_ebx::XSAVEERPTR,
         ..Features::default()
     });
     let v4 = v3.or(Features {

@@ -379,6 +379,9 @@ mod tests {
         assert_eq!(lookup(&v3, 0xd, 0), [7, 0x340, 0x340, 0]);
         assert_eq!(lookup(&v4, 0xd, 0), [0xe7, 0x980, 0x980, 0]);
         assert_eq!(lookup(&v4, 0xd, 1), [7, 0x980, 0, 0]);
+        let pointers = |table: &[CpuidEntry]| lookup(table, 0x8000_0008, 0)[1];
+        assert_eq!([&v2, &v3, &v4].map(|table| pointers(table)), [0, 4, 4], "XSAVEERPTR");
+        assert_eq!(pointers(&leaves(CpuModel::V3, &haswell, 0, 1, 1)), 0, "which is AMD's");
         // A level's flags do not depend on what else the host has.
         assert_eq!(lookup(&leaves(CpuModel::V3, &haswell, 0, 1, 1), 1, 0)[2], lookup(&v3, 1, 0)[2]);
         assert_eq!(lookup(&leaves(CpuModel::V3, &haswell, 0, 1, 1), 7, 0), lookup(&v3, 7, 0));
