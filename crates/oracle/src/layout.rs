@@ -2,8 +2,8 @@
 //!
 //! Four frames of data lie side by side with a hole before and behind them, the third of them read-only:
 //! `hole W0 W1 R W2 hole`. They are mapped at several places: below 2 GiB, beyond 4 GiB, and within reach of 16-bit
-//! addresses; W2 is the last page below 4 GiB too. Two frames of code, mapped at three places likewise, have a hole behind them: running into it is how a
-//! case ends.
+//! addresses; W2 is the last page below 4 GiB too. Two frames of code, mapped at three places likewise, have a hole behind
+//! them: running into it is how a case ends.
 
 /// Size of a page and of a frame.
 pub const PAGE: u64 = 4096;
