@@ -193,10 +193,14 @@ impl Cpu {
         self.cpl = cpl;
     }
 
-    /// After a return to an outer level: data segments that it may not reach become null (SDM vol. 3A 5.8.6).
+    /// After a return to an outer level: data segments that it may not reach become null (SDM vol. 3A 5.8.6), and the
+    /// selectors of those that are null already become 0. (Their bases stay: 64-bit code may have set them.)
     pub fn drop_inner_segments(&mut self) {
         for seg in [ES, DS, FS, GS] {
             let segment = &mut self.seg[seg];
+            if is_null(segment.selector) {
+                segment.selector = 0;
+            }
             let conforming = access::CODE | access::DC;
             if segment.dpl() < self.cpl && segment.access & conforming != conforming && !segment.unusable() {
                 *segment = Segment::null(0);

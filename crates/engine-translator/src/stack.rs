@@ -95,6 +95,12 @@ impl Stack {
         cpu.probe(address, size, Access::Write, self.privilege)
     }
 
+    /// The same, with the alignment check, which comes first.
+    pub fn probe_aligned_store(&self, cpu: &mut Cpu, size: usize) -> Result<(), Exception> {
+        let address = self.address(cpu, self.pointer, size, Access::Write)?;
+        cpu.probe(address, size, Access::Write, self.privilege)
+    }
+
     /// The pointer becomes RSP's: SP, ESP or RSP, as wide as the stack is.
     pub fn commit(&self, cpu: &mut Cpu) {
         cpu.gpr[RSP] = match self.mask {

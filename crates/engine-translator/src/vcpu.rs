@@ -541,6 +541,9 @@ impl TranslatedVcpu {
         if let Some(profile) = &self.profile {
             profile.emulates(insn.mnemonic());
         }
+        // INTO with OF clear is none.
+        let interrupts = matches!(insn.mnemonic(), Int | Int1 | Int3 | Syscall | Sysenter)
+            || insn.mnemonic() == Into && self.cpu().rflags & rflags::OF != 0;
         let phase = &self.mailbox().phase;
         phase.emulating(insn.mnemonic());
         let emulated = emulate(self.cpu(), &insn);
@@ -548,7 +551,7 @@ impl TranslatedVcpu {
         match emulated {
             // They clear TF, and there is no trap behind them (SDM vol. 3A 6.8.1).
             Ok(()) if self.may_go_on(insn.mnemonic()) => Leave::GoOn,
-            Ok(()) if matches!(insn.mnemonic(), Int | Int1 | Int3 | Into | Syscall | Sysenter) => Leave::Look,
+            Ok(()) if interrupts => Leave::Look,
             Ok(()) => Leave::Done,
             Err(exception) => Leave::Raise(exception),
         }

@@ -7,14 +7,17 @@ use anyhow::{Context, Result, bail};
 use crate::{
     layout::DATA_BYTES,
     rng::Rng,
+    segments::{CODE16, CODE32, CODE64, DATA32},
     xsave::{self, Area, at},
 };
 
 /// Code and the state that it starts from. The vector registers and the data are drawn from seeds of their own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Case {
-    /// 32 or 64.
+    /// 16, 32 or 64.
     pub bits: u32,
+    /// The stack segment's selector.
+    pub ss: u16,
     /// Where it starts: linear address of the first byte of `code`.
     pub entry: u64,
     /// The code.
@@ -33,6 +36,15 @@ impl Case {
     /// The x87 and vector registers.
     pub fn area(&self) -> Area {
         Area::random(self.vectors)
+    }
+
+    /// The code segment's selector.
+    pub fn cs(&self) -> u16 {
+        match self.bits {
+            16 => CODE16,
+            32 => CODE32,
+            _ => CODE64,
+        }
     }
 
     /// Puts the data into `bytes`, of which there are [`DATA_BYTES`].
@@ -56,12 +68,14 @@ impl Case {
         let registers = field("gpr")?.split_whitespace().map(number).collect::<Result<Vec<_>>>()?;
         let Ok(gpr) = <[u64; 16]>::try_from(registers) else { bail!("there are 16 general registers") };
         let bits = match field("bits")? {
+            "16" => 16,
             "32" => 32,
             "64" => 64,
             other => bail!("code of {other} bits"),
         };
         Ok(Self {
             bits,
+            ss: field("ss").ok().map_or(Ok(u64::from(DATA32)), number)? as u16,
             entry: number(field("entry")?)?,
             code: code.context("code is in hexadecimal")?,
             gpr,
@@ -75,6 +89,9 @@ impl Case {
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "bits {}", self.bits)?;
+        if self.ss != DATA32 {
+            writeln!(f, "ss {:x}", self.ss)?;
+        }
         writeln!(f, "entry {:x}", self.entry)?;
         write!(f, "code ")?;
         self.code.iter().try_for_each(|b| write!(f, "{b:02x}"))?;
@@ -104,6 +121,10 @@ pub struct Outcome {
     pub rip: u64,
     /// RFLAGS.
     pub rflags: u64,
+    /// Selectors: ES, CS, SS, DS, FS, GS.
+    pub selectors: [u16; 6],
+    /// Bases of FS and GS, where the host lets user code read them.
+    pub bases: [u64; 2],
     /// How it ended.
     pub fault: Fault,
     /// x87 and vector registers, normalised.
@@ -126,7 +147,8 @@ mod tests {
     #[test]
     fn text_round_trip() {
         let case = Case {
-            bits: 64,
+            bits: 16,
+            ss: 0x1f,
             entry: 0x2000_1ffe,
             code: vec![0x90, 0x0f],
             gpr: std::array::from_fn(|i| (i as u64) << 60 | 7),

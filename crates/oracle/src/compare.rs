@@ -2,10 +2,13 @@
 
 use iced_x86::{Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic, OpKind, Register, RflagsBits};
 use purlin_arch::x86_64::regs::rflags;
+use purlin_engine_translator::exception::vector;
 
 use crate::{
     case::{Case, Fault, Outcome},
-    layout::{HIGH, PAGE},
+    generate::hidden::gives_something_else,
+    layout::{CODE_BYTES, PAGE, code_base, code_offset, in_code},
+    segments::{CODE64, DATA32},
     translated::Step,
     xsave::{COMPONENTS, at},
 };
@@ -18,7 +21,8 @@ pub const STATUS: u64 = rflags::STATUS;
 pub struct Open {
     /// Status flags that are undefined at the end.
     pub flags: u64,
-    /// An instruction has read an undefined flag: anything may differ.
+    /// An instruction has read an undefined flag, or has given a result that is its own each time and was not thrown
+    /// away: anything may differ.
     pub consumed: bool,
 }
 
@@ -34,7 +38,9 @@ pub fn open(case: &Case, steps: &[Step], trapped: bool) -> Open {
         if steps.peek().is_some_and(again) || steps.peek().is_none() && !trapped {
             continue;
         }
-        let Some(insn) = decode(case, step.rip) else { continue };
+        let Some(insn) = decode(case, step.rip, step.bits) else { continue };
+        let next = steps.peek().and_then(|next| decode(case, next.rip, next.bits));
+        open.consumed |= gives_something_else(insn.mnemonic()) && next.is_none_or(|n| n.mnemonic() != Mnemonic::Mov);
         if status(insn.rflags_read()) & open.flags != 0 {
             open.consumed = true;
         }
@@ -47,11 +53,11 @@ pub fn open(case: &Case, steps: &[Step], trapped: bool) -> Open {
     open
 }
 
-/// The instruction of `case` at `rip`.
-pub fn decode(case: &Case, rip: u64) -> Option<Instruction> {
-    let offset = usize::try_from(rip.checked_sub(case.entry)?).ok()?;
+/// The instruction of `case` at `rip`, in code of `bits`.
+pub fn decode(case: &Case, rip: u64, bits: u32) -> Option<Instruction> {
+    let offset = in_code(rip)?.checked_sub(code_offset(case.entry))? as usize;
     let bytes = case.code.get(offset..).filter(|b| !b.is_empty())?;
-    let insn = Decoder::with_ip(case.bits, bytes, rip, DecoderOptions::AMD).decode();
+    let insn = Decoder::with_ip(bits, bytes, rip, DecoderOptions::AMD).decode();
     (!insn.is_invalid()).then_some(insn)
 }
 
@@ -125,7 +131,13 @@ pub struct Ignore {
 /// - POPA loads registers before it faults, PUSHA stores before it looks at the limit;
 /// - ENTER, MASKMOV and compressed and expanded moves check alignment or not;
 /// - gathers and scatters are single-stepped by the element, AVX-512 gathers clear what is above their result or do not;
-/// - FXSAVE and FXRSTOR begin in the middle;
+/// - FXSAVE and FXRSTOR, FNSAVE and FRSTOR, XSAVE and XRSTOR begin in the middle or at the end; FNSAVE, FRSTOR and the like
+///   check alignment or not, and go on at the other end of a segment of 4 GiB;
+/// - far RET and IRET read what is higher up on the stack first, the outer level's stack before they look at CS, and
+///   check RIP before SS;
+/// - far CALL from 64-bit code to other code has a stack of 32 bits already, and pushes before it checks RIP;
+/// - XSAVE tries all of its area, even where nothing is to be saved;
+/// - XSAVE and XRSTOR check their own alignment before the segment's limit and #AC's;
 /// - which of CMPS's two operands faults first depends on the processor's generation.
 pub fn known(case: &Case, native: &Outcome, translated: &Outcome) -> bool {
     use Mnemonic::*;
@@ -133,8 +145,27 @@ pub fn known(case: &Case, native: &Outcome, translated: &Outcome) -> bool {
     let same_fault = place(native) == place(translated);
     let same_place = native.rip == translated.rip;
     let checks_alignment = (case.rflags | native.rflags | translated.rflags) & rflags::AC != 0;
+    let either = |vectors: [u8; 2]| [native, translated].iter().any(|o| vectors.contains(&o.fault.vector));
     let peculiar = |insn: Instruction| match insn.mnemonic() {
-        Pusha | Pushad | Fxsave64 | Fxrstor64 => same_place,
+        Pusha | Pushad | Fxsave | Fxsave64 | Fxrstor | Fxrstor64 => same_place,
+        Fnsave | Frstor | Fnstenv | Fldenv => {
+            let refused = matches!(translated.fault.vector, vector::SS | vector::GP);
+            checks_alignment || same_place && either([vector::SS, vector::PF]) || case.bits != 64 && refused
+        }
+        Xsave | Xsave64 | Xsavec | Xsavec64 | Xsaveopt | Xsaveopt64 | Xrstor | Xrstor64 => {
+            let alignment = || same_place && either([vector::GP, vector::AC]);
+            native.fault.vector == vector::PF || same_place && either([vector::SS, vector::PF]) || alignment()
+        }
+        Retf | Iret | Iretd | Iretq => {
+            let no_selector = || native.fault.error == 0 || translated.fault.error == 0;
+            same_place && (either([vector::SS, vector::PF]) || either([vector::GP; 2]) && no_selector())
+        }
+        Call if insn.is_call_far() || insn.is_call_far_indirect() => {
+            let pushed = || translated.fault.vector == vector::GP && translated.fault.error == 0;
+            let low = || (native.fault.address ^ translated.fault.address) as u32 == 0 && either([vector::PF; 2]);
+            let no_address = case.bits == 64 && translated.fault.vector == vector::SS;
+            same_place && (low() || pushed() || no_address)
+        }
         Maskmovq | Maskmovdqu | Vmaskmovdqu => checks_alignment || same_place,
         Vcompresspd | Vcompressps | Vpcompressb | Vpcompressd | Vpcompressq | Vpcompressw => checks_alignment,
         Vexpandpd | Vexpandps | Vpexpandb | Vpexpandd | Vpexpandq | Vpexpandw => checks_alignment,
@@ -147,7 +178,7 @@ pub fn known(case: &Case, native: &Outcome, translated: &Outcome) -> bool {
         _ if !insn.is_vsib() => false,
         _ => native.fault.vector == 1 || insn.encoding() == EncodingKind::EVEX && same_fault,
     };
-    [native.rip, translated.rip].into_iter().filter_map(|rip| decode(case, rip)).any(peculiar)
+    [native.rip, translated.rip].into_iter().filter_map(|rip| decode(case, rip, case.bits)).any(peculiar)
 }
 
 /// The differences, a line each: none if the outcomes agree.
@@ -165,11 +196,24 @@ pub fn differences(case: &Case, native: &Outcome, translated: &Outcome, ignore: 
     differ("error code", (native.fault.error & told).into(), (translated.fault.error & told).into());
     differ("fault address", native.fault.address, translated.fault.address);
     differ("rip", native.rip, translated.rip);
+    for (name, (a, b)) in SEGMENTS.iter().zip(native.selectors.iter().zip(&translated.selectors)) {
+        differ(name, not_null(*a).into(), not_null(*b).into());
+    }
+    differ("fs base", native.bases[0], translated.bases[0]);
+    differ("gs base", native.bases[1], translated.bases[1]);
     let (count, mask) = if case.bits == 64 { (16, u64::MAX) } else { (8, u64::from(u32::MAX)) };
     for (name, (a, b)) in NAMES.iter().zip(native.gpr.iter().zip(&translated.gpr)).take(count) {
+        // Code that is not of 64 bits leaves open what is above 32 bits (SDM vol. 1 3.4.1.1).
+        // A stack of 16 bits has its part of the stack pointer only.
+        let mask = match (*name, native.selectors[1], native.selectors[2]) {
+            ("rsp", CODE64, DATA32) => mask,
+            ("rsp", CODE64, _) => 0xffff,
+            ("rsp", ..) => u64::from(u32::MAX),
+            _ => mask,
+        };
         differ(name, a & mask, b & mask);
     }
-    let flags = (STATUS | rflags::DF | rflags::AC) & !ignore.flags;
+    let flags = (STATUS | rflags::DF | rflags::AC | rflags::NT) & !ignore.flags;
     differ("rflags", native.rflags & flags, translated.rflags & flags);
 
     let (a, b) = (&native.area, &translated.area);
@@ -205,6 +249,12 @@ pub fn differences(case: &Case, native: &Outcome, translated: &Outcome, ignore: 
     found
 }
 
+/// Null selectors are alike: the way back to user code makes 0 of them all (SDM vol. 2, IRET).
+fn not_null(selector: u16) -> u16 {
+    if selector & !3 == 0 { 0 } else { selector }
+}
+
+const SEGMENTS: [&str; 6] = ["es", "cs", "ss", "ds", "fs", "gs"];
 const NAMES: [&str; 16] =
     ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"];
 
@@ -215,8 +265,8 @@ pub fn ending(outcome: &Outcome) -> String {
 }
 
 /// Whether the case ended by running into the hole behind the code.
-pub fn ran_through(outcome: &Outcome) -> bool {
-    let end = outcome.fault.address == outcome.rip && outcome.rip & !HIGH == crate::layout::CODE_END;
+pub fn ran_through(case: &Case, outcome: &Outcome) -> bool {
+    let end = outcome.fault.address == outcome.rip && outcome.rip == code_base(case.entry) + CODE_BYTES as u64;
     outcome.fault.vector == 14 && end
 }
 
@@ -227,12 +277,21 @@ mod tests {
 
     fn outcome() -> Outcome {
         let fault = Fault { vector: 14, error: 6, address: 0x1000_5000 };
-        Outcome { gpr: [7; 16], rip: 0x2000_1000, rflags: 0x246, fault, area: Area::default(), memory: vec![0; 64] }
+        Outcome {
+            gpr: [7; 16],
+            rip: 0x2000_1000,
+            rflags: 0x246,
+            selectors: [7; 6],
+            bases: [7; 2],
+            fault,
+            area: Area::default(),
+            memory: vec![0; 64],
+        }
     }
 
     fn case(code: &[u8]) -> Case {
         let (gpr, entry) = ([7; 16], 0x2000_1000);
-        Case { bits: 64, entry, code: code.to_vec(), gpr, rflags: 0x202, vectors: 0, memory: 0 }
+        Case { bits: 64, ss: 0x2b, entry, code: code.to_vec(), gpr, rflags: 0x202, vectors: 0, memory: 0 }
     }
 
     fn changed(change: impl Fn(&mut Outcome)) -> Vec<String> {
@@ -246,11 +305,13 @@ mod tests {
         assert_eq!(changed(|_| {}), Vec::<String>::new());
         assert_eq!(changed(|o| o.rflags ^= rflags::AF | rflags::RF), Vec::<String>::new());
         type Change = (&'static str, fn(&mut Outcome));
-        let changes: [Change; 12] = [
+        let changes: [Change; 14] = [
             ("vector", |o| o.fault.vector = 13),
             ("error code", |o| o.fault.error = 7),
             ("fault address", |o| o.fault.address += 1),
             ("rip", |o| o.rip += 1),
+            ("ds", |o| o.selectors[3] = 0),
+            ("gs base", |o| o.bases[1] = 0),
             ("r15", |o| o.gpr[15] ^= 1 << 63),
             ("rflags", |o| o.rflags ^= rflags::OF),
             ("mxcsr", |o| o.area.0[at::MXCSR] = 1),
@@ -270,6 +331,7 @@ mod tests {
     #[test]
     fn undefined_flags_are_followed() {
         let step = |offset, rcx| Step {
+            bits: 64,
             rip: 0x2000_1000u64 + offset,
             gpr: std::array::from_fn(|i| if i == 1 { rcx } else { 7 }),
         };

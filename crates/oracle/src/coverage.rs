@@ -2,20 +2,24 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use iced_x86::Code;
+use iced_x86::{Code, Mnemonic};
 use purlin_engine_translator::exception::vector;
 
 use crate::{
     case::Case,
+    check::Place,
     compare::decode,
-    generate::forms::{Form, Left, form},
+    generate::{
+        forms::{self, Form, SIZES, form},
+        reasons::Left,
+    },
 };
 
 /// Counts by form.
 #[derive(Clone, Debug, Default)]
 pub struct Coverage {
     counts: BTreeMap<Code, u64>,
-    undefined: BTreeSet<Code>,
+    refused: BTreeSet<Code>,
     vectors: BTreeMap<u8, u64>,
 }
 
@@ -28,6 +32,8 @@ pub struct Row {
     pub forms: usize,
     /// Of these, those that were executed to their end.
     pub executed: usize,
+    /// Those that have done nothing but to raise #UD, or #GP because user code may not execute them.
+    pub refused: usize,
     /// How often, all together.
     pub count: u64,
     /// How often the one that was least often.
@@ -36,14 +42,14 @@ pub struct Row {
 
 impl Coverage {
     /// Counts a case.
-    pub fn add(&mut self, case: &Case, completed: &[u64], raised: Option<u64>, vector: u8) {
-        let code = |offset: u64| decode(case, case.entry + offset).map(|insn| insn.code());
-        for code in completed.iter().filter_map(|o| code(*o)) {
+    pub fn add(&mut self, case: &Case, completed: &[Place], raised: Option<Place>, vector: u8) {
+        let code = |(offset, bits): Place| decode(case, case.entry + offset, bits).map(|insn| insn.code());
+        for code in completed.iter().filter_map(|place| code(*place)) {
             *self.counts.entry(code).or_default() += 1;
         }
-        if vector == vector::UD {
-            self.undefined.extend(raised.and_then(code));
-        }
+        let refused =
+            raised.and_then(code).filter(|code| vector == vector::UD || vector == vector::GP && refuses(*code));
+        self.refused.extend(refused);
         *self.vectors.entry(vector).or_default() += 1;
     }
 
@@ -57,10 +63,15 @@ impl Coverage {
         &self.vectors
     }
 
-    /// The forms that were never executed to their end, though they did not raise #UD.
+    /// The forms that were never executed to their end, nor refused.
     pub fn never(&self) -> Vec<Code> {
         let codes = generated().into_iter().map(|form| form.code);
-        codes.filter(|code| self.count(*code) == 0 && !self.undefined.contains(code)).collect()
+        codes.filter(|code| self.count(*code) == 0 && !self.was_refused(*code)).collect()
+    }
+
+    /// Whether it has raised #UD, or #GP as an instruction that user code cannot execute, and has done nothing else.
+    fn was_refused(&self, code: Code) -> bool {
+        self.count(code) == 0 && self.refused.contains(&code)
     }
 
     /// The table by extension.
@@ -72,6 +83,7 @@ impl Coverage {
             let count = self.count(code);
             row.forms += 1;
             row.executed += usize::from(count > 0);
+            row.refused += usize::from(self.was_refused(code));
             row.count += count;
             row.fewest = row.fewest.min(count);
         }
@@ -80,16 +92,30 @@ impl Coverage {
     }
 }
 
-/// The forms that are generated in either mode.
+/// Whether user code gets nothing but an exception from it.
+fn refuses(code: Code) -> bool {
+    use Mnemonic::*;
+    let mnemonic = code.mnemonic();
+    forms::of_system(code) && !matches!(mnemonic, Int1 | Int3 | Into | Cpuid)
+}
+
+/// The forms that are generated in any mode.
 pub fn generated() -> Vec<Form> {
-    Code::values().filter_map(|code| form(code, 64).or_else(|_| form(code, 32)).ok()).collect()
+    let made = |code| SIZES.iter().find_map(|bits| form(code, *bits).ok());
+    Code::values().filter_map(made).collect()
 }
 
 /// The forms that are not, with the reason.
 pub fn left_out() -> Vec<(Code, Left)> {
-    let reason = |code| match (form(code, 64), form(code, 32)) {
-        (Err(a), Err(b)) => Some((code, a.max(b))),
-        _ => None,
+    let reason = |code| {
+        let reasons: Result<Vec<Left>, Form> = SIZES
+            .iter()
+            .map(|bits| match form(code, *bits) {
+                Ok(form) => Err(form),
+                Err(left) => Ok(left),
+            })
+            .collect();
+        reasons.ok()?.into_iter().max().map(|left| (code, left))
     };
     Code::values().filter_map(reason).filter(|(_, left)| *left != Left::Mode).collect()
 }

@@ -2,8 +2,8 @@
 //!
 //! Four frames of data lie side by side with a hole before and behind them, the third of them read-only:
 //! `hole W0 W1 R W2 hole`. They are mapped at several places: below 2 GiB, beyond 4 GiB, and within reach of 16-bit
-//! addresses; W2 is the last page below 4 GiB too. Two frames of code have a hole behind them: running into it is how a
-//! case ends.
+//! addresses; W2 is the last page below 4 GiB too. Two frames of code, mapped at three places likewise, have a hole behind
+//! them: running into it is how a case ends.
 
 /// Size of a page and of a frame.
 pub const PAGE: u64 = 4096;
@@ -28,14 +28,30 @@ pub const DATA16: u64 = 0x9000;
 pub const TOP: u64 = 0xffff_f000;
 /// First page of code, below 2 GiB.
 pub const CODE: u64 = 0x2000_0000;
-/// The end of the code.
-pub const CODE_END: u64 = CODE + CODE_BYTES as u64;
+/// First page of code, within reach of 16-bit addresses.
+pub const CODE16: u64 = 0x5000;
 /// Base of FS.
 pub const FS_BASE: u64 = 0x0f12_3450;
 /// Base of GS.
 pub const GS_BASE: u64 = 0x1000_2008;
 /// What the code frames are filled with: HLT, which user code must not execute.
 pub const FILLER: u8 = 0xf4;
+
+/// The first page of code, in the copy that `entry` lies in.
+pub fn code_base(entry: u64) -> u64 {
+    if entry < CODE { CODE16 } else { CODE | entry & HIGH }
+}
+
+/// Where in the frames of code `address` lies, in whichever copy.
+pub fn in_code(address: u64) -> Option<u64> {
+    let offset = address.checked_sub(code_base(address))?;
+    (offset < CODE_BYTES as u64).then_some(offset)
+}
+
+/// How far into the frames of code `entry` lies.
+pub fn code_offset(entry: u64) -> u64 {
+    entry.saturating_sub(code_base(entry)).min(CODE_BYTES as u64)
+}
 
 /// A page that is mapped.
 #[derive(Clone, Copy, Debug)]
@@ -60,7 +76,7 @@ pub fn mappings() -> Vec<Mapping> {
         }
     }
     all.push(Mapping { linear: TOP, frame: 3, writable: true, executable: false });
-    for base in [CODE, HIGH + CODE] {
+    for base in [CODE, CODE16, HIGH + CODE] {
         for i in 0..CODE_FRAMES {
             let linear = base + i as u64 * PAGE;
             all.push(Mapping { linear, frame: DATA_FRAMES + i, writable: false, executable: true });

@@ -9,7 +9,8 @@ use purlin_oracle::{
     case::Case,
     check::{Oracle, Verdict},
     coverage::{self, Coverage},
-    generate::{Generated, Generator},
+    generate::{Generated, Generator, reasons::Left},
+    host,
     reduce::reduce,
 };
 
@@ -26,9 +27,12 @@ enum Cli {
     },
     /// Says which forms are generated, and which not and why.
     Coverage {
-        /// Lists the forms that are left out.
+        /// Lists the forms that the host has and that are left out all the same, with the reason.
         #[arg(long)]
         left_out: bool,
+        /// Lists all that are left out, those of other processors too.
+        #[arg(long)]
+        all: bool,
     },
 }
 
@@ -58,13 +62,20 @@ fn main() -> Result<()> {
     match Cli::parse() {
         Cli::Run(args) => run(&args),
         Cli::Replay { case } => replay(&case),
-        Cli::Coverage { left_out } => {
+        Cli::Coverage { left_out, all } => {
             table(&Coverage::default());
-            if left_out {
-                coverage::left_out().iter().for_each(|(code, why)| println!("{code:?}: {why:?}"));
+            if left_out || all {
+                list_left_out(all);
             }
             Ok(())
         }
+    }
+}
+
+fn list_left_out(all: bool) {
+    let of_the_host = |reason: Left| reason.counts() || reason == Left::Guests;
+    for (code, reason) in coverage::left_out().into_iter().filter(|(_, reason)| all || of_the_host(*reason)) {
+        println!("{code:?}: {}", reason.why());
     }
 }
 
@@ -179,20 +190,24 @@ fn replay(name: &str) -> Result<()> {
 
 fn table(coverage: &Coverage) {
     println!(
-        "| extension | forms | executed | executions | fewest |
-|---|---|---|---|---|"
+        "| extension | forms | executed | refused | executions | fewest |
+|---|---|---|---|---|---|"
     );
     for row in coverage.by_extension() {
-        let coverage::Row { name, forms, executed, count, fewest } = row;
-        println!("| {name} | {forms} | {executed} | {count} | {fewest} |");
+        let coverage::Row { name, forms, executed, refused, count, fewest } = row;
+        println!("| {name} | {forms} | {executed} | {refused} | {count} | {fewest} |");
     }
-    println!(
-        "
-never executed: {:?}",
-        coverage.never()
-    );
-    let mut reasons: BTreeMap<_, usize> = BTreeMap::new();
-    coverage::left_out().iter().for_each(|(_, why)| *reasons.entry(*why).or_default() += 1);
-    println!("left out: {reasons:?}");
+    let left: Vec<Left> = coverage::left_out().into_iter().map(|(_, reason)| reason).collect();
+    let counted = left.iter().filter(|reason| reason.counts()).count();
+    let generated = coverage::generated().iter().filter(|form| host::has(form.code)).count();
+    let share = 100.0 * generated as f64 / (generated + counted) as f64;
+    println!("\nof {} forms that the host has, {generated} are generated: {share:.2} %", generated + counted);
+    let mut reasons: BTreeMap<&str, usize> = BTreeMap::new();
+    left.iter().for_each(|reason| *reasons.entry(reason.why()).or_default() += 1);
+    reasons.iter().for_each(|(why, count)| println!("left out: {count}: {why}"));
+    if coverage.vectors().is_empty() {
+        return;
+    }
+    println!("never executed: {:?}", coverage.never());
     println!("cases by the vector that ended them: {:?}", coverage.vectors());
 }

@@ -7,7 +7,7 @@ use crate::{
     check::{Oracle, Verdict},
     generate::{
         Generated,
-        program::{Link, Program},
+        program::{END, Link, Program},
     },
 };
 
@@ -31,11 +31,15 @@ pub fn reduce(oracle: &mut Oracle, generated: &Generated) -> Result<Generated> {
 
 /// The same without item `i`.
 fn without(generated: &Generated, i: usize) -> Option<Generated> {
+    if generated.program.items[i].link == Link::Hides {
+        return None;
+    }
     let mut program: Program = generated.program.clone();
     program.items.remove(i);
     for item in &mut program.items {
         if let Link::Branch(target) | Link::Immediate(target) = &mut item.link
             && *target > i
+            && *target != END
         {
             *target -= 1;
         }

@@ -122,6 +122,10 @@ pub fn sysenter(cpu: &mut Cpu) -> Done {
 }
 
 pub fn sysexit(cpu: &mut Cpu, wide: bool) -> Done {
+    // Other than SYSENTER: an AMD processor looks at the level before it finds that long mode has no SYSEXIT.
+    if cpu.features.amd && cpu.features.sysenter && cpu.protected() {
+        cpu.require_ring0()?;
+    }
     check_sysenter(cpu)?;
     let cs = cpu.msrs.sysenter_cs as u16;
     if cs & !3 == 0 || cpu.cpl != 0 || cpu.v86() {

@@ -72,13 +72,13 @@ pub(super) fn output_string(cpu: &mut Cpu, insn: &Instruction) -> Done {
     })
 }
 
-/// Both: the permission is checked once, since nothing in between can change it.
+/// Both: the permission is checked once, since nothing in between can change it, and even if there is nothing to do.
 fn repeat(cpu: &mut Cpu, shape: &Shape, mut element: impl FnMut(&mut Cpu, u16) -> Result<(), Exception>) -> Done {
     let port = cpu.gpr[RDX] as u16;
+    cpu.check_port(port, shape.size)?;
     if shape.count(cpu) == 0 {
         return Ok(Flow::Next);
     }
-    cpu.check_port(port, shape.size)?;
     loop {
         element(cpu, port)?;
         shape.count_down(cpu, 1);

@@ -55,7 +55,7 @@ fn call(cpu: &mut Cpu, insn: &Instruction) -> Result<(), crate::exception::Excep
     // A stack that cannot be written comes before a target that cannot be reached; with that nothing is written.
     let mut pushed = Stack::current(cpu);
     pushed.skip((size as u64).wrapping_neg());
-    pushed.probe_store(cpu, size)?;
+    pushed.probe_aligned_store(cpu, size)?;
     cpu.check_target(target)?;
     cpu.push(size, next)?;
     cpu.rip = target;

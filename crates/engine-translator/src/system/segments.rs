@@ -229,12 +229,23 @@ fn passes(cpu: &Cpu, insn: &Instruction, descriptor: &Descriptor) -> bool {
     }
 }
 
+/// Writes 16 bits, whatever the operand size: iced makes the operand of 32-bit code one of 32 bits.
+fn write_selector(cpu: &mut Cpu, insn: &Instruction, selector: u16) -> Result<(), Exception> {
+    if insn.op_kind(0) == OpKind::Register {
+        let register = insn.op_register(0);
+        let kept = cpu.register(register) & !0xffff;
+        cpu.set_register(register, kept | u64::from(selector));
+        return Ok(());
+    }
+    cpu.write_op(insn, 0, selector.into())
+}
+
 /// ARPL: raises the destination's RPL to the source's.
 pub fn arpl(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
     cpu.require_protected()?;
     let (destination, source) = (cpu.read_op(insn, 0)? as u16, cpu.read_op(insn, 1)? as u16);
     if rpl(destination) < rpl(source) {
-        cpu.write_op(insn, 0, u64::from(destination & !3 | source & 3))?;
+        write_selector(cpu, insn, destination & !3 | source & 3)?;
         cpu.rflags |= rflags::ZF;
     } else {
         cpu.rflags &= !rflags::ZF;

@@ -99,6 +99,8 @@ pub(super) fn take_x87(cpu: &mut Cpu, image: &[u8], pointers: Pointers) {
     state.area[..offset::FOP].copy_from_slice(&image[..offset::FOP]);
     state.area[offset::FTW + 1] = 0;
     state.area[offset::ST..offset::XMM].copy_from_slice(&image[offset::ST..offset::XMM]);
+    // A register has ten bytes of its sixteen; a processor saves zeros behind them, whatever was loaded.
+    state.area[offset::ST..offset::XMM].chunks_exact_mut(16).for_each(|register| register[10..].fill(0));
     if idle == IdlePointers::Skipped && state.u16(offset::FSW) & FSW_ES == 0 {
         return;
     }

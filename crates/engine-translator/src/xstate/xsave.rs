@@ -332,6 +332,7 @@ fn restore(cpu: &mut Cpu, pointers: Pointers, memory: &Memory) -> Result<(), Exc
             0 => cpu.xstate.initialise(0),
             _ => fxsave::take_x87(cpu, &legacy, pointers),
         }
+        cpu.xstate.settle_x87();
     }
     if let Some(mxcsr) = mxcsr {
         cpu.xstate.set_mxcsr(mxcsr);

@@ -1,14 +1,26 @@
 //! Cases from seeds.
 
+pub mod extended;
+pub mod far;
 pub mod forms;
+pub mod hidden;
+pub mod memory;
 pub mod operands;
 pub mod program;
+pub mod reasons;
+
+use std::sync::LazyLock;
 
 use iced_x86::{Code, Instruction, OpKind, Register};
 use purlin_arch::x86_64::regs::rflags;
 use purlin_engine_translator::translate::classify::Class;
 
-use crate::{case::Case, rng::Rng};
+use crate::{
+    case::Case,
+    layout::{self, CODE, HIGH},
+    rng::Rng,
+    segments::{DATA32, STACK16},
+};
 use forms::{Form, GROUPS, forms};
 use operands::Operands;
 use program::{Item, Link, Placement, Program};
@@ -17,6 +29,7 @@ use program::{Item, Link, Placement, Program};
 pub struct Generator {
     forms64: Vec<Form>,
     forms32: Vec<Form>,
+    forms16: Vec<Form>,
 }
 
 /// A case, and the program that its code was assembled from.
@@ -27,6 +40,11 @@ pub struct Generated {
     /// Its code.
     pub program: Program,
 }
+
+/// A link to any item, to be chosen when all are there.
+pub const ANY: usize = program::END - 1;
+
+static AVX512: LazyLock<bool> = LazyLock::new(|| is_x86_feature_detected!("avx512f"));
 
 /// Instructions in a program at most, but for what leads up to a branch.
 const LENGTH: usize = 8;
@@ -41,20 +59,37 @@ impl Generator {
     /// Of the forms that `wanted` says.
     pub fn new(wanted: impl Fn(Code) -> bool) -> Self {
         let of = |bits| forms(bits).into_iter().filter(|f| wanted(f.code)).collect();
-        Self { forms64: of(64), forms32: of(32) }
+        Self { forms64: of(64), forms32: of(32), forms16: of(16) }
     }
 
     /// The forms that are used in code of `bits`.
     pub fn forms(&self, bits: u32) -> &[Form] {
-        if bits == 64 { &self.forms64 } else { &self.forms32 }
+        match bits {
+            64 => &self.forms64,
+            32 => &self.forms32,
+            _ => &self.forms16,
+        }
+    }
+
+    /// The size of a case's code: one that has forms.
+    fn bits(&self, rng: &mut Rng) -> Option<u32> {
+        let first = match rng.below(100) {
+            0..60 => 64,
+            60..84 => 32,
+            _ => 16,
+        };
+        [first, 64, 32, 16].into_iter().find(|bits| !self.forms(*bits).is_empty())
     }
 
     /// The case of a seed. `None` for the few that come to nothing.
     pub fn generate(&self, seed: u64) -> Option<Generated> {
         let mut rng = Rng::new(seed);
-        let bits = if self.forms32.is_empty() || !self.forms64.is_empty() && rng.chance(70) { 64 } else { 32 };
-        let high = bits == 64 && rng.chance(30);
-        let mut builder = Builder { bits, high, operands: Operands::new(bits, &mut rng), items: Vec::new() };
+        let bits = self.bits(&mut rng)?;
+        let base = base(bits, &mut rng);
+        let ss = stack_segment(bits, &mut rng);
+        let stack_bits = if ss == STACK16 { 16 } else { bits.max(32) };
+        let mut builder =
+            Builder { bits, base, operands: Operands::new(bits, stack_bits, &mut rng), items: Vec::new() };
         let length = 1 + rng.below(LENGTH);
         let groups = [rng.pick(&GROUPS), rng.pick(&GROUPS), rng.pick(&GROUPS[..2])];
         for _ in 0..length {
@@ -69,7 +104,7 @@ impl Generator {
         }
         builder.aim(&mut rng);
         let across = rng.chance(15).then(|| 1 + rng.below(20) as u64);
-        let program = Program { bits, placement: Placement { high, across }, items: builder.items };
+        let program = Program { bits, placement: Placement { base, across }, items: builder.items };
         let (entry, code) = program.assemble()?;
         let mut flags = rflags::FIXED | rflags::IF | rng.bits() & rflags::STATUS;
         if rng.chance(10) {
@@ -82,15 +117,35 @@ impl Generator {
             flags |= rflags::TF;
         }
         let gpr = builder.operands.registers(&mut rng);
-        let case = Case { bits, entry, code, gpr, rflags: flags, vectors: rng.bits(), memory: rng.bits() };
+        let case = Case { bits, ss, entry, code, gpr, rflags: flags, vectors: rng.bits(), memory: rng.bits() };
         Some(Generated { case, program })
     }
+}
+
+/// Which copy of the code a case runs in: code of 16 bits in the one that it can reach.
+fn base(bits: u32, rng: &mut Rng) -> u64 {
+    match rng.below(100) {
+        _ if bits == 16 => layout::CODE16,
+        0..30 if bits == 64 => HIGH + CODE,
+        30..36 => layout::CODE16,
+        _ => CODE,
+    }
+}
+
+/// Code of 16 bits rather has a stack of its size.
+fn stack_segment(bits: u32, rng: &mut Rng) -> u16 {
+    let percent = match bits {
+        64 => 0,
+        32 => 5,
+        _ => 60,
+    };
+    if rng.chance(percent) { STACK16 } else { DATA32 }
 }
 
 /// A program that grows.
 struct Builder {
     bits: u32,
-    high: bool,
+    base: u64,
     operands: Operands,
     items: Vec<Item>,
 }
@@ -104,10 +159,9 @@ impl Builder {
                 self.lead_up(form, &insn, rng);
             }
             self.push(insn, Link::None);
-            if self.items[before..].iter().all(|i| {
-                program::encode(&i.insn, self.bits, 0x2000_0000 | if self.high { crate::layout::HIGH } else { 0 })
-                    .is_some()
-            }) {
+            hidden::throw_away(&insn).into_iter().for_each(|hides| self.push(hides, Link::Hides));
+            let encodes = |item: &Item| program::encode(&program::near(&item.insn, self.base), self.bits, self.base);
+            if self.items[before..].iter().all(|item| encodes(item).is_some()) {
                 return;
             }
             self.items.truncate(before);
@@ -122,31 +176,31 @@ impl Builder {
     /// What makes it likely that `insn` gets somewhere: a target for an indirect branch, a dividend that is small.
     fn lead_up(&mut self, form: Form, insn: &Instruction, rng: &mut Rng) {
         use Register::*;
-        let wide = self.bits == 64;
+        for (insn, link) in far::lead_up(insn, self.bits, rng).into_iter().chain(extended::lead_up(insn, rng)) {
+            self.push(insn, link);
+        }
         match form.class {
             Class::JumpIndirect | Class::CallIndirect => {
                 let register = match insn.op0_kind() {
                     OpKind::Register => insn.op0_register(),
-                    _ if wide => rng.pick(&[RAX, RDX, R9, R11]),
-                    _ => rng.pick(&[EAX, EDX]),
+                    _ => self.scratch(rng),
                 };
-                if !(register.is_gpr64() && wide || register.is_gpr32() && !wide) {
+                if register.size() as u32 * 8 != self.bits {
                     return;
                 }
                 self.load_target(register);
                 if insn.op0_kind() == OpKind::Memory {
-                    let code = if wide { Code::Mov_rm64_r64 } else { Code::Mov_rm32_r32 };
                     let mut store = *insn;
-                    store.set_code(code);
+                    store.set_code(self.of_size(Code::Mov_rm64_r64, Code::Mov_rm32_r32, Code::Mov_rm16_r16));
                     store.set_op1_kind(OpKind::Register);
                     store.set_op1_register(register);
                     self.push(store, Link::None);
                 }
             }
             Class::Return => {
-                let register = if wide { rng.pick(&[RAX, R10, R15]) } else { ECX };
+                let register = self.scratch(rng);
                 self.load_target(register);
-                let code = if wide { Code::Push_r64 } else { Code::Push_r32 };
+                let code = self.of_size(Code::Push_r64, Code::Push_r32, Code::Push_r16);
                 if let Ok(push) = Instruction::with1(code, register) {
                     self.push(push, Link::None);
                 }
@@ -171,28 +225,17 @@ impl Builder {
         use Code::*;
         let index = insn.memory_index();
         let wide = insn.is_vsib64();
-        let code = match index.size() {
-            16 => {
-                if wide {
-                    EVEX_Vpmovzxbq_xmm_k1z_xmmm16
-                } else {
-                    EVEX_Vpmovzxbd_xmm_k1z_xmmm32
-                }
-            }
-            32 => {
-                if wide {
-                    EVEX_Vpmovzxbq_ymm_k1z_xmmm32
-                } else {
-                    EVEX_Vpmovzxbd_ymm_k1z_xmmm64
-                }
-            }
-            _ => {
-                if wide {
-                    EVEX_Vpmovzxbq_zmm_k1z_xmmm64
-                } else {
-                    EVEX_Vpmovzxbd_zmm_k1z_xmmm128
-                }
-            }
+        let code = match (index.size(), wide, *AVX512) {
+            (16, true, true) => EVEX_Vpmovzxbq_xmm_k1z_xmmm16,
+            (16, false, true) => EVEX_Vpmovzxbd_xmm_k1z_xmmm32,
+            (32, true, true) => EVEX_Vpmovzxbq_ymm_k1z_xmmm32,
+            (32, false, true) => EVEX_Vpmovzxbd_ymm_k1z_xmmm64,
+            (16, true, false) => VEX_Vpmovzxbq_xmm_xmmm16,
+            (16, false, false) => VEX_Vpmovzxbd_xmm_xmmm32,
+            (32, true, false) => VEX_Vpmovzxbq_ymm_xmmm32,
+            (32, false, false) => VEX_Vpmovzxbd_ymm_xmmm64,
+            (_, true, _) => EVEX_Vpmovzxbq_zmm_k1z_xmmm64,
+            (_, false, _) => EVEX_Vpmovzxbd_zmm_k1z_xmmm128,
         };
         if let Ok(extend) = Instruction::with2(code, index, Register::XMM0 + rng.below(8) as u32) {
             self.push(extend, Link::None);
@@ -200,15 +243,32 @@ impl Builder {
     }
 
     fn load_target(&mut self, register: Register) {
-        let code = if self.bits == 64 { Code::Mov_r64_imm64 } else { Code::Mov_r32_imm32 };
-        let load = if self.bits == 64 {
-            Instruction::with2(code, register, 0u64)
-        } else {
-            Instruction::with2(code, register, 0u32)
+        let load = match self.bits {
+            64 => Instruction::with2(Code::Mov_r64_imm64, register, 0u64),
+            32 => Instruction::with2(Code::Mov_r32_imm32, register, 0u32),
+            _ => Instruction::with2(Code::Mov_r16_imm16, register, 0u32),
         };
         if let Ok(load) = load {
             // Aimed later: the items are not all there yet.
-            self.push(load, Link::Immediate(usize::MAX));
+            self.push(load, Link::Immediate(ANY));
+        }
+    }
+
+    /// A register as wide as the code.
+    fn scratch(&self, rng: &mut Rng) -> Register {
+        use Register::*;
+        match self.bits {
+            64 => rng.pick(&[RAX, RDX, R9, R11]),
+            32 => rng.pick(&[EAX, EDX]),
+            _ => rng.pick(&[AX, DX]),
+        }
+    }
+
+    fn of_size(&self, of64: Code, of32: Code, of16: Code) -> Code {
+        match self.bits {
+            64 => of64,
+            32 => of32,
+            _ => of16,
         }
     }
 
@@ -219,13 +279,17 @@ impl Builder {
             let forward = i + 1 + rng.below(count - i);
             let target = if rng.chance(85) { forward } else { rng.below(count + 1) };
             let item = &mut self.items[i];
-            let branch =
-                matches!(item.insn.op0_kind(), OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64)
-                    && item.insn.op_count() > 0;
-            if branch {
-                item.link = Link::Branch(target);
-            } else if item.link == Link::Immediate(usize::MAX) {
-                item.link = Link::Immediate(target);
+            let kind = if item.insn.op_count() > 0 { item.insn.op0_kind() } else { OpKind::Register };
+            match (kind, item.link) {
+                (OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64, _) => {
+                    item.link = Link::Branch(target);
+                }
+                (OpKind::FarBranch16 | OpKind::FarBranch32, _) => {
+                    let to_end = item.insn.far_branch32() != 0;
+                    item.link = Link::Branch(if to_end { program::END } else { target });
+                }
+                (_, Link::Immediate(ANY)) => item.link = Link::Immediate(target),
+                _ => {}
             }
         }
     }
@@ -246,7 +310,7 @@ mod tests {
     #[test]
     fn both_modes_have_all_groups() {
         let generator = Generator::default();
-        for bits in [32, 64] {
+        for bits in forms::SIZES {
             let here = |group: &&Group| **group != Group::Avx512 || is_x86_feature_detected!("avx512f");
             for group in GROUPS.iter().filter(here) {
                 assert!(generator.forms(bits).iter().any(|f| f.group == *group), "{group:?} in code of {bits} bits");

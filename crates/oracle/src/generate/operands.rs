@@ -4,11 +4,13 @@
 //! their values from that: as long as nobody has written to a register, its value at the start is still free.
 
 use iced_x86::{
-    Code, EncodingKind, Instruction, InstructionInfoFactory, OpAccess, OpCodeOperandKind as Kind, OpKind, Register,
-    RoundingControl,
+    Code, EncodingKind, Instruction, InstructionInfoFactory, MemorySize, Mnemonic, OpAccess, OpCodeOperandKind as Kind,
+    OpKind, Register, RoundingControl,
 };
 
+use super::far::{Target, destination};
 use crate::{
+    check::LINUX,
     layout::{DATA, DATA16, FS_BASE, GS_BASE, HIGH, PAGE, TOP},
     rng::Rng,
 };
@@ -31,10 +33,10 @@ const RSP: usize = 4;
 const RBP: usize = 5;
 
 impl Operands {
-    /// For a new program: the stack pointer leads into the data.
-    pub fn new(bits: u32, rng: &mut Rng) -> Self {
+    /// For a new program in code of `bits`: the stack pointer, of `stack_bits`, leads into the data.
+    pub fn new(bits: u32, stack_bits: u32, rng: &mut Rng) -> Self {
         let mut this = Self { bits, start: [None; 16], written: [false; 16] };
-        let mut stack = this.place(8, this.bits, rng);
+        let mut stack = this.place(8, stack_bits, rng);
         if rng.chance(70) {
             stack &= !7;
         }
@@ -162,18 +164,33 @@ impl Operands {
                 insn.set_op_kind(i, branch_kind(kind));
                 return Some(());
             }
-            Kind::seg_rSI => return self.string_operand(insn, i, [OpKind::MemorySegRSI, OpKind::MemorySegESI]),
-            Kind::es_rDI => return self.string_operand(insn, i, [OpKind::MemoryESRDI, OpKind::MemoryESEDI]),
-            Kind::seg_rDI => return self.string_operand(insn, i, [OpKind::MemorySegRDI, OpKind::MemorySegEDI]),
+            Kind::seg_rSI => {
+                return self.string_operand(insn, i, [OpKind::MemorySegRSI, OpKind::MemorySegESI, OpKind::MemorySegSI]);
+            }
+            Kind::es_rDI => {
+                return self.string_operand(insn, i, [OpKind::MemoryESRDI, OpKind::MemoryESEDI, OpKind::MemoryESDI]);
+            }
+            Kind::seg_rDI => {
+                return self.string_operand(insn, i, [OpKind::MemorySegRDI, OpKind::MemorySegEDI, OpKind::MemorySegDI]);
+            }
             Kind::mem_vsib32x | Kind::mem_vsib64x => return self.vsib(insn, i, XMM0 + rng.below(count) as u32, rng),
             Kind::mem_vsib32y | Kind::mem_vsib64y => return self.vsib(insn, i, YMM0 + rng.below(count) as u32, rng),
             Kind::mem_vsib32z | Kind::mem_vsib64z => return self.vsib(insn, i, ZMM0 + rng.below(count) as u32, rng),
             Kind::seg_rBX_al => {
                 insn.set_op_kind(i, OpKind::Memory);
-                insn.set_memory_base(if self.bits == 64 { RBX } else { EBX });
+                insn.set_memory_base(match self.bits {
+                    64 => RBX,
+                    32 => EBX,
+                    _ => BX,
+                });
                 insn.set_memory_index(AL);
                 return Some(());
             }
+            Kind::es | Kind::cs | Kind::ss | Kind::ds | Kind::fs | Kind::gs => fixed_segment(kind),
+            Kind::seg_reg => rng.pick(&[ES, SS, DS, FS, GS]),
+            Kind::cr_reg => rng.pick(&[CR0, CR2, CR3, CR4, CR8]),
+            Kind::dr_reg => DR0 + rng.below(8) as u32,
+            Kind::farbr2_2 | Kind::farbr4_2 => return far_branch(insn, i, kind, self.bits, rng),
             _ => return immediate(insn, i, kind, rng),
         };
         insn.set_op_kind(i, OpKind::Register);
@@ -189,8 +206,16 @@ impl Operands {
         rng.pick(&[AL, CL, DL, BL, SPL, BPL, SIL, DIL, R8L, R9L, R10L, R11L, R12L, R13L, R14L, R15L])
     }
 
-    fn string_operand(&mut self, insn: &mut Instruction, i: u32, kinds: [OpKind; 2]) -> Option<()> {
-        insn.set_op_kind(i, if self.bits == 64 { kinds[0] } else { kinds[1] });
+    fn string_operand(&mut self, insn: &mut Instruction, i: u32, kinds: [OpKind; 3]) -> Option<()> {
+        let [of64, of32, of16] = kinds;
+        insn.set_op_kind(
+            i,
+            match self.bits {
+                64 => of64,
+                32 => of32,
+                _ => of16,
+            },
+        );
         Some(())
     }
 
@@ -245,7 +270,8 @@ impl Operands {
 
     /// A MOV with an absolute address.
     fn memory_offset(&mut self, insn: &mut Instruction, i: u32, rng: &mut Rng) -> Option<()> {
-        let bits = if rng.chance(80) { self.bits } else { self.bits / 2 };
+        let other = if self.bits == 32 { 16 } else { 32 };
+        let bits = if rng.chance(80) { self.bits } else { other };
         insn.set_op_kind(i, OpKind::Memory);
         let place = self.place(8, bits, rng);
         insn.set_memory_displacement64(place);
@@ -255,10 +281,11 @@ impl Operands {
 
     fn memory(&mut self, insn: &mut Instruction, i: u32, rng: &mut Rng) -> Option<()> {
         insn.set_op_kind(i, OpKind::Memory);
-        let size = (insn.memory_size().size() as u64).max(1);
+        let size = memory_size(insn);
         let bits = match self.bits {
             64 if rng.chance(10) => 32,
             32 if rng.chance(8) => 16,
+            16 if rng.chance(40) => 32,
             bits => bits,
         };
         let mut place = self.place(size, bits, rng);
@@ -266,7 +293,7 @@ impl Operands {
             let (prefix, base) = rng.pick(&[(Register::FS, FS_BASE), (Register::GS, GS_BASE)]);
             insn.set_segment_prefix(prefix);
             place = place.wrapping_sub(base);
-        } else if self.bits == 32 && rng.chance(6) {
+        } else if self.bits != 64 && rng.chance(6) {
             insn.set_segment_prefix(rng.pick(&[Register::ES, Register::SS, Register::CS]));
         }
         let offset = place & mask(bits);
@@ -285,12 +312,12 @@ impl Operands {
         insn.set_op_kind(i, OpKind::Memory);
         let base = self.register(if self.bits == 64 { 16 } else { 8 }, rng);
         let near = rng.bits() as i8 as u64;
-        let place = self.place(64, self.bits, rng).wrapping_sub(near);
+        let place = self.place(64, self.bits.max(32), rng).wrapping_sub(near);
         self.settle(base, place);
         insn.set_memory_base(if self.bits == 64 { GPR64[base] } else { Register::EAX + base as u32 });
         insn.set_memory_index(index);
         insn.set_memory_index_scale(1 << rng.below(4));
-        displacement(insn, near, self.bits)
+        displacement(insn, near, self.bits.max(32))
     }
 
     /// One addressing form, at random, that leads to `offset`.
@@ -387,6 +414,35 @@ impl Operands {
     }
 }
 
+/// Bytes of the memory operand; where that depends on the processor, enough.
+fn memory_size(insn: &Instruction) -> u64 {
+    match insn.memory_size() {
+        MemorySize::Xsave | MemorySize::Xsave64 => 1024,
+        size => (size.size() as u64).max(1),
+    }
+}
+
+fn fixed_segment(kind: Kind) -> Register {
+    match kind {
+        Kind::es => Register::ES,
+        Kind::cs => Register::CS,
+        Kind::ss => Register::SS,
+        Kind::ds => Register::DS,
+        Kind::fs => Register::FS,
+        _ => Register::GS,
+    }
+}
+
+/// A far branch; where in its segment it goes is settled later.
+fn far_branch(insn: &mut Instruction, i: u32, kind: Kind, bits: u32, rng: &mut Rng) -> Option<()> {
+    let (selector, target) = destination(bits, rng);
+    insn.set_op_kind(i, if kind == Kind::farbr2_2 { OpKind::FarBranch16 } else { OpKind::FarBranch32 });
+    insn.set_far_branch_selector(selector);
+    // Which of the two, until the program is aimed.
+    insn.set_far_branch32(u32::from(target == Target::End));
+    Some(())
+}
+
 const MASKS: [Register; 7] = {
     use Register::*;
     [K1, K2, K3, K4, K5, K6, K7]
@@ -464,6 +520,11 @@ fn branch_kind(kind: Kind) -> OpKind {
     }
 }
 
+/// INT with the vector that Linux answers.
+fn calls_linux(insn: &Instruction, value: u64) -> bool {
+    insn.mnemonic() == Mnemonic::Int && value as u8 == LINUX
+}
+
 fn immediate(insn: &mut Instruction, i: u32, kind: Kind, rng: &mut Rng) -> Option<()> {
     let value = any_value(rng);
     let second = (0..i).any(|n| insn.op_kind(n) == OpKind::Immediate8 || insn.op_kind(n) == OpKind::Immediate16);
@@ -483,7 +544,7 @@ fn immediate(insn: &mut Instruction, i: u32, kind: Kind, rng: &mut Rng) -> Optio
     match op_kind {
         OpKind::Immediate8_2nd => insn.set_immediate8_2nd(value as u8),
         OpKind::Immediate8 if kind == Kind::imm8_const_1 => insn.set_immediate8(1),
-        OpKind::Immediate8 => insn.set_immediate8(value as u8),
+        OpKind::Immediate8 => insn.set_immediate8(if calls_linux(insn, value) { 0 } else { value as u8 }),
         OpKind::Immediate8to16 => insn.set_immediate8to16((value as i8).into()),
         OpKind::Immediate8to32 => insn.set_immediate8to32((value as i8).into()),
         OpKind::Immediate8to64 => insn.set_immediate8to64((value as i8).into()),

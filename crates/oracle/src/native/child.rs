@@ -2,12 +2,13 @@
 
 use std::{
     arch::asm,
-    sync::atomic::{AtomicPtr, AtomicUsize, Ordering},
+    sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering},
 };
 
 use super::shared::{MAX_CODE, Shared, Slot};
 use crate::{
-    layout::{CODE, CODE_BYTES, CODE_END, DATA_BYTES, FILLER, FRAMES, FS_BASE, GS_BASE, HIGH, PAGE, mappings},
+    layout::{CODE_BYTES, DATA_BYTES, FILLER, FRAMES, PAGE, code_offset, mappings},
+    segments,
     xsave::at,
 };
 
@@ -16,6 +17,8 @@ static SHARED: AtomicPtr<Shared> = AtomicPtr::new(std::ptr::null_mut());
 static FRAMES_AT: AtomicPtr<u8> = AtomicPtr::new(std::ptr::null_mut());
 static COUNT: AtomicUsize = AtomicUsize::new(0);
 static NEXT: AtomicUsize = AtomicUsize::new(0);
+/// Whether the bases of FS and GS can be read.
+static BASED: AtomicBool = AtomicBool::new(false);
 
 const STACK: usize = 256 << 10;
 
@@ -23,15 +26,17 @@ const STACK: usize = 256 << 10;
 const STICKY: u64 = 1 << 14 | 1 << 18 | 1 << 21;
 
 /// The child's life. No allocation, no lock: other threads of the parent may have held any.
-pub fn main(shared: &'static Shared, frames: i32) -> ! {
+pub fn main(shared: &'static Shared, frames: i32, processor: u32) -> ! {
     SHARED.store(std::ptr::from_ref(shared).cast_mut(), Ordering::SeqCst);
     // SAFETY: in a process of its own, of which nothing but this function and the handler runs from now on. The fixed
     // addresses are not the process's own: the kernel puts nothing there unless asked.
     unsafe {
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+        stay_on(processor);
         shared.control.set_progress(1);
         map(frames);
         shared.control.set_progress(2);
+        BASED.store(bases_are_readable(), Ordering::SeqCst);
         catch_signals();
         shared.control.set_progress(3);
         load_segments();
@@ -41,9 +46,26 @@ pub fn main(shared: &'static Shared, frames: i32) -> ! {
     unreachable!()
 }
 
+/// Linux says so in the second word of its capabilities (asm/hwcap2.h).
+pub fn bases_are_readable() -> bool {
+    const HWCAP2_FSGSBASE: u64 = 1 << 1;
+    // SAFETY: reads the auxiliary vector.
+    unsafe { libc::getauxval(libc::AT_HWCAP2) & HWCAP2_FSGSBASE != 0 }
+}
+
 fn die(status: i32) -> ! {
     // SAFETY: ends the process.
     unsafe { asm!("syscall", in("rax") libc::SYS_exit_group, in("rdi") status, options(noreturn)) }
+}
+
+/// User code can tell which processor it runs on: it is to be the same each time.
+unsafe fn stay_on(processor: u32) {
+    // SAFETY: the kernel reads the set, of which all zeroes is an empty one.
+    unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(processor as usize, &mut set);
+        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set);
+    }
 }
 
 unsafe fn map(frames: i32) {
@@ -91,7 +113,7 @@ unsafe fn catch_signals() {
     }
 }
 
-/// Gives FS and GS their bases, by descriptors: they hold in 32-bit code too. DS and ES become flat.
+/// Makes the LDT, and loads the segment registers with what a case finds there.
 ///
 /// From here on libc must not be called where it may use thread-local storage.
 unsafe fn load_segments() {
@@ -102,26 +124,54 @@ unsafe fn load_segments() {
         limit: u32,
         flags: u32,
     }
-    let describe = |entry: u32, base: u64| {
-        // seg_32bit, limit_in_pages, useable.
-        let desc = UserDesc { entry, base: base as u32, limit: 0xf_ffff, flags: 1 | 1 << 4 | 1 << 6 };
+    for (entry, segments::Entry { base, limit, bits }) in segments::LDT.into_iter().enumerate() {
+        let desc = UserDesc { entry: entry as u32, base, limit, flags: bits };
         const WRITE: i32 = 0x11;
         // SAFETY: the kernel reads the descriptor.
         if unsafe { libc::syscall(libc::SYS_modify_ldt, WRITE, &raw const desc, size_of::<UserDesc>()) } != 0 {
             die(14);
         }
-        // Index, TI (the LDT), RPL 3.
-        (entry << 3 | 7) as u16
-    };
-    let (fs, gs) = (describe(0, FS_BASE), describe(1, GS_BASE));
-    const USER_DS: u16 = 0x2b;
+    }
     // SAFETY: see above.
+    unsafe { reset_segments() };
+}
+
+/// DS, ES, FS and GS as a case finds them.
+#[inline(always)]
+unsafe fn reset_segments() {
+    // SAFETY: the descriptors are there, and 64-bit code does not use DS and ES. Nothing in the child uses FS.
     unsafe {
         asm!(
-            "mov fs, {fs:x}", "mov gs, {gs:x}", "mov ds, {ds:x}", "mov es, {ds:x}",
-            fs = in(reg) fs, gs = in(reg) gs, ds = in(reg) USER_DS,
+            "mov fs, {fs:e}", "mov gs, {gs:e}", "mov ds, {ds:e}", "mov es, {ds:e}",
+            fs = in(reg) u32::from(segments::FS),
+            gs = in(reg) u32::from(segments::GS),
+            ds = in(reg) u32::from(segments::DATA32),
+            options(nostack, preserves_flags),
         );
     }
+}
+
+/// ES, DS, FS and GS, and the bases of the last two, which signals leave as they were.
+#[inline(always)]
+unsafe fn data_segments(based: bool) -> ([u16; 4], [u64; 2]) {
+    let (es, ds, fs, gs): (u32, u32, u32, u32);
+    let mut bases = [0u64; 2];
+    // SAFETY: only reads registers; `based` says that the host has the instructions and Linux lets us use them.
+    unsafe {
+        asm!(
+            "mov {es:e}, es", "mov {ds:e}, ds", "mov {fs:e}, fs", "mov {gs:e}, gs",
+            es = out(reg) es, ds = out(reg) ds, fs = out(reg) fs, gs = out(reg) gs,
+            options(nomem, nostack, preserves_flags),
+        );
+        if based {
+            asm!(
+                "rdfsbase {fs}", "rdgsbase {gs}",
+                fs = out(reg) bases[0], gs = out(reg) bases[1],
+                options(nomem, nostack, preserves_flags),
+            );
+        }
+    }
+    ([es, ds, fs, gs].map(|selector| selector as u16), bases)
 }
 
 /// The order of the general registers in a signal frame, by their numbers in the encoding.
@@ -150,11 +200,14 @@ extern "C" fn handler(_signal: i32, _info: *mut libc::siginfo_t, context: *mut l
     // checks, which a case may have switched on, are off before anything here can be unaligned.
     unsafe {
         asm!("pushfq", "and dword ptr [rsp], {kept}", "popfq", kept = const !(STICKY as i32));
+        let based = BASED.load(Ordering::Relaxed);
+        let segments = data_segments(based);
+        reset_segments();
         let context = &mut *context.cast::<libc::ucontext_t>();
         let shared = &*SHARED.load(Ordering::Relaxed);
         let (next, count) = (NEXT.load(Ordering::Relaxed), COUNT.load(Ordering::Relaxed));
         if next < count {
-            finish(&mut *shared.slot(next), context);
+            finish(&mut *shared.slot(next), context, segments);
             shared.control.set_progress(next + 1);
         }
         let next = if next + 1 < count {
@@ -173,12 +226,16 @@ unsafe fn frames() -> *mut u8 {
 }
 
 /// Where in the frames the code of a case lies.
-fn code_offset(entry: u64) -> usize {
-    DATA_BYTES + ((entry & !HIGH).clamp(CODE, CODE_END) - CODE) as usize
+fn code_at(entry: u64) -> usize {
+    DATA_BYTES + code_offset(entry) as usize
 }
 
-unsafe fn finish(slot: &mut Slot, context: &libc::ucontext_t) {
+unsafe fn finish(slot: &mut Slot, context: &libc::ucontext_t, segments: ([u16; 4], [u64; 2])) {
     let machine = &context.uc_mcontext;
+    let ([es, ds, fs, gs], bases) = segments;
+    let others = machine.gregs[libc::REG_CSGSFS as usize] as u64;
+    slot.selectors = [es, others as u16, (others >> 48) as u16, ds, fs, gs];
+    slot.bases = bases;
     for (value, at) in slot.gpr.iter_mut().zip(ORDER) {
         *value = machine.gregs[at as usize] as u64;
     }
@@ -191,8 +248,8 @@ unsafe fn finish(slot: &mut Slot, context: &libc::ucontext_t) {
     unsafe {
         std::ptr::copy_nonoverlapping(machine.fpregs.cast::<u8>(), slot.area.0.as_mut_ptr(), slot.area_len);
         std::ptr::copy_nonoverlapping(frames(), slot.memory.as_mut_ptr(), DATA_BYTES);
-        let room = FRAMES * PAGE as usize - code_offset(slot.entry);
-        std::ptr::write_bytes(frames().add(code_offset(slot.entry)), FILLER, slot.code_len.min(room));
+        let room = FRAMES * PAGE as usize - code_at(slot.entry);
+        std::ptr::write_bytes(frames().add(code_at(slot.entry)), FILLER, slot.code_len.min(room));
     }
 }
 
@@ -203,8 +260,7 @@ unsafe fn begin(slot: &Slot, context: &mut libc::ucontext_t) {
     }
     machine.gregs[libc::REG_RIP as usize] = slot.rip as i64;
     machine.gregs[libc::REG_EFL as usize] = slot.rflags as i64;
-    let (cs, ss) = if slot.bits == 64 { (0x33, 0x2b) } else { (0x23, 0x2b) };
-    machine.gregs[libc::REG_CSGSFS as usize] = cs | ss << 48;
+    machine.gregs[libc::REG_CSGSFS as usize] = i64::from(slot.cs) | i64::from(slot.ss) << 48;
     // SAFETY: see `handler`; the frames are as long. The bytes between LEGACY_END and HEADER, and those behind the last
     // component, are the kernel's own.
     unsafe {
@@ -213,8 +269,8 @@ unsafe fn begin(slot: &Slot, context: &mut libc::ucontext_t) {
         std::ptr::copy_nonoverlapping(from, area, at::LEGACY_END);
         std::ptr::copy_nonoverlapping(from.add(at::HEADER), area.add(at::HEADER), slot.area_len - at::HEADER);
         std::ptr::copy_nonoverlapping(slot.memory.as_ptr(), frames(), DATA_BYTES);
-        let room = FRAMES * PAGE as usize - code_offset(slot.entry);
+        let room = FRAMES * PAGE as usize - code_at(slot.entry);
         let len = slot.code_len.min(room).min(MAX_CODE);
-        std::ptr::copy_nonoverlapping(slot.code.as_ptr(), frames().add(code_offset(slot.entry)), len);
+        std::ptr::copy_nonoverlapping(slot.code.as_ptr(), frames().add(code_at(slot.entry)), len);
     }
 }

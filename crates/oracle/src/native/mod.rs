@@ -11,6 +11,7 @@ mod shared;
 use std::{io, time::Duration};
 
 use anyhow::{Context, Result, bail};
+pub use child::bases_are_readable;
 pub use shared::BATCH;
 use shared::{Shared, Slot};
 
@@ -28,6 +29,28 @@ pub struct Native {
     shared: &'static Shared,
     frames: i32,
     child: libc::pid_t,
+    processor: Processor,
+}
+
+/// The processor that the child runs on, as Linux tells user code by the limit of a segment and by RDPID.
+#[derive(Clone, Copy, Debug)]
+pub struct Processor {
+    number: u32,
+    node: u32,
+}
+
+impl Processor {
+    fn current() -> Self {
+        let mut this = Self { number: 0, node: 0 };
+        // SAFETY: the kernel writes two words.
+        unsafe { libc::syscall(libc::SYS_getcpu, &raw mut this.number, &raw mut this.node, 0) };
+        this
+    }
+
+    /// Both numbers in one (Linux: `vdso_encode_cpunode`).
+    pub fn encoded(self) -> u32 {
+        self.node << 12 | self.number
+    }
 }
 
 impl Native {
@@ -50,9 +73,14 @@ impl Native {
             }
             &*pointer.cast::<Shared>()
         };
-        let mut native = Self { shared, frames, child: 0 };
+        let mut native = Self { shared, frames, child: 0, processor: Processor::current() };
         native.start()?;
         Ok(native)
+    }
+
+    /// Where the child runs.
+    pub fn processor(&self) -> Processor {
+        self.processor
     }
 
     fn start(&mut self) -> Result<()> {
@@ -60,7 +88,7 @@ impl Native {
         // SAFETY: the child goes on in `child::main`, which only makes system calls of its own and never returns.
         match unsafe { libc::fork() } {
             -1 => return Err(io::Error::last_os_error()).context("cannot fork"),
-            0 => child::main(self.shared, self.frames),
+            0 => child::main(self.shared, self.frames, self.processor.number),
             pid => self.child = pid,
         }
         if !self.shared.control.wait(PATIENCE) {
@@ -129,7 +157,7 @@ fn memory_file() -> io::Result<i32> {
 
 impl Slot {
     fn set(&mut self, case: &Case) {
-        self.bits = case.bits;
+        (self.cs, self.ss) = (case.cs(), case.ss);
         self.entry = case.entry;
         self.code_len = case.code.len().min(self.code.len());
         self.code[..self.code_len].copy_from_slice(&case.code[..self.code_len]);
@@ -149,6 +177,8 @@ impl Slot {
             gpr: self.gpr,
             rip: self.rip,
             rflags: self.rflags,
+            selectors: self.selectors,
+            bases: self.bases,
             fault: Fault {
                 vector: self.vector as u8,
                 error: self.error as u32,

@@ -17,12 +17,17 @@ pub const MAX_CODE: usize = 512;
 /// A case on its way to the child, and its outcome on the way back: each value is replaced by what it was at the end.
 #[repr(C, align(64))]
 pub struct Slot {
-    pub bits: u32,
+    pub cs: u16,
+    pub ss: u16,
     pub entry: u64,
     pub code_len: usize,
     pub gpr: [u64; 16],
     pub rip: u64,
     pub rflags: u64,
+    /// ES, CS, SS, DS, FS, GS.
+    pub selectors: [u16; 6],
+    /// Of FS and GS.
+    pub bases: [u64; 2],
     pub vector: u64,
     pub error: u64,
     pub address: u64,

@@ -90,6 +90,8 @@ fn privilege_and_the_permission_map() {
         assert_eq!(step(&mut cpu, &in_al_dx), Ok(()), "the last port within the limit");
         cpu.gpr[RDX] = 0x10;
         assert_eq!(step(&mut cpu, &in_al_dx), Err(Exception::GP0), "two bytes are read: beyond the limit");
+        cpu.gpr[RCX] = 0;
+        assert_eq!(step(&mut cpu, &[0xf3, 0x6c]), Err(Exception::GP0), "REP INSB, though there is nothing to do");
         assert_eq!(log(bus).len(), 2, "{mode:?}: no other access reached the bus");
     }
 }

@@ -107,6 +107,8 @@ fn sysenter_and_sysexit() {
     assert_eq!(step(&mut cpu, b"\x0f\x35"), Err(Exception::GP0), "at CPL 3");
     // AMD has neither in long mode.
     assert_eq!(step(&mut with_star(Mode::Long(3)), b"\x0f\x34"), Err(Exception::UD));
+    assert_eq!(step(&mut with_star(Mode::Long(3)), b"\x0f\x35"), Err(Exception::GP0), "the level comes first");
+    assert_eq!(step(&mut with_star(Mode::Long(0)), b"\x0f\x35"), Err(Exception::UD));
     let mut intel = with_star(Mode::Long(3));
     intel.features.amd = false;
     intel.msrs.sysenter_cs = 8;

@@ -32,6 +32,7 @@ fn push_frame(cpu: &Cpu, size: usize, frame: &[u64]) {
 fn long_mode_to_user() {
     let mut cpu = cpu(Mode::Long(0));
     cpu.nmi_masked = true;
+    cpu.seg[FS] = Segment { base: 0x7000, ..Segment::null(3) };
     push_frame(&cpu, 8, &[0xa000, u64::from(USER_CODE64), FIXED | IF | RF, 0x6000, u64::from(USER_DATA)]);
     step(&mut cpu, IRETQ).unwrap();
     assert_eq!((cpu.rip, cpu.cpl, cpu.gpr[RSP]), (0xa000, 3, 0x6000));
@@ -40,6 +41,7 @@ fn long_mode_to_user() {
     assert_eq!(cpu.rflags, FIXED | IF | RF);
     assert!(!cpu.nmi_masked);
     assert_eq!(cpu.seg[DS], Segment::null(0), "of level 0");
+    assert_eq!((cpu.seg[FS].selector, cpu.seg[FS].base), (0, 0x7000), "null already: the selector becomes 0");
 }
 
 #[test]

@@ -251,5 +251,9 @@ fn arpl() {
         step(&mut cpu, b"\x63\xd8").unwrap();
         assert_eq!((cpu.gpr[RAX], cpu.rflags & rflags::ZF != 0), (u64::from(expected), zf));
     }
+    // Of a register of 32 bits the upper half stays.
+    (cpu.gpr[RAX], cpu.gpr[RBX]) = (0x1234_0000, 1);
+    step(&mut cpu, b"\x63\xd8").unwrap();
+    assert_eq!(cpu.gpr[RAX], 0x1234_0001);
     assert_eq!(step(&mut crate::testing::cpu(Mode::Real), b"\x63\xd8"), Err(Exception::UD));
 }

@@ -1,6 +1,8 @@
 //! The translator: cases run on one vCPU in user mode, behind page tables that map what the child maps.
 #![allow(unsafe_code)]
 
+mod tables;
+
 use std::{
     sync::{
         Arc,
@@ -16,15 +18,17 @@ use purlin_arch::x86_64::{
 };
 use purlin_engine::{Kick, memory};
 use purlin_engine_translator::{
-    cpu::{Cpu, Segment, access},
-    exception::Exception,
+    cpu::{Cpu, access},
+    exception::{Exception, vector},
     subject::Subject,
 };
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::{
     case::{Case, Fault, Outcome},
-    layout::{CODE, CODE_BYTES, DATA_BYTES, DATA_FRAMES, FILLER, FS_BASE, GS_BASE, HIGH, PAGE, mappings},
+    layout::{CODE_BYTES, DATA_BYTES, DATA_FRAMES, FILLER, PAGE, code_offset, mappings},
+    native::bases_are_readable,
+    segments,
     xsave::{self, Area, at},
 };
 
@@ -32,6 +36,7 @@ use crate::{
 const MEMORY: u64 = 4 << 20;
 const TABLES: u64 = 0x1000;
 const FRAMES: u64 = 2 << 20;
+const SYSTEM: u64 = 3 << 20;
 /// Instructions in a case at most; what goes on for longer is taken for an endless loop.
 const STEPS: usize = 400;
 /// How long a run may take.
@@ -44,6 +49,16 @@ pub struct Step {
     pub rip: u64,
     /// With what.
     pub gpr: [u64; 16],
+    /// In code of this size.
+    pub bits: u32,
+}
+
+impl Step {
+    fn of(cpu: &Cpu) -> Self {
+        let wide = cpu.seg[seg::CS].access & access::DB != 0;
+        let bits = if cpu.code64() { 64 } else { 16 << u32::from(wide) };
+        Self { rip: cpu.rip, gpr: cpu.gpr, bits }
+    }
 }
 
 /// How a case is run.
@@ -66,8 +81,8 @@ pub struct Translated {
 }
 
 impl Translated {
-    /// A vCPU with the host's features.
-    pub fn new() -> Result<Self> {
+    /// A vCPU with the host's features. `processor` is what Linux calls the one that the native side runs on.
+    pub fn new(processor: u32) -> Result<Self> {
         let ram = Arc::new(memory::create(&[(0, MEMORY)])?);
         let host = ram.get_host_address(GuestAddress(0)).context("guest memory")?;
         let cpuid = |leaf, subleaf| {
@@ -80,7 +95,12 @@ impl Translated {
         translated.map();
         // SAFETY: the frames of code lie in guest memory.
         unsafe { std::ptr::write_bytes(translated.frame(DATA_FRAMES), FILLER, CODE_BYTES) };
+        // SAFETY: within guest memory, which nobody else uses now.
+        let system =
+            unsafe { std::slice::from_raw_parts_mut(host.add(SYSTEM as usize), (tables::PAGES * PAGE) as usize) };
+        tables::write(system, processor);
         translated.set_system_state();
+        translated.subject.cpu().msrs.tsc_aux = processor;
         Ok(translated)
     }
 
@@ -90,32 +110,33 @@ impl Translated {
 
     /// Page tables for [`mappings`] (SDM vol. 3A 4.5), accessed and dirty already, as Linux has them.
     fn map(&mut self) {
-        const PRESENT: u64 = 1;
-        const WRITE: u64 = 1 << 1;
-        const USER: u64 = 1 << 2;
-        const ACCESSED: u64 = 1 << 5;
-        const DIRTY: u64 = 1 << 6;
-        const NX: u64 = 1 << 63;
         let mut free = TABLES + PAGE;
         for m in mappings() {
-            let mut table = TABLES;
-            for level in (1..4).rev() {
-                let entry = self.entry(table, m.linear >> (12 + 9 * level));
-                // SAFETY: an aligned word in guest memory, which nobody else uses now.
-                unsafe {
-                    if *entry == 0 {
-                        *entry = free | PRESENT | WRITE | USER | ACCESSED;
-                        free += PAGE;
-                    }
-                    table = *entry & !0xfff;
-                }
-            }
-            let mut page = (FRAMES + m.frame as u64 * PAGE) | PRESENT | USER | ACCESSED | DIRTY;
-            page |= if m.writable { WRITE } else { 0 } | if m.executable { 0 } else { NX };
-            // SAFETY: the same.
-            unsafe { *self.entry(table, m.linear >> 12) = page };
+            let rights = pte::USER | if m.writable { pte::WRITE } else { 0 } | if m.executable { 0 } else { pte::NX };
+            self.map_page(m.linear, FRAMES + m.frame as u64 * PAGE, rights, &mut free);
+        }
+        for offset in (0..tables::PAGES).map(|i| i * PAGE) {
+            self.map_page(tables::LINEAR + offset, SYSTEM + offset, pte::WRITE | pte::NX, &mut free);
         }
         assert!(free <= FRAMES);
+    }
+
+    /// Maps one page, with tables from `free` on where there are none yet.
+    fn map_page(&mut self, linear: u64, physical: u64, rights: u64, free: &mut u64) {
+        let mut table = TABLES;
+        for level in (1..4).rev() {
+            let entry = self.entry(table, linear >> (12 + 9 * level));
+            // SAFETY: an aligned word in guest memory, which nobody else uses now.
+            unsafe {
+                if *entry == 0 {
+                    *entry = *free | pte::PRESENT | pte::WRITE | pte::USER | pte::ACCESSED;
+                    *free += PAGE;
+                }
+                table = *entry & !0xfff;
+            }
+        }
+        // SAFETY: the same.
+        unsafe { *self.entry(table, linear >> 12) = physical | rights | pte::PRESENT | pte::ACCESSED | pte::DIRTY };
     }
 
     fn entry(&self, table: u64, index: u64) -> *mut u64 {
@@ -125,6 +146,7 @@ impl Translated {
     /// The control registers as Linux sets them.
     fn set_system_state(&mut self) {
         let cpu = self.subject.cpu();
+        tables::load(cpu);
         cpu.cr0 = cr0::PE | cr0::MP | cr0::ET | cr0::NE | cr0::WP | cr0::AM | cr0::PG;
         cpu.cr3 = TABLES;
         cpu.cr4 = cr4::DE
@@ -162,7 +184,7 @@ impl Translated {
         self.watchdog.fetch_add(1, Ordering::SeqCst);
         let exception = match run {
             Run::Single => self.subject.step(&mut |cpu| {
-                steps.push(Step { rip: cpu.rip, gpr: cpu.gpr });
+                steps.push(Step::of(cpu));
                 steps.len() <= STEPS
             }),
             _ => self.subject.run(),
@@ -170,7 +192,26 @@ impl Translated {
         self.watchdog.fetch_add(1, Ordering::SeqCst);
         let Some(exception) = exception? else { return Ok(None) };
         let memory = data.to_vec();
-        Ok(Some((outcome(self.subject.cpu(), exception, memory), steps)))
+        let trap = self.leave_handler();
+        let cpu = self.subject.cpu();
+        Ok(Some((outcome(cpu, trap.unwrap_or(exception), memory), steps)))
+    }
+
+    /// Takes back what INT1, INT3 and INTO did to get into a handler, of which there is none: the state is that at
+    /// their end. The trap, if there was one.
+    fn leave_handler(&mut self) -> Option<Exception> {
+        let host = self.host;
+        let cpu = self.subject.cpu();
+        let (vector, frame) = tables::entered(cpu)?;
+        let mut words = [0; 5];
+        for (word, i) in words.iter_mut().zip(0..) {
+            // SAFETY: the handler's stack lies in guest memory, and no vCPU runs.
+            *word = unsafe { host.add((SYSTEM + frame + 8 * i) as usize).cast::<u64>().read() };
+        }
+        let [rip, cs, flags, rsp, ss] = words;
+        (cpu.rip, cpu.rflags, cpu.gpr[4]) = (rip, flags, rsp);
+        (cpu.seg[seg::CS].selector, cpu.seg[seg::SS].selector) = (cs as u16, ss as u16);
+        Some(Exception::plain(vector))
     }
 
     fn load_code(&mut self, case: &Case) {
@@ -180,7 +221,7 @@ impl Translated {
             unsafe { std::ptr::write_bytes(self.frame(DATA_FRAMES).add(offset as usize), FILLER, len) };
             self.subject.wrote_memory(frames + offset, len as u64);
         }
-        let offset = (case.entry & !HIGH).saturating_sub(CODE).min(CODE_BYTES as u64);
+        let offset = code_offset(case.entry);
         let len = case.code.len().min(CODE_BYTES - offset as usize);
         // SAFETY: within the frames of code, which lie in guest memory, and no vCPU runs.
         unsafe {
@@ -211,33 +252,33 @@ fn watch(kicker: Arc<dyn Kick>) -> Arc<AtomicU64> {
     counter
 }
 
-const CODE64: u32 = 1 << 13;
-const CODE32: u32 = 1 << 14;
-
-/// A flat user segment; `kind` holds the type, L and D/B.
-fn segment(selector: u16, base: u64, kind: u32) -> Segment {
-    let access = access::P | access::S | access::DPL | access::G | access::RW | access::ACCESSED | kind;
-    Segment { base, limit: u32::MAX, access, selector }
+/// Bits of an entry in a page table.
+mod pte {
+    pub const PRESENT: u64 = 1;
+    pub const WRITE: u64 = 1 << 1;
+    pub const USER: u64 = 1 << 2;
+    pub const ACCESSED: u64 = 1 << 5;
+    pub const DIRTY: u64 = 1 << 6;
+    pub const NX: u64 = 1 << 63;
 }
 
 fn load(cpu: &mut Cpu, case: &Case, area: &Area) {
-    let code = if case.bits == 64 { (0x33, CODE64) } else { (0x23, CODE32) };
-    cpu.seg[seg::CS] = segment(code.0, 0, access::CODE | code.1);
-    for i in [seg::DS, seg::ES, seg::SS] {
-        cpu.seg[i] = segment(0x2b, 0, access::DB);
+    let selectors = [segments::DATA32, case.cs(), case.ss, segments::DATA32, segments::FS, segments::GS];
+    for (segment, selector) in cpu.seg.iter_mut().zip(selectors) {
+        *segment = tables::segment(selector);
     }
-    cpu.seg[seg::FS] = segment(0x63, FS_BASE, access::DB);
-    cpu.seg[seg::GS] = segment(0x6b, GS_BASE, access::DB);
     cpu.cpl = 3;
     cpu.gpr = case.gpr;
     cpu.rip = case.entry;
     cpu.rflags = case.rflags | rflags::FIXED | rflags::IF;
     cpu.cr2 = 0;
     cpu.pending_debug = 0;
+    (cpu.sti_shadow, cpu.mov_ss_shadow) = (false, false);
     cpu.xstate.area.copy_from_slice(&area.0);
     cpu.xstate.fip = 0;
     cpu.xstate.fdp = 0;
     cpu.xstate.fop = 0;
+    (cpu.xstate.fcs, cpu.xstate.fds) = (0, 0);
 }
 
 fn outcome(cpu: &mut Cpu, exception: Exception, memory: Vec<u8>) -> Outcome {
@@ -246,11 +287,14 @@ fn outcome(cpu: &mut Cpu, exception: Exception, memory: Vec<u8>) -> Outcome {
     area.set(at::FDP, &cpu.xstate.fdp.to_le_bytes());
     area.set(at::FOP, &(cpu.xstate.fop as u16).to_le_bytes());
     area.normalise();
-    let page_fault = exception.vector == purlin_engine_translator::exception::vector::PF;
+    let page_fault = exception.vector == vector::PF;
+    let base = |segment: usize| if bases_are_readable() { cpu.seg[segment].base } else { 0 };
     Outcome {
         gpr: cpu.gpr,
         rip: cpu.rip,
         rflags: cpu.rflags,
+        selectors: cpu.seg.map(|segment| segment.selector),
+        bases: [base(seg::FS), base(seg::GS)],
         fault: Fault {
             vector: exception.vector,
             error: exception.error.unwrap_or(0),
