@@ -157,12 +157,15 @@ fn different(run: &'static str, lines: Vec<String>) -> Verdict {
 /// - without REX.W the selectors that belong to the x87's pointers are stored, while an exception waits. Processors have
 ///   stopped keeping them (CPUID.7.0:EBX bit 13), and the translator does not.
 fn saves_differently(case: &Case, native: &Outcome, steps: &[Step], lines: &[String]) -> bool {
-    use Mnemonic::{Fxsave, Xsave, Xsave64, Xsavec, Xsavec64, Xsaveopt, Xsaveopt64};
+    use Mnemonic::{
+        Fxsave, Vzeroall, Vzeroupper, Xrstor, Xrstor64, Xsave, Xsave64, Xsavec, Xsavec64, Xsaveopt, Xsaveopt64,
+    };
     let executed = |wanted: fn(Mnemonic) -> bool| {
         let of_step = |s: &Step| compare::decode(case, s.rip, s.bits).is_some_and(|insn| wanted(insn.mnemonic()));
         steps.iter().any(of_step)
     };
-    let initial = components() & !case.area().u64(at::HEADER) != 0;
+    let initial = components() & !case.area().u64(at::HEADER) != 0
+        || executed(|m| matches!(m, Vzeroupper | Vzeroall | Xrstor | Xrstor64));
     let in_use = || initial && executed(|m| matches!(m, Xsave64 | Xsavec64 | Xsaveopt64 | Xsave | Xsavec | Xsaveopt));
     let selectors = || native.x87_exception_waits() && executed(|m| matches!(m, Fxsave | Xsave | Xsavec | Xsaveopt));
     lines.len() == 1 && lines[0].starts_with("data+") && (in_use() || selectors())
