@@ -31,7 +31,7 @@ pub fn page_index(linear: u64) -> usize {
 pub struct JumpEntry {
     /// The RIP that this is for. That of an entry that leads nowhere is one that does not belong here.
     pub rip: u64,
-    /// Host address of the block's entry with the flags in `flag_word`.
+    /// Host address of the block's entry with the flags in `flag_word` and RIP in R11.
     pub host: u64,
 }
 

@@ -47,9 +47,9 @@ impl RecentBlocks {
         (same && key.second == 0).then_some(entry.target)
     }
 
-    /// Takes note of a block.
+    /// Takes note of a block, unless it lies on two pages.
     pub fn set(&mut self, key: &Key, target: JumpTarget, generation: u64) {
-        if self.generation == generation && key.second == 0 && key.context.mode.bits() == 64 {
+        if self.generation == generation && target.page_id.is_some() && key.context.mode.bits() == 64 {
             let (physical, rip, mode) = (key.physical, key.rip, key.context.mode);
             self.entries[place(key)] = Entry { physical, rip, mode, target };
         }

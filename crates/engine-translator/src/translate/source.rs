@@ -173,9 +173,7 @@ impl Cpu {
         let mut copies = std::mem::take(&mut self.copies);
         let found = self.translate(key, context, linear, first, hot, &mut copies);
         self.copies = copies;
-        if let Ok(found) = &found
-            && found.linkable
-        {
+        if let Ok(found) = &found {
             self.recent.set(&key, found.target(), self.emitted.generation);
         }
         found

@@ -21,6 +21,8 @@ const SHARED: u64 = 0x40_0000;
 const PLACES: [u64; 3] = [0x7f12_3456_7000, 0x5555_0001_7000, 0x7f12_3456_7000 + (4096 << 12)];
 /// Data of each place's own, in memory; a page each.
 const OWN: u64 = 0x41_0000;
+/// A page of code that is not shared.
+const OTHER: u64 = 0x44_0000;
 const STACK_TOP: u64 = 0x60_0000;
 
 /// The shared pages at all places.
@@ -203,15 +205,11 @@ fn a_return_to_the_same_place_elsewhere() {
             assert_eq!(call(&mut guest, PLACES[from], times), times * (PLACES[to] + 5), "from {from} to {to}");
         }
         // Where there is another page there is other code at the same distance.
-        let other = 0x44_0000;
-        m.load(
-            other + 5,
-            &assemble(64, 0, |a| {
-                a.mov(eax, 3)?;
-                a.ret()
-            }),
-        );
-        m.map(PLACES[2], other, pte::P | pte::W);
+        m.code_of(64, PLACES[2] + 5, OTHER + 5, |a| {
+            a.mov(eax, 3)?;
+            a.ret()
+        });
+        m.map(PLACES[2], OTHER, pte::P | pte::W);
         guest.change(|s| s.regs.gpr[RBX] = PLACES[2].wrapping_sub(PLACES[0]));
         assert_eq!(call(&mut guest, PLACES[0], 20), 20 * 3);
     });
@@ -353,27 +351,18 @@ fn a_page_that_is_another_one_by_now() {
         map_places(&m);
         function(&m);
         caller(&m);
-        let other = 0x44_0000;
-        m.load(
-            other + 0x100,
-            &assemble(64, 0, |a| {
-                a.add(rax, 1)?;
+        for (offset, sum) in [(0x100, 1), (0x200, 2)] {
+            m.code_of(64, PLACES[2] + 0x1000 + offset, OTHER + offset, |a| {
+                a.add(rax, sum)?;
                 a.ret()
-            }),
-        );
-        m.load(
-            other + 0x200,
-            &assemble(64, 0, |a| {
-                a.add(rax, 2)?;
-                a.ret()
-            }),
-        );
+            });
+        }
         let entry = m.pte(PLACES[2] + 0x1000);
         let mut guest = m.vcpu(0, |_| {});
         let distance = call(&mut guest, PLACES[0], 5) / 5 - result(0);
         for round in 0..6 {
             let changed = round % 2 == 1;
-            let physical = if changed { other } else { SHARED + 0x1000 };
+            let physical = if changed { OTHER } else { SHARED + 0x1000 };
             m.poke(entry, physical | pte::P | pte::W);
             // As MOV CR3 would.
             guest.change(|_| {});
