@@ -85,6 +85,9 @@ fn run(args: &RunArgs) -> Result<()> {
         Some(name) => Generator::new(|code| format!("{code:?}").contains(name.as_str())),
         None => Generator::default(),
     };
+    if generator.is_empty() {
+        bail!("no form's name contains what --code says: `oracle coverage` lists those there are");
+    }
     let mut tally = Tally::default();
     let mut coverage = Coverage::default();
     let begin = Instant::now();

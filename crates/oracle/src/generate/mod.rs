@@ -62,6 +62,11 @@ impl Generator {
         Self { forms64: of(64), forms32: of(32), forms16: of(16) }
     }
 
+    /// Whether it can make no case at all.
+    pub fn is_empty(&self) -> bool {
+        forms::SIZES.iter().all(|&bits| self.forms(bits).is_empty())
+    }
+
     /// The forms that are used in code of `bits`.
     pub fn forms(&self, bits: u32) -> &[Form] {
         match bits {
@@ -305,6 +310,12 @@ mod tests {
         let cases = |g: &Generator| (0..50).map(|s| g.generate(s).map(|g| g.case)).collect::<Vec<_>>();
         assert_eq!(cases(&one), cases(&other));
         assert!(cases(&one).iter().flatten().count() > 40);
+    }
+
+    #[test]
+    fn without_forms_there_is_nothing_to_run() {
+        assert!(Generator::new(|_| false).is_empty());
+        assert!(!Generator::default().is_empty());
     }
 
     #[test]
