@@ -174,14 +174,15 @@ fn saves_differently(case: &Case, native: &Outcome, steps: &[Step], lines: &[Str
 /// Whether the case cannot be run natively for what its last instruction does (or the one before, if that has left):
 /// - it would be answered by the host's kernel, as a call of user code. None is generated, but code that is entered in the
 ///   middle or in another mode may be anything;
-/// - it is a far CALL off a stack of 16 bits: an AMD processor pushes with all of RSP if 64-bit code is called, whose
-///   upper half is Linux's own then (ESPFIX), and there is no end to the page faults.
+/// - it is a far CALL that pushes to addresses of Linux's own, for there is no end to the page faults then: 64-bit code is
+///   called with all of RSP, whose upper half is Linux's off a stack of 16 bits (ESPFIX), and -2 for an ESP of 2.
 fn is_not_for_linux(case: &Case, end: &Outcome, steps: &[Step]) -> bool {
     let calls_far = |insn: Instruction| insn.is_call_far() || insn.is_call_far_indirect();
     let decode = |s: &Step| compare::decode(case, s.rip, s.bits);
     let narrow = end.selectors[2] != DATA32;
+    let in_the_kernel = end.fault.vector == PAGE_FAULT && end.fault.address >> 63 != 0;
     steps.iter().rev().take(2).filter_map(decode).any(|insn| is_for_the_kernel(&insn))
-        || narrow && steps.iter().filter_map(decode).any(calls_far)
+        || (narrow || in_the_kernel) && steps.iter().filter_map(decode).any(calls_far)
 }
 
 /// See [`is_not_for_linux`].
@@ -194,6 +195,9 @@ fn is_for_the_kernel(insn: &Instruction) -> bool {
         _ => false,
     }
 }
+
+/// #PF.
+const PAGE_FAULT: u8 = 14;
 
 /// The vector of Linux's system calls of 32-bit code.
 pub const LINUX: u8 = 0x80;

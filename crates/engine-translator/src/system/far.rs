@@ -108,7 +108,12 @@ fn check_offset(cpu: &Cpu, code: &Descriptor, offset: u64) -> Result<(), Excepti
 /// Goes to `code` at the same privilege level, whether named directly or by a gate.
 fn go(cpu: &mut Cpu, kind: Kind, code: Descriptor, selector: u16, offset: u64, size: usize, next: u64) -> Done {
     let offset = truncate(offset, size);
-    let mut stack = Stack::current(cpu);
+    // A CALL that changes the mode pushes with the stack addresses of the mode it goes to (seen on AMD, and in Bochs).
+    let mut stack = if cpu.long_mode() && code.is_code64() {
+        Stack::new64(cpu, cpu.gpr[RSP], cpu.cpl, Exception::SS0)
+    } else {
+        Stack::in_segment(cpu, cpu.seg[SS], cpu.gpr[RSP], cpu.cpl, Exception::SS0)
+    };
     check_offset(cpu, &code, offset)?;
     if kind == Kind::Call {
         stack.push(cpu, size, u64::from(cpu.seg[CS].selector))?;
