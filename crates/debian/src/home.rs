@@ -14,8 +14,20 @@ pub fn data() -> Result<PathBuf, Error> {
     directory("data", "XDG_DATA_HOME", ".local/share")
 }
 
+/// What is there as long as somebody runs: `$PURLIN_HOME/run`, or else `purlin` in `$XDG_RUNTIME_DIR`, or `run` in [`data`].
+pub fn run() -> Result<PathBuf, Error> {
+    match (set("PURLIN_HOME"), set("XDG_RUNTIME_DIR").filter(|path| path.is_absolute())) {
+        (None, Some(base)) => Ok(base.join("purlin")),
+        (None, None) => Ok(data()?.join("run")),
+        (Some(home), _) => std::path::absolute(home.join("run")).map_err(Error::file("find", &home)),
+    }
+}
+
+fn set(name: &str) -> Option<PathBuf> {
+    env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
+}
+
 fn directory(ours: &str, xdg: &'static str, default: &str) -> Result<PathBuf, Error> {
-    let set = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     // "All paths must be absolute … consider a relative path invalid and ignore it" (XDG Base Directory).
     match (set("PURLIN_HOME"), set(xdg).filter(|path| path.is_absolute()), set("HOME")) {
         (Some(home), _, _) => std::path::absolute(home.join(ours)).map_err(Error::file("find", &home)),

@@ -28,16 +28,18 @@ pub struct Request<'a> {
     /// The guest's host name; the image's name (as far as it can be one) if there is none.
     pub host_name: Option<&'a str>,
     /// The user's user-data for cloud-init.
-    pub user_data: Option<&'a Path>,
+    pub user_data: Option<&'a [u8]>,
+    /// Public keys that may log in, as lines of authorized_keys(5); the user's own ([`ssh::keys_of_user`]) if there are none.
+    pub ssh_keys: Option<&'a [String]>,
     /// The disk's size in bytes, if it is to be larger than the image's.
     pub disk_size: Option<u64>,
     /// More words for the kernel's command line.
     pub arguments: Option<&'a str>,
 }
 
-/// A machine that is there for one run; its files are gone when this is dropped.
+/// A machine's files.
 #[derive(Debug)]
-pub struct Prepared {
+pub struct Files {
     /// The image that it stands on.
     pub image: Image,
     /// Its disk, a thin qcow2 overlay.
@@ -52,37 +54,73 @@ pub struct Prepared {
     pub cmdline: String,
     /// The private key to name to ssh with -i, where ssh does not find one by itself.
     pub identity: Option<PathBuf>,
+}
+
+/// A machine that is there for one run; its files are gone when this is dropped.
+#[derive(Debug)]
+pub struct Prepared {
+    /// The files.
+    pub files: Files,
     _dir: RunDir,
 }
 
-/// Makes a machine of `request.image` ready, which is built first if need be.
+/// Makes a machine of `request.image` ready for one run; the image is built first if need be.
 pub fn prepare_run(store: &Store, request: &Request, progress: &dyn Progress) -> Result<Prepared, Error> {
+    let image = checked_image(store, request, progress)?;
+    let dir = RunDir::new()?;
+    let files = make_files(dir.path(), image, request)?;
+    Ok(Prepared { files, _dir: dir })
+}
+
+/// Makes a machine of `request.image` ready in `dir`, which is there and empty; the image is built first if need be. On an
+/// error `dir` may have files in it.
+pub fn prepare_in(
+    dir: &Path,
+    store: &Store,
+    request: &Request,
+    progress: &dyn Progress,
+) -> Result<Files, Error> {
+    let image = checked_image(store, request, progress)?;
+    make_files(dir, image, request)
+}
+
+/// The image, once it is known that the machine can be made of it.
+fn checked_image(store: &Store, request: &Request, progress: &dyn Progress) -> Result<Image, Error> {
     // What the user said wrong is told before anything long begins.
-    let user_data = request.user_data.map(seed::read_user_data).transpose()?;
-    let host_name = request.guest_name()?;
+    request.check()?;
     let image = find_or_build(store, request, progress)?;
     check_size(request, image.metadata.virtual_size)?;
-    let keys = ssh::keys_of_user()?;
-    let dir = RunDir::new()?;
+    Ok(image)
+}
 
-    let disk = dir.path().join("disk.qcow2");
+fn make_files(dir: &Path, image: Image, request: &Request) -> Result<Files, Error> {
+    let own = ssh::keys_of_user()?;
+    let keys = request.ssh_keys.map_or(own.public, <[String]>::to_vec);
+    let disk = dir.join("disk.qcow2");
     let overlay = NewImage::overlay(&disk, image.disk(), image.format);
     request.disk_size.into_iter().fold(overlay, NewImage::size).create()?;
     let files = boot::read(&open_read_only(&disk, Some(Format::Qcow2))?, &image.name)?;
-    let kernel = dir.write("kernel", &files.kernel)?;
+    let kernel = write(dir, "kernel", &files.kernel)?;
     let initrds = files.initrds.iter().enumerate();
     let initrds =
-        initrds.map(|(number, initrd)| dir.write(&format!("initrd-{number}"), initrd)).collect::<Result<_, _>>()?;
+        initrds.map(|(number, initrd)| write(dir, &format!("initrd-{number}"), initrd)).collect::<Result<_, _>>()?;
 
-    let instance_id = instance_id();
+    let host_name = request.guest_name()?;
     let hostname_argument = format!("systemd.hostname={host_name}");
-    let seed = Seed { instance_id, host_name, ssh_keys: keys.public, user_data };
-    let seed_path = dir.path().join("seed.img");
-    let seed = dir.write("seed.img", &seed.to_disk().map_err(HostError::file("make", &seed_path))?)?;
+    let user_data = request.user_data.map(<[u8]>::to_vec);
+    let seed = Seed { instance_id: instance_id(), host_name, ssh_keys: keys, user_data };
+    let seed_path = dir.join("seed.img");
+    let seed = write(dir, "seed.img", &seed.to_disk().map_err(HostError::file("make", &seed_path))?)?;
     // The name is there before cloud-init is.
     let words = [Some(files.cmdline.as_str()), Some(hostname_argument.as_str()), request.arguments];
     let cmdline = words.into_iter().flatten().filter(|w| !w.is_empty()).collect::<Vec<_>>().join(" ");
-    Ok(Prepared { image, disk, seed, kernel, initrds, cmdline, identity: keys.identity, _dir: dir })
+    Ok(Files { image, disk, seed, kernel, initrds, cmdline, identity: own.identity })
+}
+
+fn write(dir: &Path, name: &str, content: &[u8]) -> Result<PathBuf, Error> {
+    let path = dir.join(name);
+    fs::write(&path, content).map_err(HostError::file("write", &path))?;
+    Ok(path)
 }
 
 /// The image in the store of that name, or that which can be built of it.
@@ -100,6 +138,12 @@ fn find_or_build(store: &Store, request: &Request, progress: &dyn Progress) -> R
 }
 
 impl Request<'_> {
+    /// Whether it makes sense, as far as that is known without the image.
+    pub fn check(&self) -> Result<(), Error> {
+        self.guest_name()?;
+        self.user_data.map_or(Ok(()), seed::check_user_data)
+    }
+
     /// The guest's host name.
     pub fn guest_name(&self) -> Result<String, Error> {
         if let Some(name) = self.host_name {
@@ -156,12 +200,6 @@ impl RunDir {
     fn path(&self) -> &Path {
         self.dir.path()
     }
-
-    fn write(&self, name: &str, content: &[u8]) -> Result<PathBuf, Error> {
-        let path = self.path().join(name);
-        fs::write(&path, content).map_err(HostError::file("write", &path))?;
-        Ok(path)
-    }
 }
 
 /// Removes the files of runs whose process is gone. One without a lock yet is about to begin.
@@ -195,7 +233,7 @@ mod tests {
     fn what_a_killed_run_left_is_removed() {
         let runs = tempfile::tempdir().unwrap();
         let running = RunDir::new_in(runs.path()).unwrap();
-        running.write("disk.qcow2", b"x").unwrap();
+        fs::write(running.path().join("disk.qcow2"), b"x").unwrap();
         let killed = runs.path().join("run-killed");
         fs::create_dir(&killed).unwrap();
         fs::write(killed.join(LOCK), "").unwrap();

@@ -74,19 +74,32 @@ impl Seed {
 
 /// Reads a user-data file and sees whether cloud-init will know what it is.
 pub fn read_user_data(path: &Path) -> Result<Vec<u8>, Error> {
-    let wrong = |reason: String| Error::UserData { path: path.to_owned(), reason };
     let cannot_open = |source| Error::Open { path: path.to_owned(), source };
     let size = fs::metadata(path).map_err(cannot_open)?.len();
     if size > MAX_USER_DATA {
-        return Err(wrong(format!("it is larger than {} KiB", MAX_USER_DATA >> 10)));
+        return Err(wrong_user_data(path, too_large()));
     }
     let data = fs::read(path).map_err(cannot_open)?;
-    check_user_data(&data).map_err(wrong)?;
+    what_is_wrong(&data).map_err(|reason| wrong_user_data(path, reason))?;
     Ok(data)
 }
 
+/// Sees whether cloud-init will know what it is.
+pub fn check_user_data(data: &[u8]) -> Result<(), Error> {
+    let small = if data.len() as u64 > MAX_USER_DATA { Err(too_large()) } else { Ok(()) };
+    small.and_then(|()| what_is_wrong(data)).map_err(|reason| wrong_user_data(Path::new("user-data"), reason))
+}
+
+fn wrong_user_data(path: &Path, reason: String) -> Error {
+    Error::UserData { path: path.to_owned(), reason }
+}
+
+fn too_large() -> String {
+    format!("it is larger than {} KiB", MAX_USER_DATA >> 10)
+}
+
 /// cloud-init goes by the first line ("User data formats").
-fn check_user_data(data: &[u8]) -> Result<(), String> {
+fn what_is_wrong(data: &[u8]) -> Result<(), String> {
     const KINDS: [&str; 7] = [
         "#!",
         "#include",
@@ -190,7 +203,7 @@ mod tests {
             "#!/bin/sh\necho\n",
             "## template: jinja\n#cloud-config\n{{ x }}\n",
         ] {
-            assert_eq!(check_user_data(good.as_bytes()), Ok(()), "{good}");
+            assert_eq!(what_is_wrong(good.as_bytes()), Ok(()), "{good}");
         }
         for bad in [
             "",
@@ -199,11 +212,11 @@ mod tests {
             "#cloud-config\nfoo\n",
             "#cloud-config\npackages: [vim\nruncmd: x: y\n",
         ] {
-            let reason = check_user_data(bad.as_bytes()).expect_err(bad);
+            let reason = what_is_wrong(bad.as_bytes()).expect_err(bad);
             assert!(!reason.contains('\n'), "{reason}");
         }
-        assert!(check_user_data(b"#cloud-config\n\xff").is_err());
-        assert!(check_user_data(b"#cloud-config\na: 1\nb: [\n").unwrap_err().contains("line"));
+        assert!(what_is_wrong(b"#cloud-config\n\xff").is_err());
+        assert!(what_is_wrong(b"#cloud-config\na: 1\nb: [\n").unwrap_err().contains("line"));
     }
 
     #[test]

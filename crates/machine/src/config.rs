@@ -87,30 +87,13 @@ pub struct MachineConfig {
 impl MachineConfig {
     /// Checks memory size and processor count, against what the type can have and what the host could ever provide.
     pub fn validate(&self, host_memory: u64) -> Result<(), MachineError> {
-        if self.memory < layout::MIN_MEMORY {
-            return Err(MachineError::MemoryTooSmall { asked: self.memory });
-        }
-        if !self.memory.is_multiple_of(layout::PAGE) {
-            return Err(MachineError::MemoryUnaligned { asked: self.memory });
-        }
-        if self.memory > host_memory {
-            return Err(MachineError::MemoryTooLarge { asked: self.memory, host: host_memory });
-        }
-        if self.cpus == 0 || self.cpus > layout::MAX_CPUS {
-            return Err(MachineError::CpuCount { asked: self.cpus });
-        }
+        let balloon = self.balloon.map(|balloon| balloon.size);
+        Size { memory: self.memory, cpus: self.cpus, cpu_model: self.cpu_model, balloon }.validate(host_memory)?;
         if self.disks.len() > layout::MAX_DISKS {
             return Err(MachineError::TooManyDisks { asked: self.disks.len() });
         }
         if self.networks.len() > layout::MAX_NETWORKS {
             return Err(MachineError::TooManyNetworks { asked: self.networks.len() });
-        }
-        if let Some(balloon) = self.balloon.filter(|balloon| balloon.size >= self.memory) {
-            return Err(MachineError::BalloonTooLarge { asked: balloon.size, memory: self.memory });
-        }
-        let missing = crate::processor::missing(self.cpu_model);
-        if !missing.is_empty() {
-            return Err(MachineError::CpuModel { model: self.cpu_model, missing: missing.join(", ") });
         }
         Ok(())
     }
@@ -129,6 +112,45 @@ impl MachineConfig {
             vsock: self.vsock.is_some(),
             balloon: self.balloon.map(Into::into),
         }
+    }
+}
+
+/// What of a machine the host must be able to provide.
+#[derive(Clone, Copy, Debug)]
+pub struct Size {
+    /// [`MachineConfig::memory`]
+    pub memory: u64,
+    /// [`MachineConfig::cpus`]
+    pub cpus: u32,
+    /// [`MachineConfig::cpu_model`]
+    pub cpu_model: CpuModel,
+    /// [`BalloonConfig::size`]
+    pub balloon: Option<u64>,
+}
+
+impl Size {
+    /// Checks it against what the machine type can have and a host with so many bytes of memory.
+    pub fn validate(&self, host_memory: u64) -> Result<(), MachineError> {
+        if self.memory < layout::MIN_MEMORY {
+            return Err(MachineError::MemoryTooSmall { asked: self.memory });
+        }
+        if !self.memory.is_multiple_of(layout::PAGE) {
+            return Err(MachineError::MemoryUnaligned { asked: self.memory });
+        }
+        if self.memory > host_memory {
+            return Err(MachineError::MemoryTooLarge { asked: self.memory, host: host_memory });
+        }
+        if self.cpus == 0 || self.cpus > layout::MAX_CPUS {
+            return Err(MachineError::CpuCount { asked: self.cpus });
+        }
+        if let Some(asked) = self.balloon.filter(|&size| size >= self.memory) {
+            return Err(MachineError::BalloonTooLarge { asked, memory: self.memory });
+        }
+        let missing = crate::processor::missing(self.cpu_model);
+        if !missing.is_empty() {
+            return Err(MachineError::CpuModel { model: self.cpu_model, missing: missing.join(", ") });
+        }
+        Ok(())
     }
 }
 

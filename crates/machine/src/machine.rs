@@ -254,7 +254,7 @@ fn vcpu_section(index: u32) -> String {
 }
 
 /// Bytes of RAM and swap that this host has.
-fn host_memory() -> u64 {
+pub fn host_memory() -> u64 {
     let info = rustix::system::sysinfo();
     let units = (info.totalram as u64).saturating_add(info.totalswap as u64);
     units.saturating_mul(info.mem_unit.into())

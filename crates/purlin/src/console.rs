@@ -157,7 +157,7 @@ pub fn pass_terminal(guest: GuestInput, stop: Arc<Stop>, go_on: impl Fn() + Send
 }
 
 /// What was read, `None` at the end of standard input.
-fn read_stdin(buffer: &mut [u8]) -> Option<&[u8]> {
+pub fn read_stdin(buffer: &mut [u8]) -> Option<&[u8]> {
     loop {
         match retry_on_intr(|| read(stdin(), &mut *buffer)) {
             Ok(0) => return None,
@@ -174,20 +174,23 @@ const CTRL_A: u8 = 1;
 
 /// Finds Ctrl-A and the key after it in what is typed.
 #[derive(Default)]
-struct Escape {
+pub struct Escape {
     pending: bool,
 }
 
 #[derive(Debug, PartialEq, Eq)]
-enum Command {
+pub enum Command {
+    /// Ctrl-A x.
     Quit,
+    /// Ctrl-A c.
     GoOn,
+    /// Ctrl-A h.
     Help,
 }
 
 impl Escape {
     /// The bytes for the guest, and the commands.
-    fn filter(&mut self, bytes: &[u8]) -> (Vec<u8>, Vec<Command>) {
+    pub fn filter(&mut self, bytes: &[u8]) -> (Vec<u8>, Vec<Command>) {
         let (mut typed, mut commands) = (Vec::with_capacity(bytes.len()), Vec::new());
         for &byte in bytes {
             match (std::mem::take(&mut self.pending), byte) {

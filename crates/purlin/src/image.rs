@@ -22,6 +22,7 @@ use crate::{
     progress::Shown,
     signals::Signals,
     stop::{Reason, Stop},
+    table::print,
     terminal,
 };
 
@@ -76,13 +77,13 @@ fn list(store: &Store, args: &List) -> Result<(), Error> {
             Err(damaged) => terminal::say(&damaged.to_string()),
         }
     }
-    table::print(&if args.json { table::json_of_all(&images) } else { table::of_all(&images) });
+    print(&if args.json { table::json_of_all(&images) } else { table::of_all(&images) });
     Ok(())
 }
 
 fn info(store: &Store, args: &Info) -> Result<(), Error> {
     let image = store.get(build::image_name(store, &args.name))?;
-    table::print(&if args.json { table::json(&image).to_string() } else { table::of_one(&image) });
+    print(&if args.json { table::json(&image).to_string() } else { table::of_one(&image) });
     Ok(())
 }
 

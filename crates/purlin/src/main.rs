@@ -1,22 +1,34 @@
 //! The `purlin` command: one file for each verb.
 #![forbid(unsafe_code)]
 
+mod attach;
+mod client;
 mod console;
+mod daemon;
 mod doctor;
 mod exit;
 mod image;
+mod launch;
+mod list;
+mod machine;
+mod monitor;
 mod progress;
 mod prompt;
 mod run;
+mod set;
 mod signals;
+mod state;
 mod stop;
+mod table;
 mod terminal;
 mod usage;
 
-use std::{env, process::ExitCode};
+use std::{env, path::Path, process::ExitCode};
 
+use anyhow::Result;
 use clap::{Parser, Subcommand};
-use purlin_vmm::network::nat;
+use purlin_api::ChangeState;
+use purlin_vmm::{network::nat, process};
 
 use crate::{exit::Ended, signals::Signals};
 
@@ -31,7 +43,30 @@ struct Cli {
 #[derive(Subcommand)]
 enum Verb {
     Run(Box<run::RunArgs>),
+    Launch(Box<launch::LaunchArgs>),
+    List(list::ListArgs),
+    Info(list::InfoArgs),
+    /// Start machines that are kept
+    Start(state::NamesArgs),
+    /// Have the guests of machines shut down
+    Stop(state::StopArgs),
+    /// Stop machines and start them again
+    Restart(state::StopArgs),
+    /// Have machines stand still
+    Pause(state::NamesArgs),
+    /// Have machines go on that stand still
+    Resume(state::NamesArgs),
+    Console(attach::ConsoleArgs),
+    Set(set::SetArgs),
+    /// Give a machine another name
+    Rename(state::RenameArgs),
+    /// Delete machines, with their disks
+    Delete(state::DeleteArgs),
+    /// Wait until a machine is stopped, or as you want it
+    Wait(state::WaitArgs),
+    Monitor(monitor::MonitorArgs),
     Image(image::ImageArgs),
+    Daemon(daemon::DaemonArgs),
     Doctor(doctor::DoctorArgs),
 }
 
@@ -51,6 +86,11 @@ fn main() -> ExitCode {
             terminal::log_to_stderr();
             return nat::main();
         }
+        Some(verb) if verb == process::VERB => {
+            terminal::log_to_stderr();
+            let dir = env::args_os().nth(2).unwrap_or_default();
+            return process::main(Path::new(&dir));
+        }
         _ => {}
     }
     // Before any thread is started, which would inherit that they are not blocked.
@@ -64,6 +104,32 @@ fn main() -> ExitCode {
         Verb::Run(args) => run::run(*args, signals),
         Verb::Image(args) => image::image(&args, signals),
         Verb::Doctor(args) => doctor::doctor(&args),
+        Verb::Daemon(args) => daemon::daemon(&args, signals),
+        verb => {
+            signals.unblock();
+            client::ended(ask(verb))
+        }
     };
     ended.unwrap_or_else(Ended::from).report()
+}
+
+/// What the daemon does.
+fn ask(verb: Verb) -> Result<Ended> {
+    match verb {
+        Verb::Launch(args) => launch::launch(&args),
+        Verb::List(args) => list::list(&args),
+        Verb::Info(args) => list::info(&args),
+        Verb::Start(args) => state::change(&args, &ChangeState::Start),
+        Verb::Stop(args) => state::stop(&args, false),
+        Verb::Restart(args) => state::stop(&args, true),
+        Verb::Pause(args) => state::change(&args, &ChangeState::Pause),
+        Verb::Resume(args) => state::change(&args, &ChangeState::Resume),
+        Verb::Console(args) => attach::attach(&args),
+        Verb::Set(args) => set::set(&args),
+        Verb::Rename(args) => state::rename(&args),
+        Verb::Delete(args) => state::delete(&args),
+        Verb::Wait(args) => state::wait(&args),
+        Verb::Monitor(args) => monitor::monitor(&args),
+        Verb::Run(_) | Verb::Image(_) | Verb::Daemon(_) | Verb::Doctor(_) => Ok(Ended::Well),
+    }
 }

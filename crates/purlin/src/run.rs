@@ -1,14 +1,10 @@
 //! `purlin run`: a virtual machine in the foreground.
 
 mod args;
-mod balloon;
 mod boot;
 mod current;
-mod disk;
-mod net;
 mod panic;
 mod profile;
-mod quantity;
 mod vsock;
 
 use std::{
@@ -20,19 +16,21 @@ use std::{
 };
 
 use anyhow::{Result, anyhow};
+use purlin_api as api;
 use purlin_machine::{MachineError, processor::default_model};
 use purlin_vmm::{
     ConsolePort, ConsoleSize, OnIoError, OptionalDevice, Outcome, RunConfig, Running, StartError, Vmm,
-    engines::{self, EngineChoice},
+    engines,
+    network::nat::Publish,
+    setup::{self, Connected},
     storage::Disk,
 };
 
 pub use self::args::RunArgs;
 use self::{
-    args::{IoErrorChoice, Port, Target},
+    args::{Port, Target},
     boot::Boot,
     current::Current,
-    net::{Connected, Net},
     panic::Panicked,
     profile::Profiling,
 };
@@ -52,21 +50,21 @@ pub fn run(args: RunArgs, signals: Signals) -> Result<Ended> {
             "nothing to boot: name an image (debian, or shell), or give --kernel FILE".into(),
         ));
     }
-    let net = args.net.clone().unwrap_or(if is_image(&args) { Net::DEFAULT } else { Net::None });
-    if let Some(wrong) = at_odds(&args, &net) {
+    let hardware = hardware(&args);
+    if let Some(wrong) = at_odds(&args, &hardware.network) {
         return Ok(Ended::WrongUsage(wrong.into()));
     }
     // Before anything long begins.
     let profiling = args.profile.as_deref().map(Profiling::open).transpose()?;
-    let mut chosen = engines::choose(args.engine)?;
+    let mut chosen = engines::choose(setup::engine(hardware.engine))?;
     if let Some(profiling) = &profiling {
         let Some(profiled) = profiling.of(chosen)? else {
             return Ok(Ended::WrongUsage(profile::NOT_OF_KVM.into()));
         };
         chosen = profiled;
     }
-    for spec in &args.disk {
-        Disk::open(spec)?;
+    for disk in &args.machine.disk {
+        Disk::open(&setup::disk(disk))?;
     }
     let stop = Arc::new(Stop::default());
     let raw_modes = Arc::new(OnceLock::<Modes>::new());
@@ -76,7 +74,7 @@ pub fn run(args: RunArgs, signals: Signals) -> Result<Ended> {
     let interactive = args.port_on_stdio().is_some() && terminal::is_interactive();
     // A server flushes its line until somebody is logged in.
     let prompt = (is_image(&args) && !interactive).then(|| Arc::new(Prompt::default()));
-    let network = net.connect(args.cpus, &args.publish, &boot::guest_name(&args)?, is_image(&args))?;
+    let network = connect_network(&args, &hardware)?;
     let vsock = args.vsock.as_ref().map(vsock::Vsock::open).transpose()?;
     let output = open_output(&args.serial(), "--serial", &stop, prompt.as_ref())?;
     let console = open_console(&args.console, interactive, &stop, prompt.as_ref())?;
@@ -90,20 +88,20 @@ pub fn run(args: RunArgs, signals: Signals) -> Result<Ended> {
         let _ = raw_modes.set(raw.modes());
     }
     let config = RunConfig {
-        on_io_error: match args.on_io_error {
-            IoErrorChoice::Report => OnIoError::Report,
-            IoErrorChoice::Pause => current.pause_on_io_error(),
+        on_io_error: match hardware.on_io_error {
+            api::OnIoError::Report => OnIoError::Report,
+            api::OnIoError::Pause => current.pause_on_io_error(),
         },
         console,
         vsock,
-        ..config(&args, &boot, &network, chosen.engine)
+        ..config(&args, &hardware, &boot, &network, chosen.engine)
     };
     let running = match Vmm::start(config, output) {
         Ok(running) => Arc::new(running),
         Err(error) if is_wrong_usage(&error) => return Ok(Ended::WrongUsage(error.to_string())),
         Err(error) => return Err(error.into()),
     };
-    if args.engine == EngineChoice::Auto {
+    if hardware.engine == api::Engine::Auto {
         terminal::say(&chosen.why);
     }
     say_ssh(&boot, &network);
@@ -189,8 +187,9 @@ fn is_image(args: &RunArgs) -> bool {
 }
 
 /// What the command line says that does not go together.
-fn at_odds(args: &RunArgs, net: &Net) -> Option<&'static str> {
-    let of_images = args.hostname.is_some() || args.user_data.is_some() || args.disk_size.is_some();
+fn at_odds(args: &RunArgs, network: &api::Network) -> Option<&'static str> {
+    let machine = &args.machine;
+    let of_images = args.hostname.is_some() || machine.user_data.is_some() || machine.disk_size.is_some();
     if of_images && !is_image(args) {
         return Some(
             "--hostname, --user-data and --disk-size are for images: name one, such as debian, or leave them out",
@@ -199,10 +198,10 @@ fn at_odds(args: &RunArgs, net: &Net) -> Option<&'static str> {
     if args.serial == Some(Target::Stdio) && args.console == Target::Stdio {
         return Some("--serial and --console cannot both have stdio: give one of them file:PATH or none");
     }
-    if args.profile.is_some() && args.engine == EngineChoice::Kvm {
+    if args.profile.is_some() && machine.engine == api::Engine::Kvm {
         return Some(profile::NOT_OF_KVM);
     }
-    if !args.publish.is_empty() && !matches!(net, Net::User { .. }) {
+    if !machine.publish.is_empty() && !matches!(network, api::Network::User { .. }) {
         return Some("--publish leads through the user network: add --net user, or leave --publish out");
     }
     None
@@ -211,7 +210,7 @@ fn at_odds(args: &RunArgs, net: &Net) -> Option<&'static str> {
 /// Tells how to reach the guest.
 fn say_ssh(boot: &Boot, network: &Connected) {
     let (Some(machine), Some(ssh)) = (&boot.machine, network.ssh) else { return };
-    terminal::say(&format!("the guest's ssh: {}", ssh_command(machine.identity.as_deref(), ssh)));
+    terminal::say(&format!("the guest's ssh: {}", ssh_command(machine.files.identity.as_deref(), ssh)));
 }
 
 /// A command that works in each run: the guest makes its host keys anew, and the port is often that of the run before,
@@ -223,33 +222,55 @@ fn ssh_command(identity: Option<&Path>, address: SocketAddr) -> String {
     format!("ssh{identity} {options} -p {} root@{}", address.port(), address.ip())
 }
 
-fn config(args: &RunArgs, boot: &Boot, network: &Connected, engine: Arc<dyn purlin_engine::Engine>) -> RunConfig {
-    const MEMORY: u64 = 512 << 20;
-    let default_memory = if boot.machine.is_some() { 2 * MEMORY } else { MEMORY };
+/// The hardware: an image is a server to be reached, and larger than a kernel of the user's.
+fn hardware(args: &RunArgs) -> api::Machine {
+    if is_image(args) {
+        args.machine.hardware(api::Machine::MEMORY, api::Network::default())
+    } else {
+        args.machine.hardware(api::Machine::MEMORY / 2, api::Network::None)
+    }
+}
+
+fn connect_network(args: &RunArgs, hardware: &api::Machine) -> Result<Connected> {
+    let publish = hardware.publish.iter().map(|text| text.parse()).collect::<Result<Vec<Publish>, _>>()?;
+    let name = boot::guest_name(args)?;
+    let guest =
+        setup::Guest { name: &name, mac: setup::random_mac(), cpus: hardware.cpus(), ssh: is_image(args) };
+    Ok(setup::connect(&hardware.network, &publish, &guest)?)
+}
+
+fn config(
+    args: &RunArgs,
+    hardware: &api::Machine,
+    boot: &Boot,
+    network: &Connected,
+    engine: Arc<dyn purlin_engine::Engine>,
+) -> RunConfig {
+    let disks = hardware.disks.iter().map(setup::disk);
     RunConfig {
         kernel: boot.kernel.clone(),
         initrds: boot.initrds.clone(),
         cmdline: boot.cmdline.clone(),
-        memory: args.memory.unwrap_or(default_memory),
-        cpus: args.cpus,
+        memory: hardware.memory(),
+        cpus: hardware.cpus(),
         engine,
-        cpu_model: args.cpu.unwrap_or_else(default_model),
+        cpu_model: hardware.cpu.map_or_else(default_model, setup::cpu_model),
         serial: args.serial() != Target::None,
-        devices: devices(args, boot),
-        disks: boot.disks.iter().chain(&args.disk).cloned().collect(),
+        devices: devices(hardware, boot),
+        disks: boot.disks.iter().cloned().chain(disks).collect(),
         networks: network.networks.clone(),
         console: None,
         on_io_error: OnIoError::default(),
         vsock: None,
-        balloon: args.balloon,
+        balloon: hardware.balloon.map(setup::balloon),
         no_reboot: args.no_reboot,
     }
 }
 
 /// A server wants randomness before it has had time to gather any.
-fn devices(args: &RunArgs, boot: &Boot) -> Vec<OptionalDevice> {
+fn devices(hardware: &api::Machine, boot: &Boot) -> Vec<OptionalDevice> {
     let of_image = boot.machine.is_some().then_some(OptionalDevice::Rng);
-    args.device.iter().copied().chain(of_image).collect()
+    hardware.devices.iter().copied().map(setup::device).chain(of_image).collect()
 }
 
 /// Whether there is no such image, or none that could be as the command line wants it.

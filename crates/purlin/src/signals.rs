@@ -25,6 +25,11 @@ impl Signals {
         Self(set)
     }
 
+    /// Gives them up: each does what it does by itself again, also in threads that are started from now on.
+    pub fn unblock(self) {
+        let _ = self.0.thread_unblock();
+    }
+
     /// Starts a thread that calls `on_end` at the first signal that asks for the end, `on_continue` when the process goes
     /// on after having been stopped, and `on_resize` when the terminal has another size. A second signal that asks for
     /// the end, after a second, is obeyed on the spot.

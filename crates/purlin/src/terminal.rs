@@ -69,6 +69,11 @@ pub fn say(line: &str) {
     let _ = Lines.write_all(format!("purlin: {line}\n").as_bytes());
 }
 
+/// Prints a result, to standard output; nobody is left to tell if that is closed.
+pub fn print(line: &str) {
+    let _ = writeln!(io::stdout(), "{line}");
+}
+
 /// Sends the program's log to standard error: warnings, or what `PURLIN_LOG` says (`error`, `info`, `debug`, `trace`).
 pub fn log_to_stderr() {
     let level = env::var("PURLIN_LOG").ok().and_then(|level| level.parse().ok()).unwrap_or(LevelFilter::WARN);

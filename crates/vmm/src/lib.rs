@@ -8,7 +8,9 @@ mod config;
 pub mod engines;
 pub mod host;
 mod lifecycle;
+pub mod process;
 mod running;
+pub mod setup;
 mod vcpu;
 
 pub use config::{OnIoError, Outcome, RunConfig};

@@ -26,6 +26,7 @@ use std::{
     ops::ControlFlow,
     sync::{
         Arc,
+        atomic::{AtomicBool, Ordering},
         mpsc::{Receiver, Sender},
     },
 };
@@ -91,12 +92,20 @@ pub(crate) struct Supervisor {
     running: Vec<bool>,
     /// Why vCPUs stopped without being told to, in order.
     reasons: VecDeque<(u32, Reason)>,
+    /// Whether the machine is paused, for others to see.
+    is_paused: Arc<AtomicBool>,
 }
 
 impl Supervisor {
     pub fn new(machine: Arc<Machine>, vcpus: Vec<VcpuThread>, no_reboot: bool, inbox: Receiver<Message>) -> Self {
         let running = vec![false; vcpus.len()];
-        Self { machine, vcpus, no_reboot, inbox, backlog: VecDeque::new(), running, reasons: VecDeque::new() }
+        let (backlog, reasons, is_paused) = Default::default();
+        Self { machine, vcpus, no_reboot, inbox, backlog, running, reasons, is_paused }
+    }
+
+    /// Whether the machine is paused, as it will be known while it runs.
+    pub fn is_paused(&self) -> Arc<AtomicBool> {
+        self.is_paused.clone()
     }
 
     /// Runs the machine from `states` to its end; paused at first if `paused`. When it returns the machine is gone.
@@ -132,6 +141,7 @@ impl Supervisor {
                 Message::Control(Control::Pause(done)) => {
                     self.stop();
                     let states = self.settle()?;
+                    self.is_paused.store(true, Ordering::SeqCst);
                     let _ = done.send(());
                     return self.paused(states);
                 }
@@ -158,12 +168,14 @@ impl Supervisor {
 
     /// Paused, until it is to go on from the returned states.
     fn paused(&mut self, states: States) -> ControlFlow<Outcome, States> {
+        self.is_paused.store(true, Ordering::SeqCst);
         loop {
             match self.next_message() {
                 Message::Control(Control::Pause(done)) => {
                     let _ = done.send(());
                 }
                 Message::Control(Control::Resume(done)) => {
+                    self.is_paused.store(false, Ordering::SeqCst);
                     let _ = done.send(());
                     return ControlFlow::Continue(states);
                 }

@@ -4,6 +4,7 @@ use std::{
     io::Write,
     sync::{
         Arc, Condvar, Mutex, PoisonError, Weak,
+        atomic::{AtomicBool, Ordering},
         mpsc::{self, Receiver, Sender},
     },
     thread::{self, JoinHandle},
@@ -103,6 +104,7 @@ pub struct Running {
     console: GuestInput,
     balloon: Option<BalloonHandle>,
     control: Sender<Message>,
+    is_paused: Arc<AtomicBool>,
     end: Arc<End>,
     supervisor: Option<JoinHandle<()>>,
 }
@@ -149,7 +151,7 @@ impl Running {
         let (weak, balloon) = (Arc::downgrade(&machine), machine.balloon().cloned());
         let [serial, console] = [InputPort::Serial, InputPort::Console].map(|port| machine.input(port));
         let supervisor = Supervisor::new(machine, threads, config.no_reboot, inbox);
-        let end = Arc::new(End::default());
+        let (is_paused, end) = (supervisor.is_paused(), Arc::new(End::default()));
         let thread = thread::Builder::new().name("supervisor".into()).spawn({
             let ending = Ending(end.clone());
             move || {
@@ -159,7 +161,7 @@ impl Running {
             }
         });
         let supervisor = Some(thread.map_err(StartError::Thread)?);
-        Ok(Self { machine: weak, serial, console, balloon, control, end, supervisor })
+        Ok(Self { machine: weak, serial, console, balloon, control, is_paused, end, supervisor })
     }
 
     /// Where input for the guest's serial port goes.
@@ -197,6 +199,11 @@ impl Running {
     /// Lets a paused machine go on.
     pub fn resume(&self) -> Result<(), LifecycleError> {
         self.ask(Control::Resume)
+    }
+
+    /// Whether the machine is paused, by whomever.
+    pub fn is_paused(&self) -> bool {
+        self.is_paused.load(Ordering::SeqCst)
     }
 
     /// The state of a paused machine, without its memory.

@@ -6,16 +6,9 @@ use clap::{
     Args,
     builder::{PossibleValuesParser, TypedValueParser},
 };
-use purlin_arch::x86_64::cpuid::CpuModel;
-use purlin_vmm::{BalloonConfig, OptionalDevice, engines::EngineChoice, network::nat::Publish, storage::DiskSpec};
 
-use super::{
-    balloon, disk,
-    net::{self, Net},
-    quantity::parse_size,
-    vsock::{self, Vsock},
-};
-use crate::exit;
+use super::vsock::{self, Vsock};
+use crate::{exit, machine::MachineArgs};
 
 /// Run a virtual machine in the foreground, with its serial port (or console) on the terminal
 #[derive(Args)]
@@ -38,22 +31,6 @@ pub struct RunArgs {
     #[arg(long, value_name = "TEXT")]
     pub cmdline: Option<String>,
 
-    /// Memory of the guest: a number with K, M, G or T [default: 512M, for an image 1G]
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    pub memory: Option<u64>,
-
-    /// Number of virtual CPUs
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub cpus: u32,
-
-    /// What executes the guest: KVM, the translator, or KVM only where it really runs kernels
-    #[arg(long, default_value = "auto", value_parser = engine_parser())]
-    pub engine: EngineChoice,
-
-    /// The processor that the guest sees [default: the best level up to x86-64-v3 that this host has]
-    #[arg(long, value_name = "MODEL", value_parser = model_parser())]
-    pub cpu: Option<CpuModel>,
-
     /// Where the guest's serial port goes: stdio, file:PATH or none [default: stdio, with --console stdio none]
     #[arg(long, value_name = "WHERE", value_parser = parse_target)]
     pub serial: Option<Target>,
@@ -63,60 +40,22 @@ pub struct RunArgs {
     #[arg(long, value_name = "WHERE", default_value = "none", value_parser = parse_target)]
     pub console: Target,
 
-    /// A further device: rng (virtio-rng), debug-exit (port 0xf4 ends the run) or debugcon (port 0xe9 writes to the
-    /// serial output)
-    #[arg(long, value_name = "DEVICE", value_parser = device_parser())]
-    pub device: Vec<OptionalDevice>,
-
-    /// A disk (/dev/vda, /dev/vdb and so on in the guest, behind those of an image): the path of a raw or qcow2 image,
-    /// with format=raw|qcow2 where its name does not say it, readonly, serial=TEXT, and the limits iops=N and bps=RATE
-    /// behind commas
-    #[arg(long, value_name = "PATH[,OPTION]...", value_parser = disk::parse)]
-    pub disk: Vec<DiskSpec>,
-
-    /// The network: user (behind the host's own address, with no privilege), tap=NAME (an interface of the host's) or
-    /// none; ',bps=RATE' limits it, ',loopback' makes user's gateway 10.0.2.2 the host's own 127.0.0.1, ',queues=N' is
-    /// for an interface made with multi_queue (as many as there are CPUs) [default: user for an image, else none]
-    #[arg(long, value_name = "KIND", value_parser = net::parse)]
-    pub net: Option<Net>,
-
-    /// A port of the host's that leads to one of the guest's; without HOST it is 127.0.0.1. An image's ssh is led to from
-    /// port 2222, or the next that is free
-    #[arg(long, value_name = "[HOST:]PORT:GUESTPORT[/udp]")]
-    pub publish: Vec<Publish>,
-
     /// Sockets between programs of the host's and the guest's (virtio-vsock): the Unix socket to create. A program that
     /// connects to it and says 'CONNECT PORT' is led to that port of the guest's, whose own connections to the host (CID
     /// 2) are led to the socket PATH_PORT; ',cid=N' is the guest's address [default: 3]
     #[arg(long, value_name = "PATH[,cid=N]", value_parser = vsock::parse)]
     pub vsock: Option<Vsock>,
 
-    /// A memory balloon (virtio-balloon), through which free memory of the guest's is the host's again:
-    /// 'size=SIZE[,deflate-on-oom=on|off][,free-page-reporting=on|off]'. SIZE is what the guest is asked to give back at
-    /// once, mostly 0; if not said otherwise it gives back what is free as it goes, and takes more when it runs out
-    #[arg(long, value_name = "OPTIONS", value_parser = balloon::parse)]
-    pub balloon: Option<BalloonConfig>,
+    #[command(flatten)]
+    pub machine: MachineArgs,
 
     /// The guest's name [default: the image's]
     #[arg(long, value_name = "NAME", conflicts_with = "kernel")]
     pub hostname: Option<String>,
 
-    /// What cloud-init is to do in an image at its first boot, beside letting your ssh key in
-    #[arg(long, value_name = "FILE", conflicts_with = "kernel")]
-    pub user_data: Option<PathBuf>,
-
-    /// The size of an image's own disk, if it is to be larger than the image (it cannot be smaller)
-    #[arg(long, value_name = "SIZE", value_parser = parse_size, conflicts_with = "kernel")]
-    pub disk_size: Option<u64>,
-
     /// End the run when the guest resets itself, instead of starting it again
     #[arg(long)]
     pub no_reboot: bool,
-
-    /// What to do when the host cannot carry out a request to a disk, because it is out of space or its own disk fails:
-    /// report gives the guest an error, pause stops the guest until you let it go on, and then tries again
-    #[arg(long, value_name = "WHAT", default_value = "report", value_parser = on_io_error_parser())]
-    pub on_io_error: IoErrorChoice,
 
     /// What to do when the guest says (by pvpanic) that its kernel has panicked, beside telling so: continue leaves what
     /// comes next to the guest, exit ends the run with status 4
@@ -128,15 +67,6 @@ pub struct RunArgs {
     /// /tmp/perf-PID.map, in which 'perf report' finds the names of the translated code that 'perf record' has seen
     #[arg(long, value_name = "FILE")]
     pub profile: Option<PathBuf>,
-}
-
-/// What follows a disk's failure.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum IoErrorChoice {
-    /// The guest gets an error.
-    Report,
-    /// The guest is paused.
-    Pause,
 }
 
 /// What follows a panic of the guest's kernel.
@@ -227,35 +157,9 @@ fn parse_target(text: &str) -> Result<Target, String> {
     }
 }
 
-fn on_io_error_parser() -> impl TypedValueParser<Value = IoErrorChoice> {
-    PossibleValuesParser::new(["report", "pause"])
-        .map(|name| if name == "pause" { IoErrorChoice::Pause } else { IoErrorChoice::Report })
-}
-
 fn on_panic_parser() -> impl TypedValueParser<Value = OnPanic> {
     PossibleValuesParser::new(["continue", "exit"])
         .map(|name| if name == "exit" { OnPanic::Exit } else { OnPanic::Continue })
-}
-
-fn engine_parser() -> impl TypedValueParser<Value = EngineChoice> {
-    PossibleValuesParser::new(["auto", "kvm", "translator"]).try_map(|name| name.parse::<EngineChoice>())
-}
-
-fn model_parser() -> impl TypedValueParser<Value = CpuModel> {
-    PossibleValuesParser::new(["host", "x86-64-v2", "x86-64-v3", "x86-64-v4"]).map(|name| match name.as_str() {
-        "x86-64-v2" => CpuModel::V2,
-        "x86-64-v3" => CpuModel::V3,
-        "x86-64-v4" => CpuModel::V4,
-        _ => CpuModel::Host,
-    })
-}
-
-fn device_parser() -> impl TypedValueParser<Value = OptionalDevice> {
-    PossibleValuesParser::new(["rng", "debug-exit", "debugcon"]).map(|name| match name.as_str() {
-        "rng" => OptionalDevice::Rng,
-        "debug-exit" => OptionalDevice::DebugExit,
-        _ => OptionalDevice::Debugcon,
-    })
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use purlin_debian::{
 };
 use purlin_images::{
     prepare::{Prepared, Request, prepare_run},
+    seed::read_user_data,
     store::Store,
 };
 use purlin_vmm::storage::{DiskSpec, Format};
@@ -67,14 +68,16 @@ impl Boot {
         // Its own command line names the serial port.
         let console = (args.port_on_stdio() == Some(Port::Console)).then(|| console(args));
         let arguments = join(&[console.as_deref(), environment.as_deref(), args.cmdline.as_deref()]);
-        let request = Request { arguments: Some(&arguments), ..request(image, args) };
+        let user_data = args.machine.user_data.as_deref().map(read_user_data).transpose()?;
+        let request = Request { arguments: Some(&arguments), user_data: user_data.as_deref(), ..request(image, args) };
         let machine = prepare_run(&Store::of_user()?, &request, &Shown::new(stop.clone()))?;
-        let disk = DiskSpec::new(&machine.disk).format(Format::Qcow2);
-        let seed = DiskSpec::new(&machine.seed).format(Format::Raw).read_only();
+        let files = &machine.files;
+        let disk = DiskSpec::new(&files.disk).format(Format::Qcow2);
+        let seed = DiskSpec::new(&files.seed).format(Format::Raw).read_only();
         Ok(Self {
-            kernel: machine.kernel.clone(),
-            initrds: machine.initrds.clone(),
-            cmdline: machine.cmdline.clone(),
+            kernel: files.kernel.clone(),
+            initrds: files.initrds.clone(),
+            cmdline: files.cmdline.clone(),
             disks: vec![disk, seed],
             machine: Some(machine),
         })
@@ -85,9 +88,8 @@ fn request<'a>(image: &'a str, args: &'a RunArgs) -> Request<'a> {
     Request {
         image,
         host_name: args.hostname.as_deref(),
-        user_data: args.user_data.as_deref(),
-        disk_size: args.disk_size,
-        arguments: None,
+        disk_size: args.machine.disk_size,
+        ..Request::default()
     }
 }
 

@@ -5,7 +5,7 @@ use std::{path::PathBuf, sync::Arc};
 use anyhow::Result;
 use purlin_vmm::vsock::{GUEST_CIDS, HostSocket, VsockConfig};
 
-use super::disk::split;
+use crate::machine::disk::split;
 
 /// The context ID of a guest that is not given one.
 const DEFAULT_CID: u32 = 3;

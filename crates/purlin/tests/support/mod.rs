@@ -3,8 +3,8 @@
 
 use std::{
     fs,
-    path::PathBuf,
-    process::{Child, Command, ExitStatus, Output},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Output, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -119,6 +119,92 @@ pub mod command {
     pub const FLOOD: u8 = b'F';
     /// Ends in a triple fault.
     pub const TRIPLE_FAULT: u8 = b'T';
+}
+
+/// A home of its own, with an image `tiny` whose kernel is [`kernel`]; its daemon and machines end with it.
+pub struct Home {
+    dir: TempDir,
+}
+
+impl Home {
+    /// Makes it.
+    pub fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, disk) = (dir.path().join("root"), dir.path().join("tiny.raw"));
+        fs::create_dir_all(root.join("boot")).unwrap();
+        fs::write(root.join("boot/vmlinuz-1"), kernel()).unwrap();
+        let mut command = Command::new("/sbin/mke2fs");
+        command.args(["-q", "-F", "-t", "ext4", "-d"]).arg(&root).arg(&disk).arg("8M");
+        assert!(command.status().expect("mke2fs (e2fsprogs)").success());
+        let home = Self { dir };
+        let import = home.purlin().args(["image", "import", "--name", "tiny"]).arg(&disk).output().unwrap();
+        assert!(import.status.success(), "{:#?}", stderr(&import));
+        home
+    }
+
+    /// The program, at home here.
+    pub fn purlin(&self) -> Command {
+        let mut command = purlin();
+        command.env("PURLIN_HOME", self.path());
+        command
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Runs a verb that succeeds; its standard output.
+    #[track_caller]
+    pub fn ok(&self, words: &str) -> String {
+        let output = self.run(words);
+        assert!(output.status.success(), "{words}: {:#?}", stderr(&output));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Runs a verb.
+    pub fn run(&self, words: &str) -> Output {
+        self.purlin().args(words.split_whitespace()).stdin(Stdio::null()).output().unwrap()
+    }
+
+    /// The processes that run the machines kept here, and the daemons, as (process, command line).
+    pub fn processes(&self) -> Vec<(u32, String)> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir("/proc").unwrap().flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+            let read = |file: &str| fs::read(entry.path().join(file)).unwrap_or_default();
+            let environment = format!("PURLIN_HOME={}\0", self.path().display());
+            if String::from_utf8_lossy(&read("environ")).contains(&environment) {
+                found.push((pid, String::from_utf8_lossy(&read("cmdline")).replace('\0', " ")));
+            }
+        }
+        found
+    }
+
+    /// The machines' processes.
+    pub fn machines(&self) -> Vec<u32> {
+        let machines = self.processes().into_iter().filter(|(_, command)| command.contains("__vmm"));
+        machines.map(|(pid, _)| pid).collect()
+    }
+
+    /// The daemon's process.
+    pub fn daemon(&self) -> Option<u32> {
+        self.processes().into_iter().find(|(_, command)| command.contains("daemon --detached")).map(|(pid, _)| pid)
+    }
+}
+
+impl Drop for Home {
+    fn drop(&mut self) {
+        for (pid, _) in self.processes() {
+            kill(pid);
+        }
+    }
+}
+
+/// SIGKILL.
+pub fn kill(pid: u32) {
+    let pid = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
+    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
 }
 
 /// An ELF header for 64-bit x86 without segments (System V gABI, chapter 4).

@@ -1,12 +1,12 @@
 //! `--balloon size=SIZE[,deflate-on-oom=on|off][,free-page-reporting=on|off]`.
 
-use purlin_vmm::BalloonConfig;
+use purlin_api::Balloon;
 
 use super::quantity::parse_size;
 
 /// Reads the option.
-pub fn parse(text: &str) -> Result<BalloonConfig, String> {
-    let mut config = BalloonConfig::default();
+pub fn parse(text: &str) -> Result<Balloon, String> {
+    let mut config = Balloon { size: 0, deflate_on_oom: true, free_page_reporting: true };
     for part in text.split(',') {
         match part.split_once('=') {
             Some(("size", size)) => config.size = parse_size(size).map_err(|e| format!("'{size}': {e}"))?,
@@ -36,10 +36,11 @@ mod tests {
 
     #[test]
     fn balloons() {
-        assert_eq!(parse("size=0"), Ok(BalloonConfig::default()));
-        let all = BalloonConfig { size: 256 << 20, deflate_on_oom: false, free_page_reporting: false };
+        let default = Balloon { size: 0, deflate_on_oom: true, free_page_reporting: true };
+        assert_eq!(parse("size=0"), Ok(default));
+        let all = Balloon { size: 256 << 20, deflate_on_oom: false, free_page_reporting: false };
         assert_eq!(parse("free-page-reporting=off,size=256M,deflate-on-oom=off"), Ok(all));
-        assert_eq!(parse("deflate-on-oom=on"), Ok(BalloonConfig::default()));
+        assert_eq!(parse("deflate-on-oom=on"), Ok(default));
         for wrong in ["", "256M", "size", "size=1", "size=0,", "deflate-on-oom=yes", "size=0 ,deflate-on-oom=on"] {
             assert!(parse(wrong).is_err(), "{wrong}");
         }

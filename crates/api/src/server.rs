@@ -1,0 +1,115 @@
+//! What the servers of Purlin's APIs have in common: connections, bodies, errors.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Json, Router,
+    extract::{DefaultBodyLimit, FromRequest, Request, rejection::JsonRejection},
+    http::StatusCode,
+    response::{IntoResponse, Response},
+};
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use serde::de::DeserializeOwned;
+use tokio::{
+    net::{UnixListener, UnixStream},
+    sync::Semaphore,
+};
+
+use crate::{ErrorBody, Reason};
+
+/// Connections at once; further ones wait until one of them ends.
+const MOST_CONNECTIONS: usize = 512;
+/// How long a client may take to say what it wants.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long it waits with a further connection where there are no descriptors left.
+const EXHAUSTED: Duration = Duration::from_millis(100);
+
+/// An error as an answer.
+#[derive(Debug)]
+pub struct Refusal(pub ErrorBody);
+
+impl Refusal {
+    /// One in words.
+    pub fn new(reason: Reason, message: impl std::fmt::Display) -> Self {
+        Self(ErrorBody::new(reason, message))
+    }
+}
+
+impl From<ErrorBody> for Refusal {
+    fn from(body: ErrorBody) -> Self {
+        Self(body)
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let status = StatusCode::from_u16(self.0.reason.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        (status, Json(self.0)).into_response()
+    }
+}
+
+/// A body in JSON; what it cannot be is refused with one line.
+pub struct Body<T>(pub T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
+    type Rejection = Refusal;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Refusal> {
+        match Json::<T>::from_request(request, state).await {
+            Ok(Json(body)) => Ok(Self(body)),
+            Err(rejection) => Err(refusal(&rejection)),
+        }
+    }
+}
+
+fn refusal(rejection: &JsonRejection) -> Refusal {
+    let reason = match rejection.status() {
+        StatusCode::PAYLOAD_TOO_LARGE => Reason::TooLarge,
+        _ => Reason::BadRequest,
+    };
+    let text = rejection.body_text();
+    Refusal::new(reason, text.lines().next().unwrap_or_default())
+}
+
+/// A router that answers everything: also what it has no route for, and bodies of more than `max_body` bytes.
+pub fn complete(router: Router, max_body: usize) -> Router {
+    router
+        .fallback(|| async { Refusal::new(Reason::NotFound, "there is nothing at this path") })
+        .method_not_allowed_fallback(|| async {
+            Refusal::new(Reason::MethodNotAllowed, "there is no such method at this path")
+        })
+        .layer(DefaultBodyLimit::max(max_body))
+}
+
+/// Serves `router` at a Unix socket, as long as this is polled.
+pub async fn serve(listener: UnixListener, router: Router) {
+    let connections = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+    loop {
+        let Ok(permit) = connections.clone().acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let router = router.clone();
+                tokio::spawn(async move {
+                    serve_one(stream, router).await;
+                    drop(permit);
+                });
+            }
+            // There are too many descriptors, or the client is gone already.
+            Err(_) => tokio::time::sleep(EXHAUSTED).await,
+        }
+    }
+}
+
+async fn serve_one(stream: UnixStream, router: Router) {
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIMEOUT)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router))
+        .with_upgrades();
+    // Its end concerns nobody but the client.
+    let _ = connection.await;
+}

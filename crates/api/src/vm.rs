@@ -1,0 +1,116 @@
+//! The control API of a VM's process: what it is started with, and what it says of itself.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::{Disk, Machine};
+
+/// The file in the machine's directory that says what to run.
+pub const SPEC: &str = "machine.json";
+/// The control socket in it.
+pub const CONTROL: &str = "control.sock";
+/// The socket that leads to the guest's sockets: a program says `CONNECT PORT` there.
+pub const VSOCK: &str = "vsock.sock";
+/// The file that a process has locked as long as it lives.
+pub const LOCK: &str = "lock";
+/// The file that says how the last run ended.
+pub const END: &str = "end.json";
+/// What the guest has written to its serial port.
+pub const CONSOLE_LOG: &str = "console.log";
+/// What the process has to say.
+pub const LOG: &str = "process.log";
+
+/// What a VM's process is to run. Paths that are relative are in the machine's directory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Spec {
+    /// Its name: the guest's host name.
+    pub name: String,
+    /// The hardware.
+    pub machine: Machine,
+    /// The kernel.
+    pub kernel: PathBuf,
+    /// Initial RAM disks, in order.
+    pub initrds: Vec<PathBuf>,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// The machine's own disks, before those of [`Spec::machine`].
+    pub own_disks: Vec<Disk>,
+    /// The network card's address.
+    pub mac: [u8; 6],
+    /// Whether ssh is led to the guest from a free port of the host's.
+    pub ssh: bool,
+}
+
+/// A VM's process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Process {
+    /// When the run began, in milliseconds since 1970 (UTC).
+    pub started: u64,
+    /// Whether the guest runs.
+    pub state: State,
+    /// The engine, and why this one.
+    pub engine: String,
+    /// Where the host leads ssh to the guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub ssh: Option<SocketAddr>,
+    /// The ports of the host's that lead to the guest's, as they came to be.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub published: Vec<String>,
+}
+
+/// Whether a guest runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// It does.
+    Running,
+    /// It stands still.
+    Paused,
+}
+
+/// What a VM's process can be asked to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Action {
+    /// Has the guest stand still.
+    Pause,
+    /// Has it go on.
+    Resume,
+    /// Presses the power button.
+    PressPowerButton,
+    /// Ends the run, as if the power failed.
+    Quit,
+}
+
+/// The body of a request to do something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Act {
+    /// What.
+    pub action: Action,
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct End {
+    /// When, in milliseconds since 1970 (UTC).
+    pub time: u64,
+    /// Whether the guest or its engine failed, or the process was killed.
+    pub crashed: bool,
+    /// How, for people.
+    pub message: String,
+}
+
+/// The one line that the process writes to standard output once its guest runs, or why it does not.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ready {
+    /// The guest runs.
+    Started(Process),
+    /// It could not be started.
+    Failed(crate::ErrorBody),
+}

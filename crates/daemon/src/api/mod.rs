@@ -1,0 +1,169 @@
+//! The REST API, under /1.0, as its description ([`description`]) says.
+
+mod instances;
+mod operations;
+mod relay;
+
+use std::sync::Arc;
+
+use axum::{
+    Json, Router,
+    extract::{Query, State, WebSocketUpgrade, ws::{Message, WebSocket}},
+    response::Response,
+    routing::{get, post, put},
+};
+use purlin_api::{
+    ErrorBody, Event, Reason, ServerInfo,
+    server::{self, Refusal},
+};
+use serde::Deserialize;
+use tokio::sync::{Notify, broadcast::error::RecvError};
+use utoipa::{IntoParams, OpenApi};
+
+use crate::{events::Events, instances::Instances, operations::Operations};
+
+/// Bytes of the longest request: user-data is the longest thing in one.
+const MAX_BODY: usize = 4 << 20;
+
+/// What the API is about.
+#[derive(Clone)]
+pub struct Shared(Arc<Inner>);
+
+struct Inner {
+    instances: Arc<Instances>,
+    operations: Arc<Operations>,
+    events: Arc<Events>,
+    end: Arc<Notify>,
+}
+
+impl Shared {
+    pub(crate) fn new(
+        instances: Arc<Instances>,
+        operations: Arc<Operations>,
+        events: Arc<Events>,
+        end: Arc<Notify>,
+    ) -> Self {
+        Self(Arc::new(Inner { instances, operations, events, end }))
+    }
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(title = "Purlin", description = "Virtual machines on this host."),
+    paths(
+        info, shutdown, events, openapi,
+        instances::list, instances::create, instances::get, instances::change, instances::delete,
+        instances::change_state, instances::rename, instances::log,
+        relay::console, relay::agent,
+        operations::list, operations::get, operations::wait,
+    ),
+    components(schemas(Event))
+)]
+struct Description;
+
+/// The API's description (OpenAPI 3.1), as a JSON document.
+pub fn description() -> serde_json::Value {
+    serde_json::to_value(Description::openapi()).unwrap_or_default()
+}
+
+pub(crate) fn router(shared: Shared) -> Router {
+    let router = Router::new()
+        .route("/1.0", get(info))
+        .route("/1.0/openapi.json", get(openapi))
+        .route("/1.0/shutdown", post(shutdown))
+        .route("/1.0/events", get(events))
+        .route("/1.0/instances", get(instances::list).post(instances::create))
+        .route("/1.0/instances/{name}", get(instances::get).patch(instances::change).delete(instances::delete))
+        .route("/1.0/instances/{name}/state", put(instances::change_state))
+        .route("/1.0/instances/{name}/rename", post(instances::rename))
+        .route("/1.0/instances/{name}/log", get(instances::log))
+        .route("/1.0/instances/{name}/console", get(relay::console))
+        .route("/1.0/instances/{name}/agent", get(relay::agent))
+        .route("/1.0/operations", get(operations::list))
+        .route("/1.0/operations/{id}", get(operations::get))
+        .route("/1.0/operations/{id}/wait", get(operations::wait))
+        .with_state(shared);
+    server::complete(router, MAX_BODY)
+}
+
+/// The daemon itself.
+#[utoipa::path(get, path = "/1.0", responses((status = 200, body = ServerInfo)))]
+async fn info() -> Json<ServerInfo> {
+    Json(ServerInfo {
+        api_version: purlin_api::VERSION.into(),
+        version: env!("CARGO_PKG_VERSION").into(),
+        pid: std::process::id(),
+    })
+}
+
+/// This description.
+#[utoipa::path(get, path = "/1.0/openapi.json", responses((status = 200, body = Object)))]
+async fn openapi() -> Json<serde_json::Value> {
+    Json(description())
+}
+
+/// Ends the daemon; machines go on.
+#[utoipa::path(post, path = "/1.0/shutdown", responses((status = 200, body = ServerInfo)))]
+async fn shutdown(State(Shared(shared)): State<Shared>) -> Json<ServerInfo> {
+    shared.end.notify_one();
+    info().await
+}
+
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+struct From {
+    /// The number of the first event that is wanted; without it, what happens from now on.
+    from: Option<u64>,
+}
+
+/// What happens: a websocket of [`Event`]s in JSON.
+#[utoipa::path(get, path = "/1.0/events", params(From), responses(
+    (status = 101, description = "a websocket"),
+    (status = 400, body = ErrorBody, description = "the request is none for a websocket"),
+    (status = 426, body = ErrorBody, description = "the connection cannot become a websocket"),
+    (status = 500, body = ErrorBody),
+))]
+async fn events(
+    State(Shared(shared)): State<Shared>,
+    from: Result<Query<From>, axum::extract::rejection::QueryRejection>,
+    upgrade: Result<WebSocketUpgrade, axum::extract::ws::rejection::WebSocketUpgradeRejection>,
+) -> Result<Response, Refusal> {
+    let Query(From { from }) = from.map_err(|e| bad_request(&e))?;
+    let upgrade = relay::upgrade(upgrade)?;
+    let (past, live) = shared.events.listen(from).map_err(|e| Refusal::new(Reason::Failed, e))?;
+    Ok(upgrade.on_upgrade(|socket| pass_events(socket, past, live)))
+}
+
+fn bad_request(rejection: &impl std::fmt::Display) -> Refusal {
+    Refusal::new(Reason::BadRequest, rejection)
+}
+
+async fn pass_events(mut socket: WebSocket, past: Vec<Event>, mut live: tokio::sync::broadcast::Receiver<Event>) {
+    for event in &past {
+        if send_event(&mut socket, event).await.is_err() {
+            return;
+        }
+    }
+    loop {
+        tokio::select! {
+            event = live.recv() => match event {
+                Ok(event) => {
+                    if send_event(&mut socket, &event).await.is_err() {
+                        return;
+                    }
+                }
+                Err(RecvError::Lagged(_)) => {}
+                Err(RecvError::Closed) => return,
+            },
+            message = socket.recv() => match message {
+                Some(Ok(Message::Close(_)) | Err(_)) | None => return,
+                Some(Ok(_)) => {}
+            },
+        }
+    }
+}
+
+async fn send_event(socket: &mut WebSocket, event: &Event) -> Result<(), axum::Error> {
+    let text = serde_json::to_string(event).unwrap_or_default();
+    socket.send(Message::Text(text.into())).await
+}

@@ -1,0 +1,240 @@
+//! The processes of VMs, as the daemon sees them: started, found again, asked, and outlived.
+
+use std::{
+    fs::{self, File},
+    io,
+    path::{Path, PathBuf},
+    process::Stdio,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use purlin_api::{
+    ErrorBody, InstanceProcess, Reason, Usage,
+    client::{Client, ClientError, WebSocket},
+    unix::Address,
+    vm::{self, Act, Action, Ready},
+};
+use purlin_vmm::process::VERB;
+use rustix::{
+    fs::{FlockOperation, flock},
+    io::Errno,
+    process::{Pid, Signal, kill_process},
+};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, BufReader},
+    net::UnixStream,
+    process::{Child, Command},
+    sync::watch,
+    time::{sleep, timeout},
+};
+
+use crate::events::now_ms;
+
+/// How long a process may take to say what it is doing.
+const ANSWER: Duration = Duration::from_millis(200);
+/// How long it may take to do what it is asked.
+const ACTION: Duration = Duration::from_secs(10);
+/// How often something is looked at that tells nobody when it changes.
+const LOOK: Duration = Duration::from_millis(10);
+/// Bytes of the longest line that says how a start went.
+const MAX_READY: u64 = 64 << 10;
+
+/// A VM's process.
+pub struct Vm {
+    dir: PathBuf,
+    client: Client,
+    pid: u32,
+    said: Mutex<vm::Process>,
+    /// Whether it is gone.
+    gone: watch::Receiver<bool>,
+}
+
+/// Something that could not be done.
+pub fn failed(message: impl std::fmt::Display) -> ErrorBody {
+    ErrorBody::new(Reason::Failed, message)
+}
+
+/// Starts the machine in `dir`, and returns when its guest runs.
+pub async fn start(dir: &Path, spec: &vm::Spec) -> Result<Arc<Vm>, ErrorBody> {
+    write_spec(dir, spec).map_err(|e| failed(format!("cannot write {}: {e}", dir.join(vm::SPEC).display())))?;
+    let mut child = spawn(dir).map_err(|e| failed(format!("cannot start the machine's process: {e}")))?;
+    let ready = read_ready(&mut child, dir).await;
+    // It is the daemon's child as long as there is this daemon; without anybody to wait for it, a zombie would stay.
+    tokio::spawn(async move { child.wait().await });
+    match ready? {
+        Ready::Started(said) => Vm::connect(dir, said).await.map_err(failed),
+        Ready::Failed(error) => Err(error),
+    }
+}
+
+/// Finds the process again that runs the machine in `dir`; `None` if there is none.
+pub async fn find(dir: &Path) -> Result<Option<Arc<Vm>>, ErrorBody> {
+    let client = Client::new(dir.join(vm::CONTROL));
+    while is_locked(dir).map_err(|e| failed(format!("cannot look at {}: {e}", dir.join(vm::LOCK).display())))? {
+        // One that is starting answers when its guest runs.
+        match client.get::<vm::Process>("/1.0").await {
+            Ok(said) => return Vm::connect(dir, said).await.map(Some).map_err(failed),
+            Err(_) => sleep(LOOK).await,
+        }
+    }
+    Ok(None)
+}
+
+fn write_spec(dir: &Path, spec: &vm::Spec) -> io::Result<()> {
+    let new = dir.join(format!("{}.new", vm::SPEC));
+    fs::write(&new, serde_json::to_vec_pretty(spec)?)?;
+    fs::rename(new, dir.join(vm::SPEC))
+}
+
+fn spawn(dir: &Path) -> io::Result<Child> {
+    let log = File::options().create(true).append(true).open(dir.join(vm::LOG))?;
+    let mut command = Command::new("/proc/self/exe");
+    command.arg(VERB).arg(dir).current_dir("/");
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
+    // What is for the daemon's group (a terminal's Ctrl-C) is not for machines.
+    command.process_group(0).kill_on_drop(false).spawn()
+}
+
+async fn read_ready(child: &mut Child, dir: &Path) -> Result<Ready, ErrorBody> {
+    let mut line = String::new();
+    if let Some(stdout) = child.stdout.take() {
+        let read = BufReader::new(stdout.take(MAX_READY)).read_line(&mut line).await;
+        read.map_err(|e| failed(format!("cannot hear from the machine's process: {e}")))?;
+    }
+    serde_json::from_str(&line).map_err(|_| {
+        failed(format!("the machine's process ended before its guest ran; {} says why", dir.join(vm::LOG).display()))
+    })
+}
+
+/// Whether a process runs the machine in `dir`.
+fn is_locked(dir: &Path) -> io::Result<bool> {
+    let lock = match File::open(dir.join(vm::LOCK)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        other => other?,
+    };
+    match flock(&lock, FlockOperation::NonBlockingLockShared) {
+        Ok(()) => Ok(false),
+        Err(Errno::WOULDBLOCK) => Ok(true),
+        Err(error) => Err(error.into()),
+    }
+}
+
+impl Vm {
+    async fn connect(dir: &Path, said: vm::Process) -> io::Result<Arc<Self>> {
+        let socket = dir.join(vm::CONTROL);
+        let stream = UnixStream::connect(Address::of(&socket)?.path()).await?;
+        let pid = stream.peer_cred()?.pid().unwrap_or_default().cast_unsigned();
+        let (sender, gone) = watch::channel(false);
+        let vm = Arc::new(Self { dir: dir.to_owned(), client: Client::new(socket), pid, said: Mutex::new(said), gone });
+        tokio::spawn({
+            let (client, dir) = (vm.client.clone(), dir.to_owned());
+            async move {
+                wait_for_end(&client, &dir).await;
+                let _ = sender.send(true);
+            }
+        });
+        Ok(vm)
+    }
+
+    /// Waits until the process is gone, and says how its run ended.
+    pub async fn end(&self) -> vm::End {
+        self.wait_until_gone().await;
+        let killed = || vm::End { time: now_ms(), crashed: true, message: "the machine's process was killed".into() };
+        let said = fs::read(self.dir.join(vm::END)).ok().and_then(|text| serde_json::from_slice(&text).ok());
+        said.unwrap_or_else(killed)
+    }
+
+    async fn wait_until_gone(&self) {
+        // The other end is dropped once it has said so.
+        let _ = self.gone.clone().wait_for(|gone| *gone).await;
+    }
+
+    /// Waits for its end, but not longer than `most`; whether it is gone.
+    pub async fn is_gone_within(&self, most: Duration) -> bool {
+        timeout(most, self.wait_until_gone()).await.is_ok()
+    }
+
+    /// Asks it to do something.
+    pub async fn act(&self, action: Action) -> Result<(), ErrorBody> {
+        let act = Act { action };
+        match timeout(ACTION, self.client.put::<vm::Process>("/1.0/state", &act)).await {
+            Ok(Ok(said)) => {
+                self.set_said(said);
+                Ok(())
+            }
+            Ok(Err(ClientError::Refused(error))) => Err(error),
+            Ok(Err(error)) => Err(ErrorBody::new(Reason::Unavailable, error)),
+            Err(_) => Err(ErrorBody::new(Reason::Unavailable, "the machine's process does not answer")),
+        }
+    }
+
+    /// Ends it without asking.
+    pub fn kill(&self) {
+        if let Some(pid) = Pid::from_raw(self.pid.cast_signed()) {
+            // It may be gone already.
+            let _ = kill_process(pid, Signal::KILL);
+        }
+    }
+
+    /// What it is doing now; where it does not answer soon, what it said last.
+    pub async fn look(&self) -> vm::Process {
+        if let Ok(Ok(said)) = timeout(ANSWER, self.client.get::<vm::Process>("/1.0")).await {
+            self.set_said(said);
+        }
+        self.said.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_said(&self, said: vm::Process) {
+        *self.said.lock().unwrap_or_else(PoisonError::into_inner) = said;
+    }
+
+    /// All that is known of it.
+    pub async fn describe(&self) -> InstanceProcess {
+        InstanceProcess { pid: self.pid, said: self.look().await, usage: usage(self.pid) }
+    }
+
+    /// The guest's console.
+    pub async fn console(&self) -> Result<WebSocket, ErrorBody> {
+        self.client.websocket("/1.0/console").await.map_err(|e| ErrorBody::new(Reason::Unavailable, e))
+    }
+
+    /// A connection to the socket `port` of the guest's.
+    pub async fn vsock(&self, port: u32) -> Result<BufReader<UnixStream>, ErrorBody> {
+        let unavailable = |e: &dyn std::fmt::Display| ErrorBody::new(Reason::Unavailable, format!("the guest's port {port}: {e}"));
+        let connect = async {
+            let stream = UnixStream::connect(Address::of(&self.dir.join(vm::VSOCK))?.path()).await?;
+            let mut stream = BufReader::new(stream);
+            tokio::io::AsyncWriteExt::write_all(&mut stream, format!("CONNECT {port}\n").as_bytes()).await?;
+            let mut line = String::new();
+            (&mut stream).take(64).read_line(&mut line).await?;
+            if line.starts_with("OK ") { Ok(stream) } else { Err(io::ErrorKind::ConnectionRefused.into()) }
+        };
+        let connected: io::Result<_> = connect.await;
+        connected.map_err(|e| unavailable(&e))
+    }
+}
+
+/// Waits until no process has the lock in `dir` any more.
+async fn wait_for_end(client: &Client, dir: &Path) {
+    loop {
+        // It answers when the run is over, or not at all where the process is killed.
+        let _ = client.get::<vm::End>("/1.0/end").await;
+        if !is_locked(dir).unwrap_or(false) {
+            return;
+        }
+        sleep(LOOK).await;
+    }
+}
+
+/// What a process uses, as proc(5) has it; nothing of one that is gone.
+fn usage(pid: u32) -> Usage {
+    let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+    let (stat, statm) = (read("stat"), read("statm"));
+    // The name in brackets may have anything in it.
+    let fields: Vec<&str> = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace().collect();
+    let ticks = |field: usize| fields.get(field).and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
+    let pages = statm.split_whitespace().nth(1).and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
+    let cpu_ms = (ticks(11) + ticks(12)) * 1000 / rustix::param::clock_ticks_per_second();
+    Usage { cpu_ms, memory: pages * rustix::param::page_size() as u64 }
+}

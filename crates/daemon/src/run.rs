@@ -1,0 +1,113 @@
+//! The daemon's life.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use purlin_api::server;
+use purlin_images::store::Store;
+use rustix::{
+    fs::{FlockOperation, flock},
+    io::Errno,
+};
+use tokio::{
+    net::UnixListener,
+    signal::unix::{SignalKind, signal},
+    sync::Notify,
+};
+
+use crate::{
+    api::{self, Shared},
+    database::Database,
+    error::StartError,
+    events::Events,
+    instances::Instances,
+    operations::Operations,
+};
+
+/// How long answers that are under way may take once the daemon ends.
+const LAST_ANSWERS: Duration = Duration::from_millis(300);
+
+/// Where the daemon keeps what it has.
+#[derive(Clone, Debug)]
+pub struct Places {
+    /// The socket of its API.
+    pub socket: PathBuf,
+    /// The directory of its database and of the instances.
+    pub data: PathBuf,
+}
+
+/// Runs the daemon until a signal or somebody at the API ends it; machines go on. `ready` is called once it answers.
+pub fn run(places: &Places, ready: impl FnOnce()) -> Result<(), StartError> {
+    let _lock = lock(places)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime = runtime.map_err(StartError::host("start threads for", &places.socket))?;
+    let ended = runtime.block_on(serve(places, ready));
+    runtime.shutdown_timeout(LAST_ANSWERS);
+    ended
+}
+
+/// There is one daemon for a directory.
+fn lock(places: &Places) -> Result<File, StartError> {
+    let run = places.socket.parent().unwrap_or(Path::new("/"));
+    for dir in [&places.data, run] {
+        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+        made.map_err(StartError::host("create", dir))?;
+    }
+    let path = places.data.join("daemon.lock");
+    let lock = File::create(&path).map_err(StartError::host("create", &path))?;
+    match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::WOULDBLOCK) => Err(StartError::Running),
+        other => other.map(|()| lock).map_err(|e| StartError::host("lock", &path)(e.into())),
+    }
+}
+
+async fn serve(places: &Places, ready: impl FnOnce()) -> Result<(), StartError> {
+    let database_path = places.data.join("purlin.redb");
+    let wrong = |e: crate::database::DatabaseError| StartError::Database {
+        path: database_path.clone(),
+        reason: e.to_string(),
+    };
+    let database = Arc::new(Database::open(&database_path)?);
+    let events = Arc::new(Events::new(database.clone()).map_err(wrong)?);
+    let operations = Arc::new(Operations::new(database.clone(), events.clone()).map_err(wrong)?);
+    let store = Store::at(places.data.join("images"));
+    let dir = places.data.join("instances");
+    let instances = Instances::new(dir, store, database, events.clone(), operations.clone()).map_err(wrong)?;
+    instances.recover().await;
+    let listener = listen(&places.socket).map_err(StartError::host("listen at", &places.socket))?;
+    let end = Arc::new(Notify::new());
+    let shared = Shared::new(instances, operations, events, end.clone());
+    let server = tokio::spawn(server::serve(listener, api::router(shared)));
+    ready();
+    wait_for_end(&end).await;
+    server.abort();
+    // Nobody is to wait for somebody who is gone.
+    let _ = fs::remove_file(&places.socket);
+    Ok(())
+}
+
+/// The socket, for the daemon's user alone. One that is there is of a daemon that was killed.
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    let _ = fs::remove_file(path);
+    UnixListener::bind(purlin_api::unix::Address::of(path)?.path())
+}
+
+async fn wait_for_end(asked: &Notify) {
+    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
+        return asked.notified().await;
+    };
+    tokio::select! {
+        () = asked.notified() => {}
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    // The answer that it ends is to arrive.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+}

@@ -1,0 +1,142 @@
+//! The daemon, as verbs talk to it.
+
+use std::{future::Future, thread, time::{Duration, Instant}};
+
+use anyhow::{Context, Result, anyhow, bail};
+use purlin_api::{
+    ErrorBody, Operation, OperationState, Reason,
+    client::{Client, ClientError, WebSocket},
+};
+use purlin_daemon::Places;
+use purlin_debian::Progress;
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::runtime::{Builder, Runtime};
+
+use crate::{daemon, exit::Ended, progress::Shown};
+
+/// How long a daemon may take to end.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The daemon.
+pub struct Api {
+    runtime: Runtime,
+    client: Client,
+}
+
+impl Api {
+    /// The user's daemon, started if there is none.
+    pub fn reach() -> Result<Self> {
+        let places = daemon::places()?;
+        let api = Self::of_running(&places)?;
+        if api.try_get::<serde::de::IgnoredAny>("/1.0")?.is_none() {
+            daemon::start(&places)?;
+        }
+        Ok(api)
+    }
+
+    /// The daemon at its place, whether it is there or not.
+    pub fn of_running(places: &Places) -> Result<Self> {
+        let runtime = Builder::new_current_thread().enable_all().build().context("cannot make an event loop")?;
+        Ok(Self { runtime, client: Client::new(&places.socket) })
+    }
+
+    /// GET, or nothing where there is no daemon.
+    pub fn try_get<T: DeserializeOwned>(&self, path: &str) -> Result<Option<T>> {
+        match self.runtime.block_on(self.client.get(path)) {
+            Ok(answer) => Ok(Some(answer)),
+            Err(ClientError::Connect { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// GET.
+    pub fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
+        Ok(self.runtime.block_on(self.client.get(path))?)
+    }
+
+    /// GET, of what is no JSON.
+    pub fn bytes(&self, path: &str) -> Result<Vec<u8>> {
+        Ok(self.runtime.block_on(self.client.bytes(path))?)
+    }
+
+    /// POST.
+    pub fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T> {
+        Ok(self.runtime.block_on(self.client.post(path, body))?)
+    }
+
+    /// PUT.
+    pub fn put<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T> {
+        Ok(self.runtime.block_on(self.client.put(path, body))?)
+    }
+
+    /// PATCH.
+    pub fn patch<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T> {
+        Ok(self.runtime.block_on(self.client.patch(path, body))?)
+    }
+
+    /// DELETE.
+    pub fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
+        Ok(self.runtime.block_on(self.client.delete(path))?)
+    }
+
+    /// A websocket.
+    pub fn websocket(&self, path: &str) -> Result<WebSocket> {
+        Ok(self.runtime.block_on(self.client.websocket(path))?)
+    }
+
+    /// Runs something that waits for several things at once.
+    pub fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
+        self.runtime.block_on(future)
+    }
+
+    /// Shows an operation's progress until it is over.
+    pub fn follow(&self, mut operation: Operation) -> Result<()> {
+        let mut shown: Option<Shown> = None;
+        let (mut step, mut notes) = (None, 0);
+        while operation.state == OperationState::Running {
+            let path = format!("/1.0/operations/{}/wait?timeout=60&beyond={}", operation.id, operation.revision);
+            operation = self.get(&path)?;
+            if operation.step.is_none() && operation.notes.is_empty() {
+                continue;
+            }
+            let shown = shown.get_or_insert_with(|| Shown::new(std::sync::Arc::default()));
+            if let Some(now) = operation.step.as_ref().filter(|now| step.as_ref() != Some(*now)) {
+                shown.step(now);
+                step = Some(now.clone());
+            }
+            operation.percent.iter().for_each(|percent| shown.fraction(f64::from(*percent) / 100.0));
+            operation.notes.iter().skip(notes).for_each(|note| shown.note(note));
+            notes = operation.notes.len();
+        }
+        drop(shown);
+        match operation.error {
+            None => Ok(()),
+            Some(error) => Err(ClientError::Refused(error).into()),
+        }
+    }
+
+    /// Waits until nobody has the daemon's place.
+    pub fn wait_until_gone(&self, places: &Places) -> Result<()> {
+        let start = Instant::now();
+        while places.socket.exists() {
+            if start.elapsed() > PATIENCE {
+                bail!("the daemon does not end");
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+}
+
+/// How a verb ends whose request the daemon refused: what was wrong with the command line is wrong usage.
+pub fn ended(done: Result<Ended>) -> Result<Ended> {
+    let error = match done {
+        Ok(ended) => return Ok(ended),
+        Err(error) => error,
+    };
+    match error.downcast_ref::<ClientError>().and_then(ClientError::refused) {
+        Some(ErrorBody { reason: Reason::BadRequest, message }) => Ok(Ended::WrongUsage(message.clone())),
+        Some(ErrorBody { message, .. }) => Err(anyhow!("{message}")),
+        None => Err(error),
+    }
+}

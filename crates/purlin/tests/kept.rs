@@ -1,0 +1,176 @@
+//! Machines that are kept: launched, found again, stopped and deleted, whatever is killed in between.
+
+mod support;
+
+use std::{fs, io::Write, process::Stdio, thread, time::{Duration, Instant}};
+
+use serde_json::Value;
+use support::{Home, assert_one_line, kill, stderr};
+
+/// Far more than anything here takes, also on a loaded host.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn list(home: &Home) -> Vec<Value> {
+    let Value::Array(list) = serde_json::from_str(&home.ok("list --json")).unwrap() else { panic!("no array") };
+    list
+}
+
+fn info(home: &Home, name: &str) -> Value {
+    serde_json::from_str(&home.ok(&format!("info {name} --json"))).unwrap()
+}
+
+fn status(home: &Home, name: &str) -> String {
+    info(home, name)["status"].as_str().unwrap().to_owned()
+}
+
+#[track_caller]
+fn wait_for(what: &str, mut is_so: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !is_so() {
+        assert!(start.elapsed() < PATIENCE, "{what} does not come");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// The directories of instances.
+fn directories(home: &Home) -> usize {
+    fs::read_dir(home.path().join("data/instances")).map_or(0, Iterator::count)
+}
+
+#[test]
+fn a_machine_from_its_launch_to_its_deletion() {
+    let home = Home::new();
+    assert_eq!(list(&home), Vec::<Value>::new());
+    home.ok("launch tiny a --device debug-exit --engine translator --memory 64M");
+    assert_eq!(status(&home, "a"), "running");
+    assert_eq!(home.machines().len(), 1);
+    assert!(home.ok("list").lines().nth(1).unwrap().starts_with("a     running"), "{}", home.ok("list"));
+
+    home.ok("pause a");
+    assert_eq!(status(&home, "a"), "paused");
+    assert_one_line(&home.run("stop a"), 1, &["paused"]);
+    home.ok("resume a");
+    assert_eq!(status(&home, "a"), "running");
+
+    // Its kernel does not listen to the power button.
+    assert_one_line(&home.run("stop a --timeout 1"), 1, &["within 1 s", "--force"]);
+    home.ok("restart -f a");
+    assert_eq!(status(&home, "a"), "running");
+
+    // What is typed at the console reaches the guest, and what it says is seen.
+    let mut console = home.purlin().args(["console", "a"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    console.stdin.take().unwrap().write_all(b"hello").unwrap();
+    wait_for("the echo", || home.ok("console --log a").ends_with("ready\nhello"));
+    let mut exit = home.purlin().args(["console", "a"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    exit.stdin.take().unwrap().write_all(b"E").unwrap();
+    let output = console.wait_with_output().unwrap();
+    assert!(String::from_utf8_lossy(&output.stdout).ends_with("hello"), "{output:?}");
+    exit.wait().unwrap();
+
+    home.ok("wait a --timeout 60");
+    let ended = info(&home, "a");
+    assert_eq!((&ended["status"], &ended["process"]), (&"stopped".into(), &Value::Null));
+    assert!(ended["last_end"]["message"].as_str().unwrap().contains("status 33"), "{ended}");
+    assert_eq!(home.machines(), []);
+
+    home.ok("rename a b");
+    home.ok("set b memory=96M");
+    home.ok("start b");
+    assert_eq!(info(&home, "b")["machine"]["memory"], 96 << 20);
+    assert_one_line(&home.run("delete b"), 1, &["'b' runs", "--force"]);
+    home.ok("delete -f b");
+    assert_eq!((list(&home).len(), home.machines().len(), directories(&home)), (0, 0, 0));
+    home.ok("daemon stop");
+    wait_for("the daemon's end", || home.processes().is_empty());
+}
+
+#[test]
+fn what_makes_no_sense_is_told_and_changes_nothing() {
+    let home = Home::new();
+    home.ok("launch tiny a --no-start --memory 64M");
+    let before = home.ok("list --json");
+    for (words, status, told) in [
+        ("launch tiny a", 1, &["'a' already"][..]),
+        ("launch tiny A", 2, &["'A' cannot be a name"]),
+        ("launch tiny -- -a", 2, &["cannot be a name"]),
+        ("launch nothing b", 1, &["nothing"]),
+        ("launch tiny b --memory 1P", 2, &["memory"]),
+        ("launch tiny b --memory 100T", 2, &["memory"]),
+        ("launch tiny b --cpus 0", 2, &["CPU"]),
+        ("launch tiny b --disk-size 1M", 2, &["1"]),
+        ("launch tiny b --publish 99999:1", 2, &["publish"]),
+        ("info nope", 1, &["no instance 'nope'", "purlin list"]),
+        ("start nope", 1, &["no instance 'nope'"]),
+        ("delete nope", 1, &["no instance 'nope'"]),
+        ("console nope", 1, &["no instance 'nope'"]),
+        ("stop a", 1, &["'a' is not running", "purlin start a"]),
+        ("stop -f a", 1, &["'a' is not running"]),
+        ("pause a", 1, &["'a' is not running"]),
+        ("resume a", 1, &["'a' is not running"]),
+        ("console a", 1, &["'a' is not running"]),
+        ("rename a A", 2, &["'A' cannot be a name"]),
+        ("rename a a", 1, &["'a' already"]),
+        ("rename nope b", 1, &["no instance 'nope'"]),
+        ("set a cpus=0", 2, &["CPU"]),
+        ("set a cpu=x", 2, &["x"]),
+        ("set a memory=1", 2, &["memory"]),
+        ("wait nope", 1, &["no instance 'nope'"]),
+        ("wait a --for running --timeout 0", 1, &["'a' is stopped after 0 s"]),
+    ] {
+        let output = home.run(words);
+        assert_eq!(output.status.code(), Some(status), "{words}: {:#?}", stderr(&output));
+        let text = stderr(&output).join("\n");
+        assert!(told.iter().all(|word| text.contains(word)), "{words}: {text}");
+    }
+    assert_eq!(home.ok("list --json"), before);
+    assert_eq!(directories(&home), 1);
+    // Two at once: one of them gets the name.
+    let two = ["b", "b"].map(|name| {
+        home.purlin().args(["launch", "tiny", name, "--no-start"]).stderr(Stdio::null()).spawn().unwrap()
+    });
+    let well = two.map(|mut child| child.wait().unwrap().success());
+    assert_ne!(well[0], well[1]);
+}
+
+#[test]
+fn machines_go_on_without_the_daemon_and_are_found_again() {
+    let home = Home::new();
+    home.ok("launch tiny a --memory 64M --engine translator");
+    home.ok("launch tiny b --memory 64M --engine translator");
+    let machines = home.machines();
+    kill(home.daemon().unwrap());
+    wait_for("the daemon's end", || home.daemon().is_none());
+    assert_eq!(home.machines(), machines);
+
+    let pid = |name: &str| info(&home, name)["process"]["pid"].as_u64();
+    wait_for("a", || pid("a").is_some() && pid("b").is_some());
+    let mut found = [pid("a").unwrap() as u32, pid("b").unwrap() as u32];
+    found.sort_unstable();
+    assert_eq!(found.to_vec(), machines);
+    assert_one_line(&home.run("start a"), 1, &["runs already"]);
+
+    // A machine whose process is killed has crashed, beside the other one, and can be started again.
+    kill(pid("a").unwrap() as u32);
+    wait_for("its end", || status(&home, "a") == "crashed");
+    assert!(info(&home, "a")["last_end"]["message"].as_str().unwrap().contains("killed"));
+    assert_eq!(status(&home, "b"), "running");
+    home.ok("start a");
+
+    // One that ends while there is no daemon has ended when there is one again.
+    kill(home.daemon().unwrap());
+    kill(pid_of(&home, "b"));
+    wait_for("the machine's end", || home.machines().len() == 1);
+    wait_for("its end", || status(&home, "b") != "starting");
+    assert_eq!(status(&home, "b"), "crashed");
+    assert_eq!(status(&home, "a"), "running");
+}
+
+/// By what only the machine's own process has open.
+fn pid_of(home: &Home, name: &str) -> u32 {
+    let id = fs::read_dir(home.path().join("data/instances")).unwrap().flatten().find(|entry| {
+        let spec = fs::read_to_string(entry.path().join("machine.json")).unwrap();
+        serde_json::from_str::<Value>(&spec).unwrap()["name"] == name
+    });
+    let id = id.unwrap().file_name().into_string().unwrap();
+    home.processes().into_iter().find(|(_, command)| command.contains(&id)).unwrap().0
+}

@@ -1,0 +1,145 @@
+//! From a machine's directory to a machine that runs.
+
+use std::{
+    env, fs,
+    os::{fd::OwnedFd, unix::net::UnixListener},
+    path::Path,
+    sync::Arc,
+};
+
+use purlin_api::{ErrorBody, Reason, vm};
+use purlin_engine::Engine;
+use purlin_network::nat::Publish;
+use rustix::{
+    fs::{FlockOperation, Mode, OFlags, flock, open},
+    io::Errno,
+};
+
+use super::{console::Console, control::About, now};
+use crate::{
+    OnIoError, OptionalDevice, RunConfig, Running, Vmm, engines, setup,
+    setup::{Connected, Guest},
+    vsock::{HostSocket, VsockConfig},
+};
+
+/// The guest's context ID: each VM has a vsock of its own, so they need not differ.
+const CID: u32 = 3;
+
+/// A machine that runs, and what belongs to it.
+pub struct Started {
+    /// It.
+    pub running: Running,
+    /// Its serial port.
+    pub console: Arc<Console>,
+    /// The control socket.
+    pub control: UnixListener,
+    /// Its network lives as long as this.
+    pub network: Connected,
+    /// What it says of itself.
+    pub about: About,
+    /// The lock on its directory.
+    pub lock: OwnedFd,
+}
+
+/// Something that the host could not do, or the machine cannot be.
+pub fn failed(message: impl std::fmt::Display) -> ErrorBody {
+    ErrorBody::new(Reason::Failed, message)
+}
+
+/// Starts the machine in `dir`, which is the working directory from then on: paths of sockets stay short.
+pub fn start(dir: &Path) -> Result<Started, ErrorBody> {
+    // The terminal of whoever started the daemon, and what is typed there, is no business of the machine's.
+    let _ = rustix::process::setsid();
+    env::set_current_dir(dir).map_err(|e| failed(format!("cannot enter {}: {e}", dir.display())))?;
+    let lock = lock()?;
+    let spec = read_spec(dir)?;
+    let _ = fs::remove_file(vm::END);
+    let control = listen()?;
+    let vsock = HostSocket::bind(Path::new(vm::VSOCK)).map_err(failed)?;
+    let console = Arc::new(Console::open(Path::new(vm::CONSOLE_LOG)).map_err(|e| failed(format!("{}: {e}", vm::CONSOLE_LOG)))?);
+    let chosen = engines::choose(setup::engine(spec.machine.engine)).map_err(failed)?;
+    let publish = spec.machine.publish.iter().map(|p| p.parse::<Publish>()).collect::<Result<Vec<_>, _>>();
+    let publish = publish.map_err(|e| ErrorBody::new(Reason::BadRequest, e))?;
+    let guest = Guest { name: &spec.name, mac: spec.mac, cpus: spec.machine.cpus(), ssh: spec.ssh };
+    let network = setup::connect(&spec.machine.network, &publish, &guest).map_err(failed)?;
+    let about = About {
+        started: now(),
+        engine: chosen.why.clone(),
+        ssh: network.ssh,
+        published: publish
+            .iter()
+            .zip(&network.published)
+            .map(|(p, host)| format!("{host}:{}/{}", p.guest_port, p.protocol.to_string().to_lowercase()))
+            .collect(),
+    };
+    let config = RunConfig {
+        networks: network.networks.clone(),
+        vsock: Some(VsockConfig { guest_cid: CID, socket: Arc::new(vsock) }),
+        ..config(&spec, chosen.engine)
+    };
+    let running = Vmm::start(config, Box::new(console.writer())).map_err(failed)?;
+    console.connect(running.serial_input());
+    Ok(Started { running, console, control, network, about, lock })
+}
+
+/// A machine runs once, whoever asks for it.
+fn lock() -> Result<OwnedFd, ErrorBody> {
+    let cannot = |e: Errno| failed(format!("cannot lock {}: {e}", vm::LOCK));
+    let flags = OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC;
+    let lock = open(vm::LOCK, flags, Mode::RUSR | Mode::WUSR).map_err(cannot)?;
+    match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::WOULDBLOCK) => Err(ErrorBody::new(Reason::Conflict, "the machine runs already")),
+        other => other.map_err(cannot).map(|()| lock),
+    }
+}
+
+fn read_spec(dir: &Path) -> Result<vm::Spec, ErrorBody> {
+    let wrong = |e: &dyn std::fmt::Display| failed(format!("{}: {e}", dir.join(vm::SPEC).display()));
+    let text = fs::read(vm::SPEC).map_err(|e| wrong(&e))?;
+    serde_json::from_slice(&text).map_err(|e| wrong(&e))
+}
+
+/// The control socket. One that is there is of a process that was killed: this one has the lock.
+fn listen() -> Result<UnixListener, ErrorBody> {
+    let _ = fs::remove_file(vm::CONTROL);
+    let listen = || {
+        let listener = UnixListener::bind(vm::CONTROL)?;
+        listener.set_nonblocking(true)?;
+        Ok(listener)
+    };
+    listen().map_err(|e: std::io::Error| failed(format!("cannot listen at {}: {e}", vm::CONTROL)))
+}
+
+fn config(spec: &vm::Spec, engine: Arc<dyn Engine>) -> RunConfig {
+    let machine = &spec.machine;
+    let disks = spec.own_disks.iter().chain(&machine.disks).map(setup::disk).collect();
+    let devices = machine.devices.iter().copied().map(setup::device);
+    RunConfig {
+        kernel: spec.kernel.clone(),
+        initrds: spec.initrds.clone(),
+        cmdline: spec.cmdline.clone(),
+        memory: machine.memory(),
+        cpus: machine.cpus(),
+        engine,
+        cpu_model: machine.cpu.map_or_else(purlin_machine::processor::default_model, setup::cpu_model),
+        serial: true,
+        // A server wants randomness before it has had time to gather any.
+        devices: devices.chain([OptionalDevice::Rng]).collect(),
+        disks,
+        networks: Vec::new(),
+        console: None,
+        on_io_error: on_io_error(machine.on_io_error),
+        vsock: None,
+        balloon: machine.balloon.map(setup::balloon),
+        no_reboot: false,
+    }
+}
+
+fn on_io_error(choice: purlin_api::OnIoError) -> OnIoError {
+    match choice {
+        purlin_api::OnIoError::Report => OnIoError::Report,
+        purlin_api::OnIoError::Pause => OnIoError::Pause(Arc::new(|path, error| {
+            tracing::warn!("'{}': {error}: the guest is paused, and nothing is lost", path.display());
+        })),
+    }
+}
