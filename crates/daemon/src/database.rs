@@ -5,7 +5,10 @@
 use std::path::Path;
 
 use purlin_api::{Event, Operation};
-use redb::{Database as Redb, Durability, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition, WriteTransaction};
+use redb::{
+    Database as Redb, Durability, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition,
+    WriteTransaction,
+};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{error::StartError, record::Record};

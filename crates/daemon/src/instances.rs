@@ -4,7 +4,7 @@ mod create;
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    io,
     path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -13,7 +13,10 @@ use std::{
     time::Duration,
 };
 
-use purlin_api::{ChangeState, ErrorBody, EventKind, Instance, Operation, Reason, Status, check_name, vm::{self, Action}};
+use purlin_api::{
+    ChangeState, ErrorBody, EventKind, Instance, Operation, Reason, Status, check_name,
+    vm::{self, Action},
+};
 use purlin_images::store::Store;
 
 use crate::{
@@ -112,18 +115,18 @@ impl Instances {
         let found = process::find(&self.dir_of(&record)).await;
         match found {
             Ok(Some(vm)) => self.has_started(&entry, vm),
-            Ok(None) => self.note_end_missed(&entry),
+            Ok(None) => self.note_end(&entry),
             Err(error) => tracing::warn!("'{}': {error}", record.name),
         }
         entry.is_starting.store(false, Ordering::SeqCst);
     }
 
-    /// A run that ended while there was no daemon has said how.
-    fn note_end_missed(&self, entry: &Entry) {
-        let end = self.dir_of(&entry.record()).join(vm::END);
-        let end = fs::read(end).ok().and_then(|text| serde_json::from_slice::<vm::End>(&text).ok());
-        if let Some(end) = end {
-            self.change(entry, |record| record.last_end = Some(end)).unwrap_or_else(|e| tracing::warn!("{e}"));
+    /// A run that ended while nobody waited for it has said how.
+    fn note_end(&self, entry: &Entry) {
+        let record = entry.record();
+        let end = process::last_end(&self.dir_of(&record));
+        if end != record.last_end {
+            self.change(entry, |record| record.last_end = end).unwrap_or_else(|e| tracing::warn!("{e}"));
         }
     }
 
@@ -132,7 +135,10 @@ impl Instances {
         let found = lock(&self.entries).get(name).cloned();
         found.ok_or_else(|| {
             let name: String = name.chars().take(80).collect();
-            ErrorBody::new(Reason::NotFound, format!("there is no instance '{}': 'purlin list' shows those there are", name.escape_debug()))
+            ErrorBody::new(
+                Reason::NotFound,
+                format!("there is no instance '{}': 'purlin list' shows those there are", name.escape_debug()),
+            )
         })
     }
 
@@ -210,7 +216,10 @@ impl Instances {
         let started = process::start(&self.dir_of(&record), &spec).await;
         let started = started.map(|vm| self.has_started(entry, vm));
         entry.is_starting.store(false, Ordering::SeqCst);
-        started.inspect_err(|error| self.tell(&record.name, Some(Status::Stopped), Some(error.to_string())))
+        started.inspect_err(|error| {
+            self.note_end(entry);
+            self.tell(&record.name, Some(Status::Crashed), Some(error.to_string()));
+        })
     }
 
     /// From now on somebody waits for its end.

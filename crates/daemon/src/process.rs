@@ -92,8 +92,7 @@ fn spawn(dir: &Path) -> io::Result<Child> {
     let mut command = Command::new("/proc/self/exe");
     command.arg(VERB).arg(dir).current_dir("/");
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
-    // What is for the daemon's group (a terminal's Ctrl-C) is not for machines.
-    command.process_group(0).kill_on_drop(false).spawn()
+    command.kill_on_drop(false).spawn()
 }
 
 async fn read_ready(child: &mut Child, dir: &Path) -> Result<Ready, ErrorBody> {
@@ -140,9 +139,7 @@ impl Vm {
     /// Waits until the process is gone, and says how its run ended.
     pub async fn end(&self) -> vm::End {
         self.wait_until_gone().await;
-        let killed = || vm::End { time: now_ms(), crashed: true, message: "the machine's process was killed".into() };
-        let said = fs::read(self.dir.join(vm::END)).ok().and_then(|text| serde_json::from_slice(&text).ok());
-        said.unwrap_or_else(killed)
+        last_end(&self.dir).unwrap_or_else(killed)
     }
 
     async fn wait_until_gone(&self) {
@@ -201,7 +198,8 @@ impl Vm {
 
     /// A connection to the socket `port` of the guest's.
     pub async fn vsock(&self, port: u32) -> Result<BufReader<UnixStream>, ErrorBody> {
-        let unavailable = |e: &dyn std::fmt::Display| ErrorBody::new(Reason::Unavailable, format!("the guest's port {port}: {e}"));
+        let unavailable =
+            |e: &dyn std::fmt::Display| ErrorBody::new(Reason::Unavailable, format!("the guest's port {port}: {e}"));
         let connect = async {
             let stream = UnixStream::connect(Address::of(&self.dir.join(vm::VSOCK))?.path()).await?;
             let mut stream = BufReader::new(stream);
@@ -213,6 +211,24 @@ impl Vm {
         let connected: io::Result<_> = connect.await;
         connected.map_err(|e| unavailable(&e))
     }
+}
+
+/// How the last run in `dir` ended, if there was one. No process runs there.
+pub fn last_end(dir: &Path) -> Option<vm::End> {
+    let said = fs::read(dir.join(vm::END)).ok().and_then(|text| serde_json::from_slice(&text).ok());
+    if said.is_some() || !dir.join(vm::SPEC).exists() {
+        return said;
+    }
+    // It has been started, and has not lived to say how it ended. From now on that is known.
+    let end = killed();
+    if let Ok(text) = serde_json::to_vec(&end) {
+        let _ = fs::write(dir.join(vm::END), text);
+    }
+    Some(end)
+}
+
+fn killed() -> vm::End {
+    vm::End { time: now_ms(), crashed: true, message: "the machine's process was killed".into() }
 }
 
 /// Waits until no process has the lock in `dir` any more.

@@ -69,10 +69,8 @@ fn lock(places: &Places) -> Result<File, StartError> {
 
 async fn serve(places: &Places, ready: impl FnOnce()) -> Result<(), StartError> {
     let database_path = places.data.join("purlin.redb");
-    let wrong = |e: crate::database::DatabaseError| StartError::Database {
-        path: database_path.clone(),
-        reason: e.to_string(),
-    };
+    let wrong =
+        |e: crate::database::DatabaseError| StartError::Database { path: database_path.clone(), reason: e.to_string() };
     let database = Arc::new(Database::open(&database_path)?);
     let events = Arc::new(Events::new(database.clone()).map_err(wrong)?);
     let operations = Arc::new(Operations::new(database.clone(), events.clone()).map_err(wrong)?);

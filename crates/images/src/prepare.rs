@@ -74,12 +74,7 @@ pub fn prepare_run(store: &Store, request: &Request, progress: &dyn Progress) ->
 
 /// Makes a machine of `request.image` ready in `dir`, which is there and empty; the image is built first if need be. On an
 /// error `dir` may have files in it.
-pub fn prepare_in(
-    dir: &Path,
-    store: &Store,
-    request: &Request,
-    progress: &dyn Progress,
-) -> Result<Files, Error> {
+pub fn prepare_in(dir: &Path, store: &Store, request: &Request, progress: &dyn Progress) -> Result<Files, Error> {
     let image = checked_image(store, request, progress)?;
     make_files(dir, image, request)
 }

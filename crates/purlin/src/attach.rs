@@ -1,6 +1,9 @@
 //! `purlin console`: the serial port of a machine that is kept, on the terminal.
 
-use std::{io::{self, Write}, thread};
+use std::{
+    io::{self, Write},
+    thread,
+};
 
 use anyhow::{Result, anyhow};
 use clap::Args;

@@ -1,6 +1,10 @@
 //! The daemon, as verbs talk to it.
 
-use std::{future::Future, thread, time::{Duration, Instant}};
+use std::{
+    future::Future,
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, anyhow, bail};
 use purlin_api::{

@@ -4,7 +4,6 @@ use std::{
     env,
     fs::File,
     io::{self, BufRead, BufReader, Write},
-    os::unix::process::CommandExt,
     process::{Command, Stdio},
 };
 
@@ -111,7 +110,6 @@ pub fn start(places: &Places) -> Result<()> {
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(log)
-        .process_group(0)
         .spawn()
         .context("cannot start the daemon")?;
     let mut line = String::new();

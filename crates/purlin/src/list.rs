@@ -86,9 +86,17 @@ fn lines(instance: &Instance) -> Vec<(&'static str, String)> {
         lines.push(("engine", said.engine.clone()));
         lines.extend(said.ssh.iter().map(|ssh| ("ssh", ssh.to_string())));
         lines.extend(said.published.iter().map(|published| ("published", published.clone())));
-        lines.push(("used", format!("{:.1} s of CPU, {} of memory", usage.cpu_ms as f64 / 1000.0, in_units(usage.memory))));
+        lines.push((
+            "used",
+            format!("{:.1} s of CPU, {} of memory", usage.cpu_ms as f64 / 1000.0, in_units(usage.memory)),
+        ));
     }
-    lines.extend(instance.last_end.iter().map(|end| ("last end", format!("{} ago: {}", age(Duration::from_millis(end.time)), end.message))));
+    lines.extend(
+        instance
+            .last_end
+            .iter()
+            .map(|end| ("last end", format!("{} ago: {}", age(Duration::from_millis(end.time)), end.message))),
+    );
     lines
 }
 

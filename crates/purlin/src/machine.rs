@@ -122,8 +122,7 @@ fn device_parser() -> impl TypedValueParser<Value = Device> {
 
 /// The text, once it is known to make sense.
 fn publish_parser() -> impl TypedValueParser<Value = String> {
-    clap::builder::NonEmptyStringValueParser::new()
-        .try_map(|text| text.parse::<Publish>().map(|_| text))
+    clap::builder::NonEmptyStringValueParser::new().try_map(|text| text.parse::<Publish>().map(|_| text))
 }
 
 fn on_io_error_parser() -> impl TypedValueParser<Value = OnIoError> {

@@ -19,8 +19,7 @@ use anyhow::{Result, anyhow};
 use purlin_api as api;
 use purlin_machine::{MachineError, processor::default_model};
 use purlin_vmm::{
-    ConsolePort, ConsoleSize, OnIoError, OptionalDevice, Outcome, RunConfig, Running, StartError, Vmm,
-    engines,
+    ConsolePort, ConsoleSize, OnIoError, OptionalDevice, Outcome, RunConfig, Running, StartError, Vmm, engines,
     network::nat::Publish,
     setup::{self, Connected},
     storage::Disk,
@@ -234,8 +233,7 @@ fn hardware(args: &RunArgs) -> api::Machine {
 fn connect_network(args: &RunArgs, hardware: &api::Machine) -> Result<Connected> {
     let publish = hardware.publish.iter().map(|text| text.parse()).collect::<Result<Vec<Publish>, _>>()?;
     let name = boot::guest_name(args)?;
-    let guest =
-        setup::Guest { name: &name, mac: setup::random_mac(), cpus: hardware.cpus(), ssh: is_image(args) };
+    let guest = setup::Guest { name: &name, mac: setup::random_mac(), cpus: hardware.cpus(), ssh: is_image(args) };
     Ok(setup::connect(&hardware.network, &publish, &guest)?)
 }
 

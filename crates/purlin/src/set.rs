@@ -42,7 +42,8 @@ fn parse(text: &str) -> Result<Setting, String> {
 
 /// Changes it.
 pub fn set(args: &SetArgs) -> Result<Ended> {
-    let patch: Map<String, Value> = args.settings.iter().map(|Setting(key, value)| ((*key).into(), value.clone())).collect();
+    let patch: Map<String, Value> =
+        args.settings.iter().map(|Setting(key, value)| ((*key).into(), value.clone())).collect();
     let instance: Instance = Api::reach()?.patch(&format!("/1.0/instances/{}", args.name), &patch)?;
     if matches!(instance.status, Status::Running | Status::Paused) {
         terminal::say(&format!("it is so from the next start of '{0}' on: purlin restart {0}", args.name));

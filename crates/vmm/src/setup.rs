@@ -30,8 +30,7 @@ pub fn disk(disk: &api::Disk) -> DiskSpec {
         api::DiskFormat::Raw => Format::Raw,
         api::DiskFormat::Qcow2 => Format::Qcow2,
     });
-    let limits =
-        Limits { operations: disk.iops.map(Rate::new), bytes: disk.bytes_per_second.map(Rate::new) };
+    let limits = Limits { operations: disk.iops.map(Rate::new), bytes: disk.bytes_per_second.map(Rate::new) };
     DiskSpec { format, read_only: disk.read_only, serial: disk.serial.clone(), limits, ..DiskSpec::new(&disk.path) }
 }
 

@@ -8,7 +8,10 @@ use std::sync::Arc;
 
 use axum::{
     Json, Router,
-    extract::{Query, State, WebSocketUpgrade, ws::{Message, WebSocket}},
+    extract::{
+        Query, State, WebSocketUpgrade,
+        ws::{Message, WebSocket},
+    },
     response::Response,
     routing::{get, post, put},
 };
@@ -51,11 +54,23 @@ impl Shared {
 #[openapi(
     info(title = "Purlin", description = "Virtual machines on this host."),
     paths(
-        info, shutdown, events, openapi,
-        instances::list, instances::create, instances::get, instances::change, instances::delete,
-        instances::change_state, instances::rename, instances::log,
-        relay::console, relay::agent,
-        operations::list, operations::get, operations::wait,
+        info,
+        shutdown,
+        events,
+        openapi,
+        instances::list,
+        instances::create,
+        instances::get,
+        instances::change,
+        instances::delete,
+        instances::change_state,
+        instances::rename,
+        instances::log,
+        relay::console,
+        relay::agent,
+        operations::list,
+        operations::get,
+        operations::wait,
     ),
     components(schemas(Event))
 )]

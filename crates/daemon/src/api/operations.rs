@@ -55,9 +55,8 @@ pub async fn wait(
 ) -> Result<Json<Operation>, Refusal> {
     let Query(Wait { timeout: seconds, beyond }) = wait.map_err(|e| bad_request(&e))?;
     let mut operation = find(&shared, &id)?;
-    let arrived = |o: &Operation| {
-        o.state != OperationState::Running || beyond.is_some_and(|beyond| o.revision > beyond)
-    };
+    let arrived =
+        |o: &Operation| o.state != OperationState::Running || beyond.is_some_and(|beyond| o.revision > beyond);
     let most = Duration::from_secs(seconds.unwrap_or(MOST_WAIT).min(MOST_WAIT));
     // At the end of its patience it says how far things are.
     let _ = timeout(most, operation.wait_for(arrived)).await;

@@ -24,9 +24,7 @@ const AGENT: u32 = 20565;
 const PIECE: usize = 64 << 10;
 
 /// The upgrade, or why there is none.
-pub fn upgrade(
-    upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
-) -> Result<WebSocketUpgrade, Refusal> {
+pub fn upgrade(upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>) -> Result<WebSocketUpgrade, Refusal> {
     upgrade.map_err(|e| Refusal::new(Reason::BadRequest, format!("this path is a websocket: {e}")))
 }
 

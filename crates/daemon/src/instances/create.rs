@@ -66,9 +66,8 @@ impl Instances {
         let (instances, work) = (self.clone(), dir.clone());
         let files = tokio::task::spawn_blocking(move || instances.make_files(&work, &new, &progress));
         let files = files.await.unwrap_or_else(|e| Err(failed(e)));
-        let made = files.and_then(|boot| {
-            self.change(&entry, |record| (record.boot, record.stage) = (Some(boot), Stage::Ready))
-        });
+        let made = files
+            .and_then(|boot| self.change(&entry, |record| (record.boot, record.stage) = (Some(boot), Stage::Ready)));
         if let Err(error) = made {
             self.remove(&entry).await.unwrap_or_else(|e| tracing::warn!("{e}"));
             return Err(error);

@@ -65,12 +65,8 @@ mod tests {
     #[test]
     fn disks() {
         assert_eq!(parse("a b.img"), Ok(Disk::new("a b.img")));
-        let all = Disk {
-            serial: Some("x=1".into()),
-            format: Some(DiskFormat::Qcow2),
-            read_only: true,
-            ..Disk::new("a,b")
-        };
+        let all =
+            Disk { serial: Some("x=1".into()), format: Some(DiskFormat::Qcow2), read_only: true, ..Disk::new("a,b") };
         assert_eq!(parse("a,,b,format=qcow2,readonly,serial=x=1"), Ok(all));
         let limited = parse("a.img,iops=500,bps=10M").unwrap();
         assert_eq!((limited.iops, limited.bytes_per_second), (Some(500), Some(10 << 20)));

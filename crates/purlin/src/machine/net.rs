@@ -17,10 +17,9 @@ pub fn parse(text: &str) -> Result<Network, String> {
     };
     for setting in parts {
         match (&mut net, setting.split_once('=').unwrap_or((setting, ""))) {
-            (
-                Network::User { bytes_per_second, .. } | Network::Tap { bytes_per_second, .. },
-                ("bps", value),
-            ) => *bytes_per_second = Some(parse_rate(value)?),
+            (Network::User { bytes_per_second, .. } | Network::Tap { bytes_per_second, .. }, ("bps", value)) => {
+                *bytes_per_second = Some(parse_rate(value)?)
+            }
             (Network::User { loopback, .. }, ("loopback", "")) => *loopback = true,
             (Network::Tap { queues, .. }, ("queues", value)) => *queues = Some(parse_queues(value)?),
             _ => return Err(format!("'{setting}' is no setting of {kind}: {SETTINGS}")),

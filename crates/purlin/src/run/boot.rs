@@ -85,12 +85,7 @@ impl Boot {
 }
 
 fn request<'a>(image: &'a str, args: &'a RunArgs) -> Request<'a> {
-    Request {
-        image,
-        host_name: args.hostname.as_deref(),
-        disk_size: args.machine.disk_size,
-        ..Request::default()
-    }
+    Request { image, host_name: args.hostname.as_deref(), disk_size: args.machine.disk_size, ..Request::default() }
 }
 
 /// The host name of an image's guest; others have none that is known.

@@ -132,9 +132,12 @@ impl Home {
         let dir = tempfile::tempdir().unwrap();
         let (root, disk) = (dir.path().join("root"), dir.path().join("tiny.raw"));
         fs::create_dir_all(root.join("boot")).unwrap();
+        fs::create_dir_all(root.join("etc/kernel")).unwrap();
         fs::write(root.join("boot/vmlinuz-1"), kernel()).unwrap();
+        fs::write(root.join("etc/kernel/cmdline"), "quiet").unwrap();
+        fs::write(root.join("etc/os-release"), "ID=tiny").unwrap();
         let mut command = Command::new("/sbin/mke2fs");
-        command.args(["-q", "-F", "-t", "ext4", "-d"]).arg(&root).arg(&disk).arg("8M");
+        command.args(["-q", "-F", "-t", "ext4", "-d"]).stdout(Stdio::null()).arg(&root).arg(&disk).arg("8M");
         assert!(command.status().expect("mke2fs (e2fsprogs)").success());
         let home = Self { dir };
         let import = home.purlin().args(["image", "import", "--name", "tiny"]).arg(&disk).output().unwrap();

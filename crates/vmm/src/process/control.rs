@@ -70,7 +70,10 @@ impl Shared {
 
 #[derive(OpenApi)]
 #[openapi(
-    info(title = "Purlin's VM process", description = "Steers one virtual machine, over the Unix socket in its directory."),
+    info(
+        title = "Purlin's VM process",
+        description = "Steers one virtual machine, over the Unix socket in its directory."
+    ),
     paths(process, act, console, end),
     components(schemas(vm::Process, vm::State, Act, Action, vm::End, ErrorBody, Reason))
 )]

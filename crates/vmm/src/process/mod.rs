@@ -51,17 +51,25 @@ pub fn main(dir: &Path) -> ExitCode {
 }
 
 fn run(dir: &Path) -> Result<(), purlin_api::ErrorBody> {
-    let started = start(dir)?;
+    let lock = start::enter(dir)?;
+    let started = start(dir).inspect_err(|error| {
+        // That the disk is full, too, is told by what is missing then.
+        let _ =
+            write_end(&vm::End { time: now(), crashed: true, message: format!("it could not be started: {error}") });
+    })?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|e| start::failed(format!("cannot make the control socket's event loop: {e}")))?;
     let end = runtime.block_on(serve(started));
     runtime.shutdown_timeout(LAST_ANSWERS);
-    write_end(&end).map_err(|e| start::failed(format!("cannot write {}: {e}", vm::END)))
+    let written = write_end(&end).map_err(|e| start::failed(format!("cannot write {}: {e}", vm::END)));
+    // Only now another process may run the machine.
+    drop(lock);
+    written
 }
 
 /// Serves the control socket until the run is over, and says how it ended.
 async fn serve(started: Started) -> vm::End {
-    let Started { running, console, control, network, about, lock } = started;
+    let Started { running, console, control, network, about } = started;
     let running = Arc::new(running);
     let (ended, end) = watch::channel(None);
     let shared = Shared { running: running.clone(), console, about, end: end.clone() };
@@ -78,9 +86,8 @@ async fn serve(started: Started) -> vm::End {
         server.abort();
     }
     drop(network);
-    // Nobody connects any more; the lock goes with the process.
+    // Nobody connects any more.
     let _ = fs::remove_file(vm::CONTROL);
-    std::mem::forget(lock);
     end
 }
 

@@ -37,8 +37,6 @@ pub struct Started {
     pub network: Connected,
     /// What it says of itself.
     pub about: About,
-    /// The lock on its directory.
-    pub lock: OwnedFd,
 }
 
 /// Something that the host could not do, or the machine cannot be.
@@ -46,17 +44,22 @@ pub fn failed(message: impl std::fmt::Display) -> ErrorBody {
     ErrorBody::new(Reason::Failed, message)
 }
 
-/// Starts the machine in `dir`, which is the working directory from then on: paths of sockets stay short.
-pub fn start(dir: &Path) -> Result<Started, ErrorBody> {
+/// Takes the lock on the machine in `dir`, which is the working directory from then on: paths of sockets stay short.
+pub fn enter(dir: &Path) -> Result<OwnedFd, ErrorBody> {
     // The terminal of whoever started the daemon, and what is typed there, is no business of the machine's.
     let _ = rustix::process::setsid();
     env::set_current_dir(dir).map_err(|e| failed(format!("cannot enter {}: {e}", dir.display())))?;
-    let lock = lock()?;
+    lock()
+}
+
+/// Starts the machine in `dir`, the working directory.
+pub fn start(dir: &Path) -> Result<Started, ErrorBody> {
     let spec = read_spec(dir)?;
     let _ = fs::remove_file(vm::END);
     let control = listen()?;
     let vsock = HostSocket::bind(Path::new(vm::VSOCK)).map_err(failed)?;
-    let console = Arc::new(Console::open(Path::new(vm::CONSOLE_LOG)).map_err(|e| failed(format!("{}: {e}", vm::CONSOLE_LOG)))?);
+    let console =
+        Arc::new(Console::open(Path::new(vm::CONSOLE_LOG)).map_err(|e| failed(format!("{}: {e}", vm::CONSOLE_LOG)))?);
     let chosen = engines::choose(setup::engine(spec.machine.engine)).map_err(failed)?;
     let publish = spec.machine.publish.iter().map(|p| p.parse::<Publish>()).collect::<Result<Vec<_>, _>>();
     let publish = publish.map_err(|e| ErrorBody::new(Reason::BadRequest, e))?;
@@ -79,7 +82,7 @@ pub fn start(dir: &Path) -> Result<Started, ErrorBody> {
     };
     let running = Vmm::start(config, Box::new(console.writer())).map_err(failed)?;
     console.connect(running.serial_input());
-    Ok(Started { running, console, control, network, about, lock })
+    Ok(Started { running, console, control, network, about })
 }
 
 /// A machine runs once, whoever asks for it.
