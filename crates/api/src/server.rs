@@ -4,8 +4,11 @@ use std::{sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
-    extract::{DefaultBodyLimit, FromRequest, Request, rejection::JsonRejection},
-    http::StatusCode,
+    extract::{
+        DefaultBodyLimit, FromRequest, FromRequestParts, Path, Query, Request, WebSocketUpgrade,
+        rejection::JsonRejection,
+    },
+    http::{StatusCode, request::Parts},
     response::{IntoResponse, Response},
 };
 use hyper::server::conn::http1;
@@ -73,6 +76,42 @@ fn refusal(rejection: &JsonRejection) -> Refusal {
     };
     let text = rejection.body_text();
     Refusal::new(reason, text.lines().next().unwrap_or_default())
+}
+
+/// The part of the path that is a name.
+pub struct Segment(pub String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Segment {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refusal> {
+        let path = Path::<String>::from_request_parts(parts, state).await;
+        path.map(|Path(name)| Self(name)).map_err(|e| Refusal::new(Reason::BadRequest, e.body_text()))
+    }
+}
+
+/// What is behind the question mark.
+pub struct Params<T>(pub T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Params<T> {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refusal> {
+        let query = Query::<T>::from_request_parts(parts, state).await;
+        query.map(|Query(params)| Self(params)).map_err(|e| Refusal::new(Reason::BadRequest, e.body_text()))
+    }
+}
+
+/// A request for a websocket.
+pub struct Upgrade(pub WebSocketUpgrade);
+
+impl<S: Send + Sync> FromRequestParts<S> for Upgrade {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refusal> {
+        let upgrade = WebSocketUpgrade::from_request_parts(parts, state).await.map(Self);
+        upgrade.map_err(|e| Refusal::new(Reason::BadRequest, format!("this path is a websocket: {}", e.body_text())))
+    }
 }
 
 /// A router that answers everything: also what it has no route for, and bodies of more than `max_body` bytes.

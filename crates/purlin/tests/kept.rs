@@ -5,7 +5,8 @@ mod support;
 use std::{
     fs,
     io::Write,
-    process::Stdio,
+    process::{Output, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -179,4 +180,93 @@ fn pid_of(home: &Home, name: &str) -> u32 {
     });
     let id = id.unwrap().file_name().into_string().unwrap();
     home.processes().into_iter().find(|(_, command)| command.contains(&id)).unwrap().0
+}
+
+/// What the user of the random kills knows of a machine: what was acknowledged, and what may have happened since.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Known {
+    Gone,
+    There,
+    Maybe,
+}
+
+/// While somebody launches, stops, starts and deletes machines, daemon and machines are killed at random moments: what was
+/// acknowledged is there, nothing else is, and no machine runs twice. `PURLIN_TEST_KILLS` says how often (300 in
+/// `cargo xtask kept`).
+#[test]
+fn nothing_acknowledged_is_lost_when_anything_is_killed_at_any_moment() {
+    let kills: u32 = std::env::var("PURLIN_TEST_KILLS").map_or(25, |text| text.parse().unwrap());
+    let home = Home::new();
+    home.ok("launch tiny witness --memory 64M --engine translator");
+    let witness = pid_of(&home, "witness");
+    let killed = AtomicU32::new(0);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            // Moments that are not the same in each run, and known where it fails.
+            let mut random = u64::from(std::process::id());
+            while killed.load(Ordering::SeqCst) < kills {
+                random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                thread::sleep(Duration::from_millis(random >> 33 & 127));
+                let victims: Vec<u32> =
+                    home.processes().iter().map(|(pid, _)| *pid).filter(|pid| *pid != witness).collect();
+                let daemon_or_machine: Vec<u32> =
+                    home.daemon().into_iter().chain(home.machines()).filter(|pid| victims.contains(pid)).collect();
+                if let Some(victim) = daemon_or_machine.get(random as usize % daemon_or_machine.len().max(1)) {
+                    kill(*victim);
+                    killed.fetch_add(1, Ordering::SeqCst);
+                }
+            }
+        });
+        let mut known = [Known::Gone; 3];
+        let mut round = 0;
+        while killed.load(Ordering::SeqCst) < kills {
+            let number = round % 3;
+            round += 1;
+            known[number] = one_cycle(&home, number, known[number]);
+        }
+        // Calm again: what is there is what is known.
+        let names: Vec<String> = list(&home).iter().map(|i| i["name"].as_str().unwrap().to_owned()).collect();
+        for (number, known) in known.iter().enumerate() {
+            let there = names.contains(&format!("m{number}"));
+            assert!(*known == Known::Maybe || (*known == Known::There) == there, "m{number}: {known:?}, but {names:?}");
+        }
+    });
+    wait_for("calm", || list(&home).iter().all(|i| i["status"] != "starting"));
+    assert_eq!(info(&home, "witness")["process"]["pid"], witness, "another machine was not left alone");
+    // Each process belongs to an instance, and each instance has one at most.
+    let running: Vec<u32> =
+        list(&home).iter().filter_map(|i| i["process"]["pid"].as_u64()).map(|pid| pid as u32).collect();
+    let mut machines = home.machines();
+    machines.sort_unstable();
+    let mut sorted = running.clone();
+    sorted.sort_unstable();
+    assert_eq!(machines, sorted);
+    assert_eq!(directories(&home), list(&home).len());
+    for instance in list(&home) {
+        home.ok(&format!("delete -f {}", instance["name"].as_str().unwrap()));
+    }
+    assert_eq!((home.machines().len(), directories(&home)), (0, 0));
+}
+
+/// Does the next thing with a machine; each may fail, for the daemon may be killed in its midst.
+fn one_cycle(home: &Home, number: usize, known: Known) -> Known {
+    let name = format!("m{number}");
+    if known == Known::Gone {
+        let launched = home.run(&format!("launch tiny {name} --memory 64M --engine translator")).status.success();
+        return if launched { Known::There } else { Known::Maybe };
+    }
+    // Whatever came of it, it changes nothing of whether the machine is there.
+    home.run(&format!("stop -f {name}"));
+    home.run(&format!("start {name}"));
+    let there = home.run(&format!("info {name}")).status.success();
+    let lost = !there && known == Known::There && says_there_is_none(&home.run(&format!("info {name}")));
+    assert!(!lost, "{name} was lost");
+    let deleted = home.run(&format!("delete -f {name}"));
+    let is_gone = deleted.status.success() || says_there_is_none(&deleted);
+    if is_gone { Known::Gone } else { Known::Maybe }
+}
+
+/// Whether the daemon says, clearly, that there is no such machine.
+fn says_there_is_none(output: &Output) -> bool {
+    stderr(output).iter().any(|line| line.contains("there is no instance"))
 }

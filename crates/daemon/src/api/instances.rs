@@ -1,19 +1,15 @@
 //! `/1.0/instances`.
 
-use axum::{
-    Json,
-    extract::{Path, Query, State, rejection::QueryRejection},
-    http::StatusCode,
-};
+use axum::{Json, extract::State, http::StatusCode};
 use futures_util::future::join_all;
 use purlin_api::{
     ChangeState, ErrorBody, Instance, NewInstance, Operation, Rename,
-    server::{Body, Refusal},
+    server::{Body, Params, Refusal, Segment},
 };
 use serde::Deserialize;
 use utoipa::IntoParams;
 
-use super::{Shared, bad_request};
+use super::Shared;
 
 type Begun = Result<(StatusCode, Json<Operation>), Refusal>;
 
@@ -44,9 +40,10 @@ pub async fn create(State(Shared(shared)): State<Shared>, Body(new): Body<NewIns
 /// An instance.
 #[utoipa::path(get, path = "/1.0/instances/{name}", params(("name" = String, Path)), responses(
     (status = 200, body = Instance),
+    (status = 400, body = ErrorBody),
     (status = 404, body = ErrorBody),
 ))]
-pub async fn get(State(Shared(shared)): State<Shared>, Path(name): Path<String>) -> Result<Json<Instance>, Refusal> {
+pub async fn get(State(Shared(shared)): State<Shared>, Segment(name): Segment) -> Result<Json<Instance>, Refusal> {
     let entry = shared.instances.get(&name)?;
     Ok(Json(shared.instances.describe(&entry).await))
 }
@@ -62,11 +59,11 @@ pub async fn get(State(Shared(shared)): State<Shared>, Path(name): Path<String>)
 ))]
 pub async fn change(
     state: State<Shared>,
-    Path(name): Path<String>,
+    Segment(name): Segment,
     Body(patch): Body<serde_json::Map<String, serde_json::Value>>,
 ) -> Result<Json<Instance>, Refusal> {
     state.0.0.instances.change_machine(&name, &patch.into())?;
-    get(state, Path(name)).await
+    get(state, Segment(name)).await
 }
 
 #[derive(Deserialize, IntoParams)]
@@ -86,10 +83,9 @@ pub struct Delete {
 ))]
 pub async fn delete(
     State(Shared(shared)): State<Shared>,
-    Path(name): Path<String>,
-    options: Result<Query<Delete>, QueryRejection>,
+    Segment(name): Segment,
+    Params(Delete { force }): Params<Delete>,
 ) -> Begun {
-    let Query(Delete { force }) = options.map_err(|e| bad_request(&e))?;
     Ok(begun(shared.instances.delete(&name, force)?))
 }
 
@@ -103,7 +99,7 @@ pub async fn delete(
 ))]
 pub async fn change_state(
     State(Shared(shared)): State<Shared>,
-    Path(name): Path<String>,
+    Segment(name): Segment,
     Body(change): Body<ChangeState>,
 ) -> Begun {
     Ok(begun(shared.instances.change_state(&name, change)?))
@@ -120,20 +116,21 @@ pub async fn change_state(
 ))]
 pub async fn rename(
     state: State<Shared>,
-    Path(name): Path<String>,
+    Segment(name): Segment,
     Body(Rename { name: to }): Body<Rename>,
 ) -> Result<Json<Instance>, Refusal> {
     state.0.0.instances.rename(&name, &to)?;
-    get(state, Path(to)).await
+    get(state, Segment(to)).await
 }
 
 /// What an instance's guest has last written to its serial port, up to 1 MiB: text as it came.
 #[utoipa::path(get, path = "/1.0/instances/{name}/log", params(("name" = String, Path)), responses(
     (status = 200, body = String, content_type = "application/octet-stream"),
+    (status = 400, body = ErrorBody),
     (status = 404, body = ErrorBody),
     (status = 500, body = ErrorBody),
 ))]
-pub async fn log(State(Shared(shared)): State<Shared>, Path(name): Path<String>) -> Result<Vec<u8>, Refusal> {
+pub async fn log(State(Shared(shared)): State<Shared>, Segment(name): Segment) -> Result<Vec<u8>, Refusal> {
     let entry = shared.instances.get(&name)?;
     Ok(shared.instances.console_log(&entry).await?)
 }

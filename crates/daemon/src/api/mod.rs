@@ -9,7 +9,7 @@ use std::sync::Arc;
 use axum::{
     Json, Router,
     extract::{
-        Query, State, WebSocketUpgrade,
+        State,
         ws::{Message, WebSocket},
     },
     response::Response,
@@ -17,7 +17,7 @@ use axum::{
 };
 use purlin_api::{
     ErrorBody, Event, Reason, ServerInfo,
-    server::{self, Refusal},
+    server::{self, Params, Refusal, Upgrade},
 };
 use serde::Deserialize;
 use tokio::sync::{Notify, broadcast::error::RecvError};
@@ -135,22 +135,15 @@ struct From {
 #[utoipa::path(get, path = "/1.0/events", params(From), responses(
     (status = 101, description = "a websocket"),
     (status = 400, body = ErrorBody, description = "the request is none for a websocket"),
-    (status = 426, body = ErrorBody, description = "the connection cannot become a websocket"),
     (status = 500, body = ErrorBody),
 ))]
 async fn events(
     State(Shared(shared)): State<Shared>,
-    from: Result<Query<From>, axum::extract::rejection::QueryRejection>,
-    upgrade: Result<WebSocketUpgrade, axum::extract::ws::rejection::WebSocketUpgradeRejection>,
+    Params(From { from }): Params<From>,
+    Upgrade(upgrade): Upgrade,
 ) -> Result<Response, Refusal> {
-    let Query(From { from }) = from.map_err(|e| bad_request(&e))?;
-    let upgrade = relay::upgrade(upgrade)?;
     let (past, live) = shared.events.listen(from).map_err(|e| Refusal::new(Reason::Failed, e))?;
     Ok(upgrade.on_upgrade(|socket| pass_events(socket, past, live)))
-}
-
-fn bad_request(rejection: &impl std::fmt::Display) -> Refusal {
-    Refusal::new(Reason::BadRequest, rejection)
 }
 
 async fn pass_events(mut socket: WebSocket, past: Vec<Event>, mut live: tokio::sync::broadcast::Receiver<Event>) {

@@ -2,16 +2,16 @@
 
 use std::time::Duration;
 
-use axum::{
-    Json,
-    extract::{Path, Query, State, rejection::QueryRejection},
+use axum::{Json, extract::State};
+use purlin_api::{
+    ErrorBody, Operation, OperationState, Reason,
+    server::{Params, Refusal, Segment},
 };
-use purlin_api::{ErrorBody, Operation, OperationState, Reason, server::Refusal};
 use serde::Deserialize;
 use tokio::{sync::watch, time::timeout};
 use utoipa::IntoParams;
 
-use super::{Shared, bad_request};
+use super::Shared;
 
 /// The longest that an answer waits, in seconds.
 const MOST_WAIT: u64 = 600;
@@ -25,9 +25,10 @@ pub async fn list(State(Shared(shared)): State<Shared>) -> Json<Vec<Operation>> 
 /// An operation.
 #[utoipa::path(get, path = "/1.0/operations/{id}", params(("id" = String, Path)), responses(
     (status = 200, body = Operation),
+    (status = 400, body = ErrorBody),
     (status = 404, body = ErrorBody),
 ))]
-pub async fn get(State(shared): State<Shared>, Path(id): Path<String>) -> Result<Json<Operation>, Refusal> {
+pub async fn get(State(shared): State<Shared>, Segment(id): Segment) -> Result<Json<Operation>, Refusal> {
     let operation = find(&shared, &id)?;
     let operation = operation.borrow().clone();
     Ok(Json(operation))
@@ -50,10 +51,9 @@ pub struct Wait {
 ))]
 pub async fn wait(
     State(shared): State<Shared>,
-    Path(id): Path<String>,
-    wait: Result<Query<Wait>, QueryRejection>,
+    Segment(id): Segment,
+    Params(Wait { timeout: seconds, beyond }): Params<Wait>,
 ) -> Result<Json<Operation>, Refusal> {
-    let Query(Wait { timeout: seconds, beyond }) = wait.map_err(|e| bad_request(&e))?;
     let mut operation = find(&shared, &id)?;
     let arrived =
         |o: &Operation| o.state != OperationState::Running || beyond.is_some_and(|beyond| o.revision > beyond);

@@ -3,13 +3,16 @@
 use axum::{
     body::Bytes,
     extract::{
-        Path, State, WebSocketUpgrade,
-        ws::{Message, WebSocket, rejection::WebSocketUpgradeRejection},
+        State,
+        ws::{Message, WebSocket},
     },
     response::Response,
 };
 use futures_util::{SinkExt, StreamExt};
-use purlin_api::{ErrorBody, Reason, client, server::Refusal};
+use purlin_api::{
+    ErrorBody, client,
+    server::{Refusal, Segment, Upgrade},
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, BufReader},
     net::UnixStream,
@@ -23,11 +26,6 @@ const AGENT: u32 = 20565;
 /// Bytes of what is read from a guest at once.
 const PIECE: usize = 64 << 10;
 
-/// The upgrade, or why there is none.
-pub fn upgrade(upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>) -> Result<WebSocketUpgrade, Refusal> {
-    upgrade.map_err(|e| Refusal::new(Reason::BadRequest, format!("this path is a websocket: {e}")))
-}
-
 /// An instance's console: a websocket of binary messages, which begins with the last output.
 #[utoipa::path(get, path = "/1.0/instances/{name}/console", params(("name" = String, Path)), responses(
     (status = 101, description = "a websocket"),
@@ -38,11 +36,10 @@ pub fn upgrade(upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>) -> 
 ))]
 pub async fn console(
     State(Shared(shared)): State<Shared>,
-    Path(name): Path<String>,
-    ws: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
+    Segment(name): Segment,
+    Upgrade(ws): Upgrade,
 ) -> Result<Response, Refusal> {
     let vm = shared.instances.get(&name)?.running_vm()?;
-    let ws = upgrade(ws)?;
     let console = vm.console().await?;
     Ok(ws.on_upgrade(|socket| pass_websocket(socket, console)))
 }
@@ -58,11 +55,10 @@ pub async fn console(
 ))]
 pub async fn agent(
     State(Shared(shared)): State<Shared>,
-    Path(name): Path<String>,
-    ws: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
+    Segment(name): Segment,
+    Upgrade(ws): Upgrade,
 ) -> Result<Response, Refusal> {
     let vm = shared.instances.get(&name)?.running_vm()?;
-    let ws = upgrade(ws)?;
     let stream = vm.vsock(AGENT).await?;
     Ok(ws.on_upgrade(|socket| pass_stream(socket, stream)))
 }

@@ -67,7 +67,7 @@ pub fn start(dir: &Path) -> Result<Started, ErrorBody> {
     let network = setup::connect(&spec.machine.network, &publish, &guest).map_err(failed)?;
     let about = About {
         started: now(),
-        engine: chosen.why.clone(),
+        engine: chosen.why.trim_start_matches("engine: ").to_owned(),
         ssh: network.ssh,
         published: publish
             .iter()

@@ -1,0 +1,140 @@
+//! The API without any machine: descriptions, refusals, and clients that behave badly.
+
+use std::{
+    fs,
+    io::{Read, Write},
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    sync::mpsc,
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use purlin_daemon::{Places, api, run};
+use serde_json::{Value, json};
+
+/// A daemon in a thread of its own.
+struct Daemon {
+    socket: PathBuf,
+    thread: Option<JoinHandle<()>>,
+    _dir: tempfile::TempDir,
+}
+
+impl Daemon {
+    fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let places = Places { socket: dir.path().join("run/daemon.sock"), data: dir.path().join("data") };
+        let socket = places.socket.clone();
+        let (ready, is_ready) = mpsc::channel();
+        let thread = thread::spawn(move || run(&places, || ready.send(()).unwrap()).unwrap());
+        is_ready.recv().unwrap();
+        Self { socket, thread: Some(thread), _dir: dir }
+    }
+
+    /// Sends a request as it is written; the answer's status and body.
+    fn send(&self, text: &[u8]) -> (u16, String) {
+        let mut stream = UnixStream::connect(&self.socket).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        // Who is refused in mid-sentence need not have said all.
+        let _ = stream.write_all(text);
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer);
+        let answer = String::from_utf8_lossy(&answer).into_owned();
+        let status = answer.split(' ').nth(1).and_then(|status| status.parse().ok());
+        let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+        (status.unwrap_or_else(|| panic!("no answer: {answer:?}")), body.to_owned())
+    }
+
+    fn request(&self, method: &str, path: &str, body: &str) -> (u16, Value) {
+        let length = body.len();
+        let head = format!("{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n");
+        let head = format!("{head}content-type: application/json\r\ncontent-length: {length}\r\n\r\n");
+        let (status, body) = self.send((head + body).as_bytes());
+        (status, serde_json::from_str(&body).unwrap_or_else(|e| panic!("{method} {path}: {e}: {body:?}")))
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if !thread::panicking() {
+            assert_eq!(self.request("POST", "/1.0/shutdown", "").0, 200);
+            self.thread.take().unwrap().join().unwrap();
+            assert!(!self.socket.exists());
+        }
+    }
+}
+
+/// The descriptions that are committed are those of the programs: `UPDATE=1 cargo test -p purlin-daemon --test api` writes
+/// them.
+#[test]
+fn the_committed_descriptions_are_true() {
+    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs");
+    for (file, description) in
+        [("openapi.json", api::description()), ("openapi-vmm.json", purlin_vmm::process::description())]
+    {
+        let path = docs.join(file);
+        let text = format!("{description:#}\n");
+        if std::env::var_os("UPDATE").is_some() {
+            fs::write(&path, &text).unwrap();
+        }
+        let committed = fs::read_to_string(&path).unwrap_or_default();
+        assert!(committed == text, "{} is not what the program says: run this test with UPDATE=1", path.display());
+    }
+}
+
+#[test]
+fn what_makes_no_sense_is_refused_in_words() {
+    let daemon = Daemon::start();
+    assert_eq!(daemon.request("GET", "/1.0/instances", ""), (200, json!([])));
+    let long = "x".repeat(5 << 20);
+    for (method, path, body, status, reason) in [
+        ("GET", "/", "", 404, "not-found"),
+        ("GET", "/1.0/instances/nope", "", 404, "not-found"),
+        ("GET", "/1.0/instances/%00", "", 404, "not-found"),
+        ("GET", "/1.0/instances/..%2f..", "", 404, "not-found"),
+        ("GET", "/1.0/instances/%ff", "", 400, "bad-request"),
+        ("GET", "/1.0/operations/x", "", 404, "not-found"),
+        ("GET", "/1.0/operations/x/wait?timeout=-1", "", 400, "bad-request"),
+        ("GET", "/1.0/events", "", 400, "bad-request"),
+        ("GET", "/1.0/events?from=x", "", 400, "bad-request"),
+        ("PUT", "/1.0/instances", "", 405, "method-not-allowed"),
+        ("POST", "/1.0/instances", "", 400, "bad-request"),
+        ("POST", "/1.0/instances", "{}", 400, "bad-request"),
+        ("POST", "/1.0/instances", "[1", 400, "bad-request"),
+        ("POST", "/1.0/instances", r#"{"name": "a", "image": "nope"}"#, 404, "not-found"),
+        ("POST", "/1.0/instances", r#"{"name": "A", "image": "debian"}"#, 400, "bad-request"),
+        ("POST", "/1.0/instances", r#"{"name": "a", "image": "debian", "color": 1}"#, 400, "bad-request"),
+        ("POST", "/1.0/instances", r#"{"name": "a", "image": "debian", "machine": {"cpus": 0}}"#, 400, "bad-request"),
+        ("POST", "/1.0/instances", r#"{"name": "a", "image": "debian", "user_data": "x"}"#, 400, "bad-request"),
+        ("POST", "/1.0/instances", &long, 413, "too-large"),
+        ("PUT", "/1.0/instances/nope/state", r#"{"action": "start"}"#, 404, "not-found"),
+        ("PUT", "/1.0/instances/nope/state", r#"{"action": "fly"}"#, 400, "bad-request"),
+        ("DELETE", "/1.0/instances/nope?force=maybe", "", 400, "bad-request"),
+        ("PATCH", "/1.0/instances/nope", "[]", 400, "bad-request"),
+    ] {
+        let (got, answer) = daemon.request(method, path, body);
+        assert_eq!((got, &answer["reason"]), (status, &json!(reason)), "{method} {path}: {answer}");
+        let message = answer["message"].as_str().unwrap();
+        assert!(!message.is_empty() && !message.contains('\n'), "{message}");
+    }
+    assert_eq!(daemon.request("GET", "/1.0/instances", ""), (200, json!([])));
+}
+
+#[test]
+fn clients_that_behave_badly_keep_nobody_from_it() {
+    let daemon = Daemon::start();
+    assert_eq!(daemon.send(b"nonsense\r\n\r\n").0, 400);
+    // Slow ones, and many: they have said nothing yet, or half a request.
+    let idle: Vec<_> = (0..400).map(|_| UnixStream::connect(&daemon.socket).unwrap()).collect();
+    for mut stream in &idle {
+        stream.write_all(b"GET /1.0 HTT").unwrap();
+    }
+    for _ in 0..20 {
+        assert_eq!(daemon.request("GET", "/1.0", "").0, 200);
+    }
+    // More than there is room for: who comes then waits until others have gone.
+    let more: Vec<_> = (0..200).map(|_| UnixStream::connect(&daemon.socket).unwrap()).collect();
+    drop(idle);
+    drop(more);
+    assert_eq!(daemon.request("GET", "/1.0", "").0, 200);
+}
