@@ -13,7 +13,7 @@ use rustix::fs::{FlockOperation, flock};
 use tempfile::TempDir;
 
 use crate::{
-    Error, boot,
+    Error, Origin, boot,
     build::{Recipe, build},
     seed::{self, Seed},
     ssh,
@@ -76,7 +76,9 @@ pub fn prepare_run(store: &Store, request: &Request, progress: &dyn Progress) ->
 
     let instance_id = instance_id();
     let hostname_argument = format!("systemd.hostname={host_name}");
-    let seed = Seed { instance_id, host_name, ssh_keys: keys.public, user_data };
+    // What was built has it.
+    let agent = !matches!(image.metadata.origin, Origin::Built(_));
+    let seed = Seed { instance_id, host_name, ssh_keys: keys.public, user_data, agent };
     let seed_path = dir.path().join("seed.img");
     let seed = dir.write("seed.img", &seed.to_disk().map_err(HostError::file("make", &seed_path))?)?;
     // The name is there before cloud-init is.
