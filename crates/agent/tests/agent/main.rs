@@ -1,6 +1,7 @@
 //! The program itself, at a Unix socket of this host.
 
 mod commands;
+mod connections;
 mod files;
 mod hostile;
 mod terminals;
