@@ -135,42 +135,49 @@ fn check_peers(agent: &Agent) -> Result<()> {
 
 fn check_renewal(agent: &Agent, guest: &Debian<'_>) -> Result<()> {
     const NAME: &str = "purlin-renewed";
-    const ADDRESS: &str = "02:70:75:72:6c:01";
+    const OTHER_ADDRESS: &str = "02:70:75:72:6c:01";
     let old_id = agent.client()?.info()?.machine_id;
     let key_file = "cut -d' ' -f1,2 /etc/ssh/ssh_host_ed25519_key.pub";
     let old_key = agent.sh(key_file)?;
     ensure!(offered_key(guest)? == old_key, "sshd offers another key than its own");
-    let old_address = agent.sh("cat /sys/class/net/eth0/address")?;
+    let address = agent.sh("cat /sys/class/net/eth0/address")?;
 
     let mut random_seed = vec![0; 64];
     fs::File::open("/dev/urandom")?.read_exact(&mut random_seed)?;
-    let begin = Instant::now();
     let renew = Renew {
         host_name: NAME.into(),
         random_seed,
         remake_ssh_host_keys: true,
-        cards: vec![Card { old: old_address, new: ADDRESS.into() }],
+        cards: vec![Card { old: address.clone(), new: OTHER_ADDRESS.into() }],
         time_ns: SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos() as u64,
         ..Renew::default()
     };
-    let (renewed, rest) = agent.client()?.renew(renew)?;
-    let answered = begin.elapsed();
-    ensure!(renewed.problems.is_empty(), "{:?}", renewed.problems);
-    let ended = rest.wait()?;
-    ensure!(ended.problems.is_empty(), "{:?}", ended.problems);
-    println!("a renewed identity after {answered:.2?}, with keys and network after {:.2?}", begin.elapsed());
+    let id = renew_by(agent, renew)?;
 
     let info = agent.client()?.info()?;
-    ensure!(info.host_name == NAME && info.machine_id == renewed.machine_id && info.machine_id != old_id, "{info:?}");
+    ensure!(info.host_name == NAME && info.machine_id == id && id != old_id, "{info:?}");
     ensure!(agent.sh("cat /etc/hostname; grep ^127.0.1.1 /etc/hosts")? == format!("{NAME}\n127.0.1.1\t{NAME}"));
-    ensure!(agent.sh("cat /etc/machine-id")? == info.machine_id);
-    ensure!(agent.sh("cat /sys/class/net/eth0/address")? == ADDRESS);
+    ensure!(agent.sh("cat /etc/machine-id")? == id);
+    ensure!(agent.sh("cat /sys/class/net/eth0/address")? == OTHER_ADDRESS);
     // It asks until sshd is there, so the network is, too.
     ensure!(guest.ssh("hostname")?.trim() == NAME);
     let new_key = agent.sh(key_file)?;
     ensure!(new_key != old_key && offered_key(guest)? == new_key, "sshd does not offer its new key");
     ensure!(agent.sh("systemctl --failed --no-legend --plain")?.is_empty(), "units have failed");
     Ok(())
+}
+
+/// Has it done to its end, without a problem; returns the machine ID.
+fn renew_by(agent: &Agent, renew: Renew) -> Result<String> {
+    let client = agent.client()?;
+    let begin = Instant::now();
+    let (renewed, rest) = client.renew(renew)?;
+    let answered = begin.elapsed();
+    ensure!(renewed.problems.is_empty(), "{:?}", renewed.problems);
+    let ended = rest.wait()?;
+    ensure!(ended.problems.is_empty(), "{:?}", ended.problems);
+    println!("a renewed identity after {answered:.2?}, with keys and network after {:.2?}", begin.elapsed());
+    Ok(renewed.machine_id)
 }
 
 /// What sshd shows to who connects.

@@ -386,8 +386,8 @@ pub struct Renew {
     /// True randomness from the host, for the kernel's generator, which is then seeded anew: at most 512 bytes.
     #[prost(bytes = "vec", tag = "3")]
     pub random_seed: Vec<u8>,
-    /// Keys of sshd's of the kinds that there are. The old ones are gone, and sshd stopped, when `Renewed` is said; it
-    /// is started again, if it was running, with the new ones, before `RenewEnded` is.
+    /// Keys of sshd's of the kinds that there are. When `Renewed` is said the old ones are gone, and sshd accepts nobody;
+    /// it is started again, if it was running, with the new ones, before `RenewEnded` is said.
     #[prost(bool, tag = "4")]
     pub remake_ssh_host_keys: bool,
     /// Network cards whose addresses change. They are down when `Renewed` is said.

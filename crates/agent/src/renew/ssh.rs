@@ -5,6 +5,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use rustix::process::{Pid, Signal, kill_process};
+
 use super::{Problems, note, run_program};
 
 const DIRECTORY: &str = "/etc/ssh";
@@ -12,22 +14,28 @@ const DIRECTORY: &str = "/etc/ssh";
 /// sshd under the names that distributions have for it, and what starts it when somebody connects.
 const UNITS: [&str; 4] = ["ssh.socket", "sshd.socket", "ssh.service", "sshd.service"];
 
+/// Where sshd says which process listens.
+const PID_FILE: &str = "/run/sshd.pid";
+
 /// sshd without its old keys.
 pub struct Keys {
     /// Kinds of the keys that there were.
     kinds: Vec<String>,
-    /// What has been stopped.
-    units: Vec<String>,
+    sshd: Sshd,
 }
 
-/// Stops sshd, and removes its keys.
+/// sshd while it accepts nobody.
+enum Sshd {
+    /// Its listening process does not run. To have systemd stop it takes longer than all else that the host waits for.
+    Held(Pid),
+    /// These units have been stopped.
+    Stopped(Vec<String>),
+}
+
+/// Has sshd accept nobody, and removes its keys.
 pub fn take_down(problems: &mut Problems) -> Keys {
-    // Sessions that there are go on (KillMode=process), or rather: their connections are the other machine's.
-    let units = running();
-    if !units.is_empty() {
-        let units: Vec<&str> = units.iter().map(String::as_str).collect();
-        note(problems, "stopping sshd", systemctl("stop", &units));
-    }
+    let held = listener(Path::new(PID_FILE)).filter(|listener| kill_process(*listener, Signal::STOP).is_ok());
+    let sshd = held.map_or_else(|| Sshd::Stopped(stop(problems)), Sshd::Held);
     let kinds = match remove(Path::new(DIRECTORY)) {
         Ok(kinds) => kinds,
         Err(error) => {
@@ -35,23 +43,48 @@ pub fn take_down(problems: &mut Problems) -> Keys {
             Vec::new()
         }
     };
-    Keys { kinds, units }
+    Keys { kinds, sshd }
 }
 
 impl Keys {
     /// Makes new keys, and starts sshd if it was running.
     pub fn bring_up(self, problems: &mut Problems) {
+        let (units, listener) = match self.sshd {
+            Sshd::Stopped(units) => (units, None),
+            Sshd::Held(listener) => (stop(problems), Some(listener)),
+        };
         // None of a kind that nobody had: RSA's takes long.
         for kind in &self.kinds {
             let path = format!("{DIRECTORY}/ssh_host_{kind}_key");
             let arguments = ["-q", "-t", kind, "-N", "", "-C", "", "-f", &path];
             note(problems, "a new SSH key", run_program("ssh-keygen", &arguments, "").map(drop));
         }
-        if !self.units.is_empty() {
-            let units: Vec<&str> = self.units.iter().map(String::as_str).collect();
-            note(problems, "starting sshd", systemctl("start", &[&["--no-block"], &units[..]].concat()));
+        match listener {
+            // It is nobody's that could start it again: it starts anew by itself, with the new keys (sshd(8)).
+            Some(listener) if units.is_empty() => {
+                let _ = kill_process(listener, Signal::HUP).and_then(|()| kill_process(listener, Signal::CONT));
+            }
+            _ if units.is_empty() => {}
+            _ => note(problems, "starting sshd", systemctl(&["start", "--no-block"], &units)),
         }
     }
+}
+
+/// The process that `pid_file` names, if it is sshd's.
+fn listener(pid_file: &Path) -> Option<Pid> {
+    let number: u32 = fs::read_to_string(pid_file).ok()?.trim().parse().ok()?;
+    let pid = Pid::from_raw(number.try_into().ok()?)?;
+    let name = fs::read_to_string(format!("/proc/{}/comm", pid.as_raw_nonzero())).ok()?;
+    (name.trim() == "sshd").then_some(pid)
+}
+
+/// Has systemd stop sshd. Sessions that there are go on (KillMode=process): but their connections are the other machine's.
+fn stop(problems: &mut Problems) -> Vec<String> {
+    let units = running();
+    if !units.is_empty() {
+        note(problems, "stopping sshd", systemctl(&["stop"], &units));
+    }
+    units
 }
 
 /// The units that run, or are about to. Where there is no systemd there are none.
@@ -62,8 +95,9 @@ fn running() -> Vec<String> {
     said.lines().filter_map(|line| line.split_ascii_whitespace().next()).map(str::to_owned).collect()
 }
 
-fn systemctl(verb: &str, words: &[&str]) -> Result<(), String> {
-    run_program("systemctl", &[&[verb], words].concat(), "").map(drop)
+fn systemctl(verb: &[&str], units: &[String]) -> Result<(), String> {
+    let units: Vec<&str> = units.iter().map(String::as_str).collect();
+    run_program("systemctl", &[verb, &units[..]].concat(), "").map(drop)
 }
 
 /// Removes all keys of a directory; returns their kinds.
@@ -91,6 +125,18 @@ fn remove(directory: &Path) -> io::Result<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_listener_is_sshds_or_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("pid");
+        assert_eq!(listener(&file), None);
+        // The tests' own process is no sshd; and 0 and -1 would be many.
+        for text in [std::process::id().to_string(), "0".into(), "-1".into(), "x".into()] {
+            fs::write(&file, text).unwrap();
+            assert_eq!(listener(&file), None);
+        }
+    }
 
     #[test]
     fn keys_are_removed_and_nothing_else() {
