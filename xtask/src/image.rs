@@ -1,11 +1,12 @@
 //! Boots the image that `purlin image build debian` makes as `purlin run debian` does: it is set up by cloud-init, lets
-//! ssh in, runs without a failed unit, and leaves a clean disk behind. And how long it takes, against QEMU.
+//! ssh in, runs without a failed unit, has an agent that does what it is asked, and leaves a clean disk behind. And how
+//! long it takes, against QEMU.
 
 use std::{
     fs,
     io::{Read, Write},
     os::unix::net::{UnixListener, UnixStream},
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, Stdio},
     thread,
 };
@@ -15,6 +16,7 @@ use clap::Args;
 use purlin_images::prepare::Prepared;
 
 use crate::{
+    agent,
     debian::{Connection, Debian, HOST_NAME, PROMPT, Runner, prepare, purlin, qemu},
     figures::median,
     image_nested, machine, shell,
@@ -105,6 +107,9 @@ fn check(args: &ImageArgs) -> Result<()> {
         let said = guest.ssh("apt-get -qq update && apt-get -qq -y install hello >/dev/null && hello")?;
         ensure!(said.contains("Hello, world!"), "no package could be installed: {said}");
     }
+    if !args.qemu {
+        agent::check(&guest)?;
+    }
     println!("{}", guest.ssh("systemd-analyze; systemd-analyze blame --no-pager | head -n 12")?.trim());
     guest.ssh("systemctl poweroff")?;
     guest.wait_for_end()?;
@@ -123,7 +128,7 @@ const VSOCK_CLIENT: &str = "python3 -c 'import socket; s = socket.socket(socket.
 
 /// Data goes from the guest to a program of the host's and back, by virtio-vsock.
 fn check_vsock(guest: &Debian<'_>) -> Result<()> {
-    let path = format!("{}_{VSOCK_PORT}", vsock_path(&guest.connection).display());
+    let path = format!("{}_{VSOCK_PORT}", agent::socket(&guest.connection).display());
     let listener = UnixListener::bind(&path).with_context(|| format!("cannot listen at {path}"))?;
     let host = thread::spawn(move || -> std::io::Result<()> {
         let (mut stream, _) = listener.accept()?;
@@ -146,12 +151,6 @@ fn check_vsock(guest: &Debian<'_>) -> Result<()> {
     Ok(())
 }
 
-/// The socket of a guest that is connected so: no other has its ports.
-fn vsock_path(connection: &Connection) -> PathBuf {
-    let port = connection.ports.first().map_or(0, |(host, _)| *host);
-    std::env::temp_dir().join(format!("purlin-xtask-{port}.vsock"))
-}
-
 /// e2fsck is the judge of the file system.
 fn check_disk(disk: &Path, dir: &Path) -> Result<()> {
     let raw = dir.join("disk.raw");
@@ -168,6 +167,6 @@ pub fn check_file_system(raw: &Path) -> Result<()> {
 /// With the devices that QEMU's machine has not.
 fn purlin_with_more(prepared: &Prepared, connection: &Connection) -> Command {
     let mut command = purlin(prepared, connection);
-    command.arg("--vsock").arg(vsock_path(connection)).args(["--balloon", "size=64M"]);
+    command.arg("--vsock").arg(agent::socket(connection)).args(["--balloon", "size=64M"]);
     command
 }

@@ -3,11 +3,12 @@
 
 use std::{fs, path::Path, process::Command};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 use purlin_images::{prepare::Prepared, store::Store};
 
 use crate::{
+    agent,
     debian::{Connection, Debian, HOST_NAME, PROMPT, prepare, purlin},
     machine, shell,
 };
@@ -55,6 +56,8 @@ echo 'GRUB_CMDLINE_LINUX="console=tty0 console=ttyS0,115200 net.ifnames=0"' >/mn
 chroot /mnt update-grub
 chroot /mnt cloud-init clean --logs
 : >/mnt/etc/machine-id
+chroot /mnt systemctl --quiet disable purlin-agent.service
+rm -r /mnt/usr/lib/purlin /mnt/etc/systemd/system/purlin-agent.service
 for system in dev proc sys run; do umount -R -l /mnt/$system; done
 umount -R /mnt
 e2fsck -fn /dev/vdc1 >/dev/null
@@ -118,7 +121,7 @@ fn import(disk: &Path, format: &str, dir: &Path) -> Result<()> {
 fn boot(image: &str) -> Result<()> {
     let prepared = prepare(image, None)?;
     ensure!(prepared.cmdline.contains("console=tty0"), "GRUB's arguments are not used: {}", prepared.cmdline);
-    let mut guest = Debian::start("import-boot", &prepared, purlin, Connection::user()?)?;
+    let mut guest = Debian::start("import-boot", &prepared, purlin_with_vsock, Connection::user()?)?;
     for (command, wanted) in [
         ("systemctl is-system-running --wait", "running"),
         ("hostname", HOST_NAME),
@@ -128,6 +131,13 @@ fn boot(image: &str) -> Result<()> {
         let said = guest.ssh(command)?;
         ensure!(said.trim() == wanted, "{command}: {said:?} instead of {wanted:?}; see {}", guest.log().display());
     }
+    agent::check_installed(&agent::socket(&guest.connection)).context("the agent that the seed brings")?;
     guest.ssh("systemctl poweroff")?;
     guest.wait_for_end()
+}
+
+fn purlin_with_vsock(prepared: &Prepared, connection: &Connection) -> Command {
+    let mut command = purlin(prepared, connection);
+    command.arg("--vsock").arg(agent::socket(connection));
+    command
 }

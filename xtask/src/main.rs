@@ -1,6 +1,7 @@
 //! Chores of the project, one file for each: `cargo xtask test` does all that a change must pass.
 #![forbid(unsafe_code)]
 
+mod agent;
 mod bench;
 mod boot;
 mod boot_nested;
@@ -62,7 +63,7 @@ enum Chore {
     Piped,
     /// Boot Debian's kernels and check what they say, against QEMU too
     Boot(boot::BootArgs),
-    /// Boot the image that `purlin image build debian` makes: set-up, ssh, a clean end
+    /// Boot the image that `purlin image build debian` makes: set-up, ssh, the agent, a clean end
     Image(image::ImageArgs),
     /// Import disks as other systems make them, and boot one
     Import(import::ImportArgs),

@@ -13,7 +13,7 @@ use rustix::fs::{FlockOperation, flock};
 use tempfile::TempDir;
 
 use crate::{
-    Error, boot,
+    Error, Origin, boot,
     build::{Recipe, build},
     seed::{self, Seed},
     ssh,
@@ -103,7 +103,9 @@ fn make_files(dir: &Path, image: Image, request: &Request) -> Result<Files, Erro
     let host_name = request.guest_name()?;
     let hostname_argument = format!("systemd.hostname={host_name}");
     let user_data = request.user_data.map(<[u8]>::to_vec);
-    let seed = Seed { instance_id: instance_id(), host_name, ssh_keys: keys, user_data };
+    // What was built has it.
+    let agent = !matches!(image.metadata.origin, Origin::Built(_));
+    let seed = Seed { instance_id: instance_id(), host_name, ssh_keys: keys, user_data, agent };
     let seed_path = dir.join("seed.img");
     let seed = write(dir, "seed.img", &seed.to_disk().map_err(HostError::file("make", &seed_path))?)?;
     // The name is there before cloud-init is.

@@ -1,5 +1,5 @@
 //! What cloud-init is to know at a guest's first boot: a NoCloud seed, a FAT file system with the label `CIDATA`
-//! (cloud-init's documentation, "NoCloud").
+//! (cloud-init's documentation, "NoCloud"). Where the image has no agent the seed brings it.
 
 use std::{
     fs,
@@ -10,7 +10,7 @@ use std::{
 use fatfs::{FileSystem, FormatVolumeOptions, FsOptions};
 use serde::de::IgnoredAny;
 
-use crate::Error;
+use crate::{Error, build::agent};
 
 /// The most bytes of user-data.
 const MAX_USER_DATA: u64 = 1 << 20;
@@ -26,10 +26,41 @@ pub struct Seed {
     pub ssh_keys: Vec<String>,
     /// The user's own user-data ([`read_user_data`]).
     pub user_data: Option<Vec<u8>>,
+    /// Whether cloud-init is to install the guest's agent. Images that Purlin builds have it.
+    pub agent: bool,
 }
 
 /// Root may log in with the keys, as on the console; images of others do not allow that by themselves.
 const DEFAULT_USER_DATA: &str = "#cloud-config\ndisable_root: false\n";
+
+/// The agent's file on the disk.
+const AGENT: &str = "purlin-agent";
+
+/// cloud-init's vendor-data: a script that installs the agent, in what cloud-init does last. (Not cloud-config: a user's
+/// `runcmd` would take the place of the vendor's.) It does nothing where there is no systemd.
+fn install_agent() -> String {
+    let (path, unit, name) = (purlin_agent::PROGRAM_PATH, purlin_agent::UNIT, purlin_agent::UNIT_NAME);
+    format!(
+        r#"#!/bin/sh
+# Installs Purlin's agent, which is on the disk that this is from.
+set -eu
+command -v systemctl >/dev/null || exit 0
+disk=$(mktemp -d)
+mount -o ro LABEL=CIDATA "$disk"
+trap 'umount "$disk"; rmdir "$disk"' EXIT
+if ! cmp -s "$disk/{AGENT}" {path}; then
+    install -D -m 0755 "$disk/{AGENT}" {path}
+fi
+# SELinux would not have it run otherwise.
+chcon -t bin_t {path} 2>/dev/null || true
+cat >/etc/systemd/system/{name} <<'UNIT'
+{unit}UNIT
+systemctl daemon-reload
+systemctl enable {name}
+systemctl restart {name}
+"#
+    )
+}
 
 /// DHCP on whatever cards there are.
 const NETWORK_CONFIG: &str = "\
@@ -45,17 +76,23 @@ impl Seed {
     pub fn to_disk(&self) -> io::Result<Vec<u8>> {
         let meta_data = self.meta_data()?;
         let user_data = self.user_data.as_deref().unwrap_or(DEFAULT_USER_DATA.as_bytes());
+        let vendor_data = install_agent();
+        let mut files = vec![
+            ("meta-data", meta_data.as_bytes()),
+            ("user-data", user_data),
+            ("network-config", NETWORK_CONFIG.as_bytes()),
+        ];
+        if self.agent {
+            files.extend([("vendor-data", vendor_data.as_bytes()), (AGENT, agent::PROGRAM)]);
+        }
         // FAT's tables and directory take less than 64 KiB of so small a disk.
-        let size = (user_data.len() + meta_data.len() + (128 << 10)).next_multiple_of(64 << 10);
+        let content: usize = files.iter().map(|(_, content)| content.len()).sum();
+        let size = (content + (128 << 10)).next_multiple_of(64 << 10);
         let mut disk = Cursor::new(vec![0; size]);
         let options = FormatVolumeOptions::new().volume_label(*b"CIDATA     ");
         fatfs::format_volume(&mut disk, options)?;
         let volume = FileSystem::new(&mut disk, FsOptions::new())?;
-        for (name, content) in [
-            ("meta-data", meta_data.as_bytes()),
-            ("user-data", user_data),
-            ("network-config", NETWORK_CONFIG.as_bytes()),
-        ] {
+        for (name, content) in files {
             volume.root_dir().create_file(name)?.write_all(content)?;
         }
         volume.unmount()?;
@@ -154,7 +191,7 @@ pub fn check_host_name(name: &str) -> Result<(), Error> {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeMap, io::Read};
+    use std::{collections::BTreeMap, io::Read, os::unix::fs::PermissionsExt, process::Command};
 
     use super::*;
 
@@ -164,14 +201,19 @@ mod tests {
             host_name: "web".into(),
             ssh_keys: vec!["ssh-ed25519 AAAA a \"b\": c".into()],
             user_data: None,
+            agent: false,
         }
     }
 
     fn file(disk: Vec<u8>, name: &str) -> String {
+        String::from_utf8(bytes(disk, name).unwrap()).unwrap()
+    }
+
+    fn bytes(disk: Vec<u8>, name: &str) -> Option<Vec<u8>> {
         let volume = FileSystem::new(Cursor::new(disk), FsOptions::new()).unwrap();
-        let mut text = String::new();
-        volume.root_dir().open_file(name).unwrap().read_to_string(&mut text).unwrap();
-        text
+        let mut bytes = Vec::new();
+        volume.root_dir().open_file(name).ok()?.read_to_end(&mut bytes).unwrap();
+        Some(bytes)
     }
 
     #[test]
@@ -193,6 +235,34 @@ mod tests {
         let text = format!("#cloud-config\n# {}\n", "x".repeat(MAX_USER_DATA as usize - 20));
         let disk = Seed { user_data: Some(text.clone().into_bytes()), ..seed() }.to_disk().unwrap();
         assert_eq!(file(disk, "user-data"), text);
+    }
+
+    #[test]
+    fn the_agent_is_brought_where_it_is_not_and_user_data_stays() {
+        let without = seed().to_disk().unwrap();
+        assert_eq!((bytes(without.clone(), "vendor-data"), bytes(without, AGENT)), (None, None));
+        let text = "#cloud-config\nruncmd: [[true]]\n";
+        let disk = Seed { agent: true, user_data: Some(text.into()), ..seed() }.to_disk().unwrap();
+        assert_eq!(file(disk.clone(), "user-data"), text);
+        assert!(bytes(disk.clone(), AGENT).unwrap() == agent::PROGRAM);
+        let script = file(disk, "vendor-data");
+        assert!(script.starts_with("#!/bin/sh\n") && script.contains(purlin_agent::UNIT));
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vendor-data");
+        fs::write(&path, script).unwrap();
+        assert!(Command::new("sh").arg("-n").arg(path).status().unwrap().success());
+    }
+
+    #[test]
+    fn the_agent_is_a_static_program_that_runs() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("agent");
+        fs::write(&path, agent::PROGRAM).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        let output = Command::new(&path).arg("--version").output().unwrap();
+        assert!(output.stdout.starts_with(b"purlin-agent "), "{output:?}");
+        // A program that is not would name its loader (PT_INTERP).
+        assert!(!agent::PROGRAM.windows(8).any(|bytes| bytes == b"/ld-linu"));
     }
 
     #[test]

@@ -53,6 +53,7 @@ pub const FILES: &[(&str, &str)] = &[
         "etc/systemd/system/serial-getty@hvc0.service.d/autologin.conf",
         include_str!("guest/etc/systemd/system/serial-getty@ttyS0.service.d/autologin.conf"),
     ),
+    ("etc/systemd/system/purlin-agent.service", purlin_agent::UNIT),
     ("etc/systemd/system/ssh-keys.service", include_str!("guest/etc/systemd/system/ssh-keys.service")),
     (
         "etc/systemd/system/systemd-networkd-wait-online.service.d/no-card.conf",

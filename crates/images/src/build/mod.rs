@@ -4,6 +4,7 @@
 //! [`isolation`] found to work on this host. The package sources are the host's own ([`sources`]), and the guest gets
 //! the same.
 
+pub(crate) mod agent;
 mod guest;
 mod isolation;
 mod runner;
@@ -12,6 +13,7 @@ mod tools;
 
 use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 
+use purlin_agent::PROGRAM_PATH;
 use purlin_debian::{Error as HostError, Progress, cache};
 use purlin_storage::{Conversion, Format, SourceFormat};
 use sha2::{Digest, Sha256};
@@ -53,7 +55,8 @@ impl Recipe {
     /// A checksum of what Purlin itself puts into the image, and of how. Another Purlin's may differ.
     pub fn digest(&self) -> String {
         let mut hash = Sha256::new();
-        let parts = [self.suite, UUID, MAKE, CUSTOMIZE].into_iter().chain(guest::PACKAGES.iter().copied());
+        let parts =
+            [self.suite, UUID, MAKE, CUSTOMIZE, agent::SOURCE].into_iter().chain(guest::PACKAGES.iter().copied());
         for part in parts.chain(guest::FILES.iter().flat_map(|(path, content)| [*path, *content])) {
             hash.update(part.len().to_le_bytes());
             hash.update(part);
@@ -178,16 +181,18 @@ fn write_inputs(work: &Path, sources: &Sources) -> Result<(), Error> {
     write(&work.join("customize.sh"), 0o755, CUSTOMIZE)?;
     write(&work.join("sources/debian.sources"), 0o644, &sources.text)?;
     write(&work.join("apt.conf"), 0o644, &sources.options)?;
+    let files = work.join("files");
     for (path, content) in guest::FILES {
-        write(&work.join("files").join(path), 0o644, content)?;
+        write(&files.join(path), 0o644, content)?;
     }
+    write(&files.join(PROGRAM_PATH.trim_start_matches('/')), 0o755, agent::PROGRAM)?;
     if !sources.guest_options.is_empty() {
-        write(&work.join("files/etc/apt/apt.conf.d/80purlin-host"), 0o644, &sources.guest_options)?;
+        write(&files.join("etc/apt/apt.conf.d/80purlin-host"), 0o644, &sources.guest_options)?;
     }
     Ok(())
 }
 
-fn write(path: &Path, mode: u32, content: &str) -> Result<(), Error> {
+fn write(path: &Path, mode: u32, content: impl AsRef<[u8]>) -> Result<(), Error> {
     if let Some(dir) = path.parent() {
         fs::create_dir_all(dir).map_err(HostError::file("create", dir))?;
     }

@@ -1,0 +1,104 @@
+//! Network cards whose addresses change, and what they have got by DHCP.
+
+use std::{fs, path::Path};
+
+use purlin_agent::protocol::{Card, Failed, FailureKind};
+
+use super::{Problems, note, run_program};
+
+/// Interfaces that are down and have their new addresses.
+pub struct Cards(Vec<String>);
+
+/// Whether the addresses are some.
+pub fn check(cards: &[Card]) -> Result<(), Failed> {
+    let bad = cards.iter().flat_map(|card| [&card.old, &card.new]).find(|address| parse(address).is_none());
+    bad.map_or(Ok(()), |bad| {
+        let message = format!("'{}' is no address of a network card, as 52:54:00:12:34:56", bad.escape_debug());
+        Err(Failed::new(FailureKind::Invalid, message))
+    })
+}
+
+fn parse(address: &str) -> Option<[u8; 6]> {
+    let is_byte = |text: &str| text.len() == 2 && text.bytes().all(|digit| digit.is_ascii_hexdigit());
+    let byte = |text: &str| is_byte(text).then(|| u8::from_str_radix(text, 16).ok())?;
+    let bytes: Vec<u8> = address.split(':').map(byte).collect::<Option<_>>()?;
+    bytes.try_into().ok()
+}
+
+/// Takes the cards down, so that nothing is sent from their old addresses any more, and gives them the new ones.
+pub fn take_down(cards: &[Card], problems: &mut Problems) -> Cards {
+    let mut names = Vec::new();
+    let interfaces = if cards.is_empty() { Vec::new() } else { interfaces(Path::new("/sys/class/net")) };
+    for card in cards {
+        let found = interfaces.iter().find(|(_, address)| Some(*address) == parse(&card.old));
+        let Some((name, _)) = found else {
+            problems.push(format!("the network card {}: there is none", card.old));
+            continue;
+        };
+        let change = format!("link set dev {name} down\nlink set dev {name} address {}\n", card.new);
+        note(problems, &format!("the network card {name}"), ip(&change));
+        names.push(name.clone());
+    }
+    Cards(names)
+}
+
+/// Takes them up again, and has new leases got for them.
+pub fn bring_up(cards: Cards, problems: &mut Problems) {
+    let Cards(names) = cards;
+    if names.is_empty() {
+        return;
+    }
+    // While they are down: it must not give the leases back that are the other machine's. It is restarted, for it goes
+    // on by the machine ID with which it was started. Others see the links go down and up.
+    let networkd = run_program("systemctl", &["try-restart", "systemd-networkd.service"], "");
+    for name in &names {
+        note(problems, &format!("the network card {name}"), ip(&format!("link set dev {name} up\n")));
+        if networkd.is_ok() {
+            // Where another program has the network it says so.
+            let _ = run_program("networkctl", &["reconfigure", name], "");
+        }
+    }
+}
+
+fn ip(batch: &str) -> Result<(), String> {
+    run_program("ip", &["-batch", "-"], batch).map(drop)
+}
+
+/// Cards, not what is made of them (bridges and the like): their names and addresses.
+fn interfaces(class: &Path) -> Vec<(String, [u8; 6])> {
+    let entries = fs::read_dir(class).into_iter().flatten().flatten().map(|entry| entry.path());
+    let cards = entries.filter(|path| path.join("device").exists());
+    cards
+        .filter_map(|path| {
+            let address = parse(fs::read_to_string(path.join("address")).ok()?.trim())?;
+            Some((path.file_name()?.to_str()?.to_owned(), address))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses() {
+        assert_eq!(parse("52:54:00:12:34:Fe"), Some([0x52, 0x54, 0, 0x12, 0x34, 0xfe]));
+        for bad in ["", "52:54:00:12:34", "52:54:00:12:34:56:78", "52:54:00:12:34:+1", "5:54:00:12:34:56"] {
+            assert_eq!(parse(bad), None, "{bad}");
+        }
+        let card = |old: &str, new: &str| Card { old: old.into(), new: new.into() };
+        assert!(check(&[card("52:54:00:12:34:56", "52:54:00:12:34:57")]).is_ok());
+        assert!(check(&[card("52:54:00:12:34:56", "x\nlink")]).is_err());
+    }
+
+    #[test]
+    fn cards_are_those_with_a_device() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, address) in [("eth0", "52:54:00:12:34:56\n"), ("lo", "00:00:00:00:00:00\n")] {
+            fs::create_dir(dir.path().join(name)).unwrap();
+            fs::write(dir.path().join(name).join("address"), address).unwrap();
+        }
+        fs::create_dir(dir.path().join("eth0/device")).unwrap();
+        assert_eq!(interfaces(dir.path()), [("eth0".to_owned(), [0x52, 0x54, 0, 0x12, 0x34, 0x56])]);
+    }
+}
