@@ -40,16 +40,18 @@ pub const ALL: &[(&str, Attempt)] = &[
     ("unix", |world| UnixStream::connect(world.directory.join("host.socket")).map(drop)),
     ("abstract", abstract_socket),
     ("tcp", |world| TcpStream::connect(("127.0.0.1", world.port)).map(drop)),
-    ("kill", |world| check(unsafe { libc::kill(world.sibling, 0) }.into())),
+    ("kill", |world| call(libc::SYS_kill, [world.sibling.into(), 0, 0])),
     ("ptrace", ptrace),
     ("read-memory", read_memory),
     ("mount", mount),
-    ("unshare", |_| check(unsafe { libc::unshare(libc::CLONE_NEWUSER) }.into())),
-    ("setuid", |_| check(unsafe { libc::syscall(libc::SYS_setresuid, 0, 0, 0) })),
+    ("unshare", |_| call(libc::SYS_unshare, [libc::CLONE_NEWUSER.into(), 0, 0])),
+    ("setuid", |_| call(libc::SYS_setresuid, [0, 0, 0])),
     ("bpf", bpf),
     ("handle", open_by_handle),
-    ("keyctl", |_| check(unsafe { libc::syscall(libc::SYS_keyctl, 0, -3i64, 1) })),
-    ("personality", |_| check(unsafe { libc::personality(0x0040_0000) }.into())),
+    // KEYCTL_GET_KEYRING_ID of the session's keyring.
+    ("keyctl", |_| call(libc::SYS_keyctl, [0, -3, 1])),
+    // READ_IMPLIES_EXEC.
+    ("personality", |_| call(libc::SYS_personality, [0x0040_0000, 0, 0])),
     ("execve", execve),
     ("fork", fork),
     ("new-code", new_code),
@@ -60,12 +62,19 @@ pub const ALL: &[(&str, Attempt)] = &[
     ("new-thread", |_| std::thread::Builder::new().spawn(|| ()).map(drop)),
     ("symlink", |world| std::os::unix::fs::symlink("/etc/passwd", world.directory.join("instance/link"))),
     ("raise-limit", raise_limit),
-    ("userfaultfd", |_| check(unsafe { libc::syscall(libc::SYS_userfaultfd, 1) })),
+    // For faults of user code only.
+    ("userfaultfd", |_| call(libc::SYS_userfaultfd, [1, 0, 0])),
     ("perf", perf),
 ];
 
 fn check(result: i64) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// A system call that names no memory.
+fn call(number: libc::c_long, [a, b, c]: [i64; 3]) -> io::Result<()> {
+    // SAFETY: as just said.
+    check(unsafe { libc::syscall(number, a, b, c) })
 }
 
 fn read(path: &Path) -> io::Result<()> {
@@ -247,9 +256,11 @@ fn execve(_: &World) -> io::Result<()> {
 
 fn fork(_: &World) -> io::Result<()> {
     // SAFETY: the child ends at once.
-    match unsafe { libc::fork() } {
-        0 => unsafe { libc::_exit(0) },
-        id => check(id.into()),
+    unsafe {
+        match libc::fork() {
+            0 => libc::_exit(0),
+            id => check(id.into()),
+        }
     }
 }
 
