@@ -126,20 +126,24 @@ const REMOVAL: &[libc::c_long] = &[
     libc::SYS_unlink,
 ];
 
-/// To open files, and to ask for names. A thread that has no use for files is told that it may not: libraries do it too.
-const FINDING: &[libc::c_long] = &[
+/// To open files. A thread that has no use for that is told that it may not: libraries try it too.
+const OPENING: &[libc::c_long] = &[
+    libc::SYS_openat,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_open,
+];
+
+/// To ask what a name stands for; as [`OPENING`].
+const LOOKUPS: &[libc::c_long] = &[
     libc::SYS_faccessat,
     libc::SYS_faccessat2,
     libc::SYS_newfstatat,
-    libc::SYS_openat,
     libc::SYS_readlinkat,
     libc::SYS_statx,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_access,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_lstat,
-    #[cfg(target_arch = "x86_64")]
-    libc::SYS_open,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_readlink,
     #[cfg(target_arch = "x86_64")]
@@ -174,23 +178,26 @@ pub(crate) fn process() -> Filter {
         // Emitted code, until `seal`: shared memory that is mapped twice becomes executable at one place.
         .allow_if(libc::SYS_mprotect, &[Argument::Has(2, EXEC, EXEC)]);
     vcpu_registers(tun(filter))
-        // Who stops a process that it has started before must not fail by that: here there is none.
-        .refuse(&[libc::SYS_kill, libc::SYS_tkill], libc::EPERM)
-        .refuse(&[libc::SYS_wait4, libc::SYS_waitid], libc::ECHILD)
 }
 
 /// A thread with a role.
 pub(crate) fn thread(role: Role) -> Filter {
-    let serving = basics().allow(OPEN_FILES).allow(OPEN_SOCKETS);
-    match role {
-        // The last one to let go of a machine removes the sockets that it has made.
-        Role::Vcpu => vcpu_registers(tun(serving)).allow(TIMERS).allow(REMOVAL).refuse(FINDING, libc::EACCES),
-        Role::Device => tun(serving).refuse(FINDING, libc::EACCES),
-        Role::Disk => serving.allow(&[libc::SYS_io_uring_enter]).refuse(FINDING, libc::EACCES),
-        Role::Vsock => unix_sockets(serving).allow(REMOVAL).refuse(FINDING, libc::EACCES),
-        Role::Supervisor => tun(serving).allow(REMOVAL).refuse(FINDING, libc::EACCES),
-        Role::Control => control(serving),
+    if role == Role::Control {
+        return control(basics());
     }
+    let serving = basics().allow(OPEN_FILES).allow(OPEN_SOCKETS).refuse(OPENING, libc::EACCES);
+    match role {
+        Role::Vcpu => removing(vcpu_registers(tun(serving))).allow(TIMERS),
+        Role::Supervisor => removing(tun(serving)),
+        Role::Vsock => removing(unix_sockets(serving)),
+        Role::Device | Role::Control => tun(serving).refuse(LOOKUPS, libc::EACCES),
+        Role::Disk => serving.allow(&[libc::SYS_io_uring_enter]).refuse(LOOKUPS, libc::EACCES),
+    }
+}
+
+/// The last one to let go of a machine removes the sockets that it has made, if they are still the ones.
+fn removing(filter: Filter) -> Filter {
+    filter.allow(REMOVAL).allow(LOOKUPS)
 }
 
 /// What every thread may: also KVM's ioctls, for all send interrupts.
@@ -212,6 +219,9 @@ fn basics() -> Filter {
         .allow_if(libc::SYS_prlimit64, &[Argument::Is(0, 0), Argument::HasLong(2, u64::MAX, 0)])
         .allow_if(libc::SYS_ioctl, &[Argument::Has(1, 0xff00, KVM)])
         .allow_if(libc::SYS_ioctl, &[Argument::Is(1, libc::FIONBIO as u32)])
+        // Who stops a process that it has started before must not fail by that: here there is none.
+        .refuse(&[libc::SYS_kill, libc::SYS_tkill], libc::EPERM)
+        .refuse(&[libc::SYS_wait4, libc::SYS_waitid], libc::ECHILD)
 }
 
 /// What serves the control socket, and starts threads.
@@ -229,7 +239,8 @@ fn control(filter: Filter) -> Filter {
         .allow(OPEN_SOCKETS)
         .allow(NAMED_FILES)
         .allow(REMOVAL)
-        .allow(FINDING)
+        .allow(OPENING)
+        .allow(LOOKUPS)
         .allow(SIGNALS)
         .allow(&[libc::SYS_memfd_create, libc::SYS_pipe2, libc::SYS_set_tid_address])
         .allow(&[libc::SYS_getuid, libc::SYS_geteuid, libc::SYS_getgid, libc::SYS_getegid, libc::SYS_uname])
