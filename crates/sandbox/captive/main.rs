@@ -12,7 +12,7 @@ use std::{
     process::exit,
 };
 
-use purlin_sandbox::{Access, Filters, Identity, Plan, Reachable, Role};
+use purlin_sandbox::{Access, Filters, Identity, Layer, Plan, Reachable, Role};
 
 /// What there is outside of the sandbox, and what is to be done with it.
 pub struct World {
@@ -63,6 +63,7 @@ impl World {
                 let uid = uid.parse().expect("a number");
                 Identity { uid, gid: uid }
             }),
+            require: self.get("require").map(|_| Layer::Root).into_iter().collect(),
             filters: if self.get("filters") == Some("off") { Filters::Off } else { Filters::Enforce },
             ..Plan::default()
         }
@@ -71,6 +72,9 @@ impl World {
 
 fn main() {
     let (world, attempt) = World::from_arguments();
+    if world.get("threads") == Some("on") {
+        std::thread::spawn(std::thread::park);
+    }
     if world.get("sandbox") == Some("on") {
         enter(&world);
     }

@@ -10,7 +10,8 @@
 //! wall, and the threads' own make a first mistake less useful.
 //!
 //! A host may lack some of it (a container without user namespaces, an old kernel). What is missing is in the report, in
-//! words, and nothing fails for it unless [`Plan::require`] says so.
+//! words, and nothing fails for it unless [`Plan::require`] says so. Without a root of its own, the process can ask for
+//! the metadata of any file that its user may see, and cannot connect to any Unix socket, be it its own.
 
 mod descriptors;
 mod error;

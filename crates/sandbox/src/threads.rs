@@ -45,7 +45,12 @@ struct Birth {
 
 /// Installs the process's own filter; from now on threads have roles.
 pub(crate) fn enter(filters: Filters, report: &mut Report) -> Result<(), SandboxError> {
-    match calls::process().install(filters) {
+    // Landlock tells Unix sockets apart by their paths from this ABI on; until then only a root of its own hides them.
+    const RESOLVE_UNIX: u32 = 9;
+    let sockets_in_sight = !report.has(Layer::Root) && report.landlock_abi < RESOLVE_UNIX;
+    let filter = calls::process();
+    let filter = if sockets_in_sight { filter.refuse(&[libc::SYS_connect], libc::EACCES) } else { filter };
+    match filter.install(filters) {
         Ok(()) if filters == Filters::Enforce => report.add(Layer::Seccomp),
         Ok(()) => report.lacks(Layer::Seccomp, "its filters are turned off or only tell"),
         Err(error) if error.is_unsupported() => {

@@ -368,18 +368,20 @@ fn the_report_tells_what_there_is() {
 }
 
 /// As in a container: no capabilities, and user namespaces are not allowed.
+fn in_container(outside: &Outside, settings: &[&str], name: &str) -> Answer {
+    let no_more = "echo 0 > /proc/sys/user/max_user_namespaces";
+    let script = format!("{no_more} && exec setpriv --bounding-set=-all --inh-caps=-all -- \"$@\"");
+    let mut command = Command::new("unshare");
+    command.args(["--user", "--map-current-user", "--keep-caps", "sh", "-ec", &script, "sh"]).arg(&outside.program);
+    outside.arguments(&mut command, settings);
+    as_user(&mut command, Starter::User.uid()).arg(name);
+    Answer::of(command, drop)
+}
+
 #[test]
 fn without_namespaces_there_is_what_is_left() {
     let outside = Outside::new(Starter::User.uid());
-    let run = |name: &str| {
-        let script =
-            "echo 0 > /proc/sys/user/max_user_namespaces && exec setpriv --bounding-set=-all --inh-caps=-all -- \"$@\"";
-        let mut command = Command::new("unshare");
-        command.args(["--user", "--map-current-user", "--keep-caps", "sh", "-ec", script, "sh"]).arg(&outside.program);
-        outside.arguments(&mut command, &["sandbox=on"]);
-        as_user(&mut command, Starter::User.uid()).arg(name);
-        Answer::of(command, drop)
-    };
+    let run = |name| in_container(&outside, &["sandbox=on"], name);
     let answer = run("own-files");
     assert!(answer.worked(), "{answer:#?}");
     assert!(answer.has("layer Landlock") && answer.has("layer seccomp"), "{answer:#?}");
@@ -387,8 +389,27 @@ fn without_namespaces_there_is_what_is_left() {
         let sentence = format!("missing The sandbox has no {layer}: ");
         assert!(answer.lines.iter().any(|line| line.starts_with(&sentence)), "{answer:#?}");
     }
-    for name in ["passwd", "proc", "home", "list-root", "abstract", "tcp", "kill", "ptrace", "mount", "execve"] {
+    let forbidden =
+        ["passwd", "proc", "home", "list-root", "unix", "abstract", "tcp", "kill", "ptrace", "mount", "execve"];
+    for name in forbidden {
         let answer = run(name);
         assert!(answer.was_refused() || answer.was_killed(), "{name}: {answer:#?}");
     }
+}
+
+#[test]
+fn what_would_not_be_a_sandbox_is_an_error() {
+    let outside = Outside::new(Starter::User.uid());
+    let error = |answer: &Answer, words: &str| {
+        answer.lines.iter().any(|line| line.starts_with("error ") && line.contains(words)) && !answer.worked()
+    };
+    let missing = in_container(&outside, &["sandbox=on", "require=root"], "device");
+    assert!(error(&missing, "the sandbox would lack its own root, which is required"), "{missing:#?}");
+    let required = attempt(&outside, Starter::User, &["sandbox=on", "require=root"], "device");
+    assert!(required.worked(), "{required:#?}");
+    let threads = attempt(&outside, Starter::User, &["sandbox=on", "threads=on"], "device");
+    assert!(error(&threads, "the process has 2 threads already"), "{threads:#?}");
+    let directory = outside.captive(&["sandbox=on", "device"]).stdin(fs::File::open("/").unwrap()).output().unwrap();
+    let said = String::from_utf8(directory.stdout).unwrap();
+    assert!(said.contains("descriptor 0 is open on the directory /"), "{said}");
 }

@@ -17,6 +17,7 @@ const BASICS: &[libc::c_long] = &[
     libc::SYS_futex,
     libc::SYS_getpid,
     libc::SYS_getrandom,
+    libc::SYS_getrusage,
     libc::SYS_gettid,
     libc::SYS_membarrier,
     libc::SYS_nanosleep,
@@ -93,6 +94,9 @@ const OPEN_FILES: &[libc::c_long] = &[
     libc::SYS_fsync,
     libc::SYS_ftruncate,
     libc::SYS_lseek,
+    // By names too, but libraries have no other call for an open file.
+    libc::SYS_newfstatat,
+    libc::SYS_statx,
     libc::SYS_pread64,
     libc::SYS_preadv,
     libc::SYS_preadv2,
@@ -137,9 +141,7 @@ const OPENING: &[libc::c_long] = &[
 const LOOKUPS: &[libc::c_long] = &[
     libc::SYS_faccessat,
     libc::SYS_faccessat2,
-    libc::SYS_newfstatat,
     libc::SYS_readlinkat,
-    libc::SYS_statx,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_access,
     #[cfg(target_arch = "x86_64")]
