@@ -219,3 +219,39 @@ pub mod files {
         fs::remove_dir(path).map_err(failed("remove", path))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use rustix::process::{Pid, getpriority_process};
+
+    use super::*;
+
+    #[test]
+    fn without_control_groups_a_weight_is_a_nice_value() {
+        let nowhere = Hierarchies::none();
+        let half = Shares { cpu_weight: 50, ..Shares::default() };
+        let (mut group, how) = Group::create_in(&nowhere, "test", &half).unwrap();
+        assert_eq!(how, How { cpu: Means::Process, memory: Means::Nothing, io: Means::Nothing });
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let nice = || getpriority_process(Pid::from_raw(child.id().cast_signed())).unwrap();
+        let before = nice();
+        group.add(child.id()).unwrap();
+        assert_eq!(nice(), before.max(process::nice(50)));
+        group.set(&Shares { cpu_weight: 20, ..half }).unwrap();
+        assert_eq!(nice(), before.max(process::nice(20)));
+        assert!(!group.is_empty() && group.usage().unwrap().memory > 0);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(group.is_empty());
+        group.remove().unwrap();
+    }
+
+    #[test]
+    fn without_control_groups_memory_has_no_limit() {
+        let limited = Shares { memory_max: Some(1 << 30), ..Shares::default() };
+        let created = Group::create_in(&Hierarchies::none(), "test", &limited);
+        assert!(matches!(created, Err(GroupError::NoMemoryLimit)));
+    }
+}

@@ -35,6 +35,12 @@ impl Hierarchies {
         Self { mounts: mounts(&read(MOUNTS)), own: read(OWN) }
     }
 
+    /// A host without any.
+    #[cfg(test)]
+    pub fn none() -> Self {
+        Self { mounts: Vec::new(), own: String::new() }
+    }
+
     /// The groups that this process is in, from its own outwards, in the hierarchy of version 2.
     pub fn v2(&self) -> Vec<PathBuf> {
         let own = self.own.lines().find_map(|line| line.strip_prefix("0::"));
@@ -111,7 +117,7 @@ mod tests {
 
     #[test]
     fn without_any_there_are_none() {
-        let nowhere = Hierarchies { mounts: mounts(""), own: String::new() };
+        let nowhere = Hierarchies::none();
         assert!(nowhere.v2().is_empty() && nowhere.v1("cpu").is_empty());
     }
 }

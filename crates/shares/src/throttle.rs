@@ -1,8 +1,8 @@
 //! A cap that a process keeps by itself: where there are no control groups it stops its busy threads for part of the time.
 //!
-//! Time is looked at in periods of 100 ms. Each adds its share to a budget; what the process has used is taken off it,
-//! and when it is used up the threads stand still until there is some again. So a cap holds on average, over seconds,
-//! and what they do is delayed by some hundredths of a second.
+//! Time adds its share to a budget, and what the process has used is taken off it. When it is used up the threads stand
+//! still until there is some again. So a cap holds on average, over seconds, and what they do is delayed by some
+//! hundredths of a second.
 
 use std::{
     io,
@@ -19,8 +19,11 @@ use rustix::time::{ClockId, clock_gettime};
 /// How often the time is looked at while the threads run.
 const LOOK: Duration = Duration::from_millis(10);
 
-/// What can be left over, or owed at most, for later.
-const PERIOD: Duration = Duration::from_millis(100);
+/// Time whose share must be there before threads that stand still go on, or they would go on and stop all the time.
+const LEAST: Duration = Duration::from_millis(25);
+
+/// Time whose share can be saved up: on a busy host this thread and the others come late, and are to catch up.
+const MOST: Duration = Duration::from_millis(500);
 
 /// The busy threads of this process: vCPUs. What they do for others (interrupts, timers) may be delayed.
 pub trait Throttle: Send + Sync {
@@ -174,11 +177,9 @@ impl Budget {
     fn spend(&mut self, cap: u32, elapsed: Duration, used: Duration) -> bool {
         let percent = |time: Duration| i64::try_from(time.as_nanos() * u128::from(cap) / 100).unwrap_or(i64::MAX);
         let used = i64::try_from(used.as_nanos()).unwrap_or(i64::MAX);
-        let most = percent(PERIOD);
         // What is owed is owed in full, however late this thread has come to look: the average is the cap.
-        self.left = self.left.saturating_add(percent(elapsed)).saturating_sub(used).min(most);
-        // Not at the first nanosecond that is left, or they would go on and stop all the time.
-        self.stands = if self.stands { self.left < most / 4 } else { self.left < 0 };
+        self.left = self.left.saturating_add(percent(elapsed)).saturating_sub(used).min(percent(MOST));
+        self.stands = if self.stands { self.left < percent(LEAST) } else { self.left < 0 };
         !self.stands
     }
 }
@@ -211,8 +212,8 @@ mod tests {
     fn an_idle_time_is_not_saved_up() {
         let mut budget = Budget::new();
         assert!(budget.spend(50, Duration::from_secs(1000), Duration::ZERO));
-        // A whole period's worth, and no more.
-        assert!(budget.spend(50, Duration::ZERO, Duration::from_millis(50)));
+        // The share of half a second, and no more.
+        assert!(budget.spend(50, Duration::ZERO, Duration::from_millis(250)));
         assert!(!budget.spend(50, Duration::ZERO, Duration::from_millis(1)));
     }
 }
