@@ -90,7 +90,7 @@ pub enum Filters {
 /// A part of the sandbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Layer {
-    /// A user of its own, who is not root.
+    /// A user other than who starts it, and not root.
     Identity,
     /// A user namespace: privileges, should it ever get any, are good for nothing.
     UserNamespace,

@@ -10,7 +10,7 @@ use rustix::{
     },
 };
 
-use crate::{Identity, Layer, Plan, Report, SandboxError, error::host, namespaces};
+use crate::{Identity, Layer, Plan, Report, SandboxError, error::host};
 
 /// Whether the process can make namespaces without a user namespace.
 pub(crate) fn may_administer() -> bool {
@@ -22,11 +22,11 @@ pub(crate) fn take_identity(plan: &Plan, report: &mut Report) -> Result<(), Sand
     let own = (geteuid().as_raw(), getegid().as_raw());
     match plan.identity {
         None if own.0 == 0 => report.lacks(Layer::Identity, "it runs as root, for it was given no other user"),
-        None => report.add(Layer::Identity),
+        None => report.lacks(Layer::Identity, "it has that of who started it; only root can give it another one"),
         Some(Identity { uid, gid }) if own == (uid, gid) && getuid().as_raw() == uid => report.add(Layer::Identity),
         Some(identity) => match become_other(identity) {
             Ok(()) => report.add(Layer::Identity),
-            Err(error) => report.lacks(Layer::Identity, namespaces::reason("another user", error)),
+            Err(error) => report.lacks(Layer::Identity, format!("only root can give it one ({error})")),
         },
     }
     // A process that has changed its user cannot write its own maps in /proc otherwise. `give_up` takes it back.
