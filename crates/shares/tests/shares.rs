@@ -152,19 +152,20 @@ fn memory_is_limited() {
         other => other.unwrap(),
     };
     assert_ne!(how.memory, Means::Nothing);
-    let hold = |mebibytes: u32| {
-        // It waits for its input, so that it is in the group before it takes anything.
-        let script = format!("read line; x=$(head -c {}M /dev/zero | tr '\\0' x); echo ${{#x}}", mebibytes);
+    let hold = |bytes: u64| {
+        // It waits for the end of its input, so that it is in the group before it takes anything.
+        let script = format!("read line; x=$(head -c {bytes} /dev/zero | tr '\\0' x); echo ${{#x}}");
         Command::new("sh").args(["-c", &script]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap()
     };
-    for (mebibytes, fits) in [(8, true), (256, false)] {
-        let child = hold(mebibytes);
+    let mut holds = |bytes: u64| {
+        let child = hold(bytes);
         group.add(child.id()).unwrap();
         let output = child.wait_with_output().unwrap();
-        let held = String::from_utf8_lossy(&output.stdout).trim() == (u64::from(mebibytes) << 20).to_string();
-        assert_eq!(held, fits, "{mebibytes} MiB: {output:?}");
-    }
+        String::from_utf8_lossy(&output.stdout).trim() == bytes.to_string()
+    };
+    let held = [holds(8 << 20), holds(256 << 20)];
     group.remove().unwrap();
+    assert_eq!(held, [true, false]);
 }
 
 #[test]
