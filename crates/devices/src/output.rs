@@ -3,11 +3,13 @@
 
 use std::{
     collections::VecDeque,
+    fmt::Display,
     io::{self, Write},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
-    thread,
     time::Duration,
 };
+
+use purlin_sandbox::Role;
 
 use crate::event::Event;
 
@@ -50,9 +52,12 @@ impl Output {
     /// which is reported once, everything is dropped and the guest goes on.
     pub fn new(sink: Box<dyn Write + Send>) -> io::Result<Self> {
         let queue = Arc::new(Queue::new(false));
-        thread::Builder::new().name("output".into()).spawn({
+        purlin_sandbox::spawn("output", {
             let queue = queue.clone();
-            move || queue.write_out(sink)
+            move || match purlin_sandbox::thread(Role::Device) {
+                Ok(()) => queue.write_out(sink),
+                Err(error) => queue.give_up(&error),
+            }
         })?;
         Ok(Self(Arc::new(Handle { queue })))
     }
@@ -101,6 +106,13 @@ impl State {
         !self.discarding && (self.in_hand > 0 || !self.bytes.is_empty())
     }
 
+    fn discard(&mut self, reason: &dyn Display) {
+        tracing::warn!("the guest's output is lost from here on: {reason}");
+        self.discarding = true;
+        self.bytes.clear();
+        self.make_room_known();
+    }
+
     fn make_room_known(&mut self) {
         if let Some(event) = self.waiting.take() {
             event.signal();
@@ -140,13 +152,16 @@ impl Queue {
             state.in_hand = 0;
             state.written += bytes.len() as u64;
             if let Err(error) = result {
-                tracing::warn!("the guest's output is lost from here on: {error}");
-                state.discarding = true;
-                state.bytes.clear();
-                state.make_room_known();
+                state.discard(&error);
             }
             self.changed.notify_all();
         }
+    }
+
+    /// Nobody will write.
+    fn give_up(&self, reason: &dyn Display) {
+        self.lock().discard(reason);
+        self.changed.notify_all();
     }
 
     /// Waits for bytes to write; `None` when there will be none.

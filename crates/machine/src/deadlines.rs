@@ -5,9 +5,11 @@ use std::{
         Arc, Condvar, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    thread::{self, JoinHandle},
+    thread::JoinHandle,
     time::Duration,
 };
+
+use purlin_sandbox::Role;
 
 use crate::bus::{DeviceBus, lock};
 
@@ -62,9 +64,12 @@ pub struct DeadlineThread {
 impl DeadlineThread {
     /// Starts it, waiting for [`DeadlineThread::resume`].
     pub fn start(bus: Arc<DeviceBus>) -> std::io::Result<Self> {
-        let thread = thread::Builder::new().name("deadlines".into()).spawn({
+        let thread = purlin_sandbox::spawn("deadlines", {
             let bus = bus.clone();
-            move || run(&bus)
+            move || match purlin_sandbox::thread(Role::Device) {
+                Ok(()) => run(&bus),
+                Err(error) => tracing::error!("no timer of a device comes due: {error}"),
+            }
         })?;
         Ok(Self { bus, thread: Some(thread) })
     }

@@ -2,6 +2,7 @@
 
 use std::{io, sync::Arc};
 
+use purlin_sandbox::Role;
 use purlin_state::{Section, StateError};
 use rustix::rand::{GetRandomFlags, getrandom};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
@@ -48,7 +49,12 @@ impl VirtioDevice for Rng {
     fn activate(&mut self, driver: Activation) -> io::Result<Box<dyn Running>> {
         let mut workers = Workers::default();
         for queue in driver.queues {
-            workers.start(&self.name, &[queue.index()], Box::new(move |wake: &Wake| run(&queue, wake)))?;
+            workers.start(
+                &self.name,
+                &[queue.index()],
+                Some(Role::Device),
+                Box::new(move |wake: &Wake| run(&queue, wake)),
+            )?;
         }
         Ok(Box::new(workers))
     }

@@ -7,9 +7,10 @@ use std::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    thread::{self, JoinHandle},
+    thread::JoinHandle,
 };
 
+use purlin_sandbox::Role;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use super::Running;
@@ -194,17 +195,22 @@ struct Worker {
 }
 
 impl Workers {
-    /// Adds a thread that serves `queues`. Linux shows the first 15 bytes of its name. Returns what it waits by, for
-    /// other threads of the device that have something to tell it.
-    pub fn start(&mut self, name: &str, queues: &[u16], job: Job) -> io::Result<Arc<Wake>> {
+    /// Adds a thread that serves `queues`. Linux shows the first 15 bytes of its name. In a sandbox it has a role; without
+    /// one here the job takes it, once it has what the role does not allow. Returns what it waits by, for other threads of
+    /// the device that have something to tell it.
+    pub fn start(&mut self, name: &str, queues: &[u16], role: Option<Role>, job: Job) -> io::Result<Arc<Wake>> {
         let wake = Arc::new(Wake::new()?);
-        let thread = thread::Builder::new().name(name.to_owned()).spawn({
+        // A driver has it started, so this is a vCPU's thread: that of the device does not inherit its filter.
+        let thread = purlin_sandbox::spawn(name, {
             let wake = wake.clone();
             move || {
                 let _going = Going(&wake);
                 #[cfg(test)]
                 drop(SLOW.read().unwrap_or_else(PoisonError::into_inner));
-                job(&wake);
+                match role.map_or(Ok(()), purlin_sandbox::thread) {
+                    Ok(()) => job(&wake),
+                    Err(error) => tracing::error!("a device is not served: {error}"),
+                }
             }
         })?;
         self.0.push(Worker { queues: queues.to_vec(), wake: wake.clone(), thread: Some(thread) });

@@ -25,6 +25,7 @@ use std::{
 };
 
 use prost::Message;
+use purlin_sandbox::Role;
 use purlin_state::{Saved, Section, StateError};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 
@@ -166,7 +167,12 @@ impl VirtioDevice for Balloon {
             server.run(wake);
         };
         let mut workers = Workers::default();
-        workers.start(&self.name, &[INFLATE, DEFLATE, STATISTICS, REPORTING[0], REPORTING[1]], Box::new(job))?;
+        workers.start(
+            &self.name,
+            &[INFLATE, DEFLATE, STATISTICS, REPORTING[0], REPORTING[1]],
+            Some(Role::Device),
+            Box::new(job),
+        )?;
         Ok(Box::new(workers))
     }
 

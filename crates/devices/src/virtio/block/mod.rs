@@ -15,6 +15,7 @@ mod waiting;
 use std::{fmt, io, path::Path, sync::Arc};
 
 use prost::Message;
+use purlin_sandbox::Role;
 use purlin_state::{Saved, Section, StateError};
 use purlin_storage::{Disk, IoError};
 use virtio_bindings::{virtio_blk::VIRTIO_BLK_F_FLUSH, virtio_ids::VIRTIO_ID_BLOCK};
@@ -121,13 +122,16 @@ impl VirtioDevice for Block {
             let (on_io_error, waiting) = (self.on_io_error.clone(), self.waiting[usize::from(index)].clone());
             let job = move |wake: &Wake| {
                 let served = purlin_storage::Queue::scope(&disk, |io| {
+                    // Not before: no new io_uring is made from here on.
+                    purlin_sandbox::thread(Role::Disk).map_err(io::Error::other)?;
                     Server::new(&queue, io, &disk, write_through, &on_io_error, &waiting).run(wake);
+                    Ok(())
                 });
-                if let Err(error) = served {
+                if let Err(error) = served.flatten() {
                     notifier.needs_reset(&error);
                 }
             };
-            workers.start(&format!("{}-{index}", self.name), &[index], Box::new(job))?;
+            workers.start(&format!("{}-{index}", self.name), &[index], None, Box::new(job))?;
         }
         Ok(Box::new(workers))
     }

@@ -18,6 +18,7 @@ mod tests;
 use std::{io, sync::Arc};
 
 use prost::Message;
+use purlin_sandbox::Role;
 use purlin_state::{Saved, Section, StateError};
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 
@@ -100,7 +101,12 @@ impl VirtioDevice for Console {
             settling: Settling::new()?,
         };
         let mut workers = Workers::default();
-        workers.start(&self.name, &[RECEIVE, TRANSMIT], Box::new(move |wake: &Wake| server.run(wake)))?;
+        workers.start(
+            &self.name,
+            &[RECEIVE, TRANSMIT],
+            Some(Role::Device),
+            Box::new(move |wake: &Wake| server.run(wake)),
+        )?;
         Ok(Box::new(workers))
     }
 

@@ -24,6 +24,7 @@ use std::{
 
 use prost::Message;
 use purlin_network::{Backend, Offload};
+use purlin_sandbox::Role;
 use purlin_state::{Saved, Section, StateError};
 use purlin_storage::limit::Rate;
 use virtio_bindings::{
@@ -200,14 +201,19 @@ impl VirtioDevice for Net {
                 link_up: self.link_up.clone(),
             };
             let name = self.name_of_thread(first / 2);
-            let wake = workers.start(&name, &[first, first + 1], Box::new(move |wake: &Wake| link.run(wake)))?;
+            let wake = workers.start(
+                &name,
+                &[first, first + 1],
+                Some(Role::Device),
+                Box::new(move |wake: &Wake| link.run(wake)),
+            )?;
             started.push((pair.clone(), wake));
         }
         if let Some(queue) = queue(2 * pairs).filter(|_| has(VIRTIO_NET_F_CTRL_VQ)) {
             let in_use = self.in_use.clone();
             let (index, name) = (queue.index(), format!("{}-control", self.name));
             let control = Control { queue, pairs: started, usable, in_use };
-            workers.start(&name, &[index], Box::new(move |wake: &Wake| control.run(wake)))?;
+            workers.start(&name, &[index], Some(Role::Device), Box::new(move |wake: &Wake| control.run(wake)))?;
         }
         Ok(Box::new(workers))
     }

@@ -75,7 +75,7 @@ impl VirtioDevice for Echo {
                     Told::End => return,
                 }
             };
-            workers.start("echo", &[index], Box::new(job))?;
+            workers.start("echo", &[index], None, Box::new(job))?;
         }
         Ok(Box::new(workers))
     }

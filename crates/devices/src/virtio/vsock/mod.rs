@@ -25,6 +25,7 @@ mod tests;
 use std::{io, ops::RangeInclusive, sync::Arc};
 
 use prost::Message;
+use purlin_sandbox::Role;
 use purlin_state::{Saved, Section, StateError};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
@@ -111,7 +112,7 @@ impl VirtioDevice for Vsock {
             Server::new(queues, host, guest_cid, owes_reset).run(wake);
         };
         let mut workers = Workers::default();
-        workers.start(&self.name, &[RECEIVE, TRANSMIT, EVENT], Box::new(job))?;
+        workers.start(&self.name, &[RECEIVE, TRANSMIT, EVENT], Some(Role::Vsock), Box::new(job))?;
         Ok(Box::new(workers))
     }
 
