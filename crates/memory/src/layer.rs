@@ -6,7 +6,7 @@ use std::{
     ops::Range,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::fs::FileExt,
+        unix::fs::{FileExt, MetadataExt},
     },
     sync::Arc,
 };
@@ -115,6 +115,17 @@ impl Layer {
     /// How many runs it has.
     pub(crate) fn runs(&self) -> usize {
         self.places.iter().count()
+    }
+
+    /// Bytes that its files take of the host, at most so many are data.
+    pub(crate) fn allocated(&self) -> io::Result<u64> {
+        let mut files: Vec<&Arc<File>> = Vec::new();
+        for (_, place) in self.places.iter() {
+            if !files.iter().any(|file| Arc::ptr_eq(file, &place.file)) {
+                files.push(&place.file);
+            }
+        }
+        files.iter().map(|file| Ok(512 * file.metadata()?.blocks())).sum()
     }
 
     /// Fills `buffer`, whole pages, from page `first` on.

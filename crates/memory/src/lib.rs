@@ -24,7 +24,7 @@ mod pagemap;
 mod restore;
 
 pub use discard::discard;
-pub use freeze::{Freeze, data, usage};
+pub use freeze::{Freeze, FrozenMemory, data, usage};
 pub use layer::{Layer, LayersMessage, receive, send};
 pub use log::{LogSlice, PageLog, WriteObserver};
 pub use pagemap::Pagemap;

@@ -15,7 +15,7 @@ use std::{
 
 use rustix::{
     io::Errno,
-    mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap},
+    mm::{Advice, MapFlags, MremapFlags, ProtFlags, madvise, mmap, mmap_anonymous, mremap_fixed, munmap},
 };
 
 use crate::{PAGE_SIZE, layer::Layer};
@@ -42,7 +42,7 @@ pub(crate) enum Backing {
 pub(crate) struct Private {
     /// What is mapped: what a page reads as that has not been written since. Zeroes where it has nothing.
     pub mapped: Layer,
-    /// Pages that freezes have copied since `mapped` was mapped.
+    /// Pages that freezes have copied into patches since `mapped` was mapped.
     pub copied: u64,
     /// How often it was frozen.
     pub freezes: u64,
@@ -64,18 +64,7 @@ impl Mapping {
     /// Reserves `length` bytes, which read as zeroes, with the place in a huge page that `start` has in the guest: a huge
     /// page needs an address that is a multiple of its size in the guest as in the host.
     pub fn reserve(start: u64, length: u64) -> Result<Self, Errno> {
-        let room = length.checked_add(HUGE_PAGE_SIZE).ok_or(Errno::NOMEM)?;
-        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-        // SAFETY: a new mapping, wherever the kernel likes.
-        let all = unsafe { mmap_anonymous(ptr::null_mut(), usize_of(room)?, READ_WRITE, flags)? }.cast::<u8>();
-        let before = (start % HUGE_PAGE_SIZE + HUGE_PAGE_SIZE - all as u64 % HUGE_PAGE_SIZE) % HUGE_PAGE_SIZE;
-        let address = all.wrapping_add(usize_of(before)?);
-        for (from, length) in [(all, before), (address.wrapping_add(usize_of(length)?), room - before - length)] {
-            if length > 0 {
-                // SAFETY: the range is a part of what was just mapped, which nobody knows of.
-                unsafe { munmap(from.cast(), usize_of(length)?)? };
-            }
-        }
+        let address = reserve(start, length)?;
         let backing = Backing::Private(Private { mapped: Layer::empty(start, length), copied: 0, freezes: 0 });
         Ok(Self { address, length, backing: Mutex::new(backing) })
     }
@@ -104,6 +93,18 @@ impl Mapping {
         unsafe { mmap(address.cast(), length, READ_WRITE, flags, file.as_fd(), offset)? };
         ask_for_huge_pages(address, length);
         Ok(())
+    }
+
+    /// Moves what is mapped to the whole slot out of the way, which is one mapping, before something else is mapped there:
+    /// page tables are moved, instead of a million pages unmapped while the machine stands still. What is there now reads
+    /// as before.
+    pub fn set_aside(&self) -> Result<Remains, Errno> {
+        let (_, length) = self.range(&(0..self.length / PAGE_SIZE))?;
+        let remains = Remains { address: reserve(self.address as u64, self.length)?, length };
+        let flags = MremapFlags::MAYMOVE | MremapFlags::DONTUNMAP;
+        // SAFETY: the slot stays mapped, and nobody knows the new place.
+        unsafe { mremap_fixed(self.address.cast(), length, length, flags, remains.address.cast())? };
+        Ok(remains)
     }
 
     /// Maps nothing over the pages: they read as zeroes.
@@ -158,6 +159,41 @@ impl Mapping {
         let offset = usize_of(pages.start * PAGE_SIZE)?;
         Ok((self.address.wrapping_add(offset), usize_of((pages.end - pages.start) * PAGE_SIZE)?))
     }
+}
+
+/// What was mapped to a slot. Its drop takes some time (50 ms for a GiB in small pages), better after the machine goes on.
+#[must_use = "dropped at once it takes time while the machine stands still"]
+#[derive(Debug)]
+pub(crate) struct Remains {
+    address: *mut u8,
+    length: usize,
+}
+
+// SAFETY: nobody uses the address.
+unsafe impl Send for Remains {}
+
+impl Drop for Remains {
+    fn drop(&mut self) {
+        // SAFETY: the range is this one's own.
+        let _ = unsafe { munmap(self.address.cast(), self.length) };
+    }
+}
+
+/// Reserves `length` bytes that read as zeroes, at an address that has the place in a huge page that `start` has.
+fn reserve(start: u64, length: u64) -> Result<*mut u8, Errno> {
+    let room = length.checked_add(HUGE_PAGE_SIZE).ok_or(Errno::NOMEM)?;
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+    // SAFETY: a new mapping, wherever the kernel likes.
+    let all = unsafe { mmap_anonymous(ptr::null_mut(), usize_of(room)?, READ_WRITE, flags)? }.cast::<u8>();
+    let before = (start % HUGE_PAGE_SIZE + HUGE_PAGE_SIZE - all as u64 % HUGE_PAGE_SIZE) % HUGE_PAGE_SIZE;
+    let address = all.wrapping_add(usize_of(before)?);
+    for (from, length) in [(all, before), (address.wrapping_add(usize_of(length)?), room - before - length)] {
+        if length > 0 {
+            // SAFETY: the range is a part of what was just mapped, which nobody knows of.
+            unsafe { munmap(from.cast(), usize_of(length)?)? };
+        }
+    }
+    Ok(address)
 }
 
 /// Asks for huge pages, in which a guest under KVM is faster: it faults once for 512 small ones, and the processor finds
