@@ -3,10 +3,7 @@
 use std::{io, ops::Range};
 
 use rustix::fs::{FallocateFlags, fallocate};
-use vm_memory::{
-    GuestMemoryBackend, GuestMemoryRegion,
-    bitmap::Bitmap,
-};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, bitmap::Bitmap};
 
 use crate::{
     GuestRam, PAGE_SIZE,

@@ -233,7 +233,8 @@ pub fn receive(message: &LayersMessage, files: Vec<OwnedFd>) -> Result<Vec<Layer
             let &[page, count, number, at] = run else { return Err(MemoryError::Layer("a run is cut off".into())) };
             let file = usize::try_from(number).ok().and_then(|number| files.get(number));
             let file = file.ok_or_else(|| MemoryError::Layer(format!("there is no file {number}")))?;
-            let offset = at.checked_mul(PAGE_SIZE).ok_or_else(|| MemoryError::Layer("an offset is too large".into()))?;
+            let offset =
+                at.checked_mul(PAGE_SIZE).ok_or_else(|| MemoryError::Layer("an offset is too large".into()))?;
             layer.put(page..page.saturating_add(count), file.clone(), offset)?;
         }
         Ok(layer)

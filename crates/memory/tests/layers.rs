@@ -122,7 +122,8 @@ impl World {
                 let candidates = after.candidates(before).unwrap();
                 let first = before.start() / PAGE_SIZE;
                 let differs = |page: u64| old[page as usize] != new[page as usize];
-                let missed = (first..first + before.pages()).find(|&p| differs(p) && !candidates.contains(&(p - first)));
+                let missed =
+                    (first..first + before.pages()).find(|&p| differs(p) && !candidates.contains(&(p - first)));
                 assert_eq!(missed, None);
             }
         }
