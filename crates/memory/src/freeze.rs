@@ -14,7 +14,13 @@
 //! much more than twice what the best choice would. The pages that the guest has written are copied while it stands still,
 //! either way: 64 MiB take 50 ms.
 
-use std::{fs::File, io, ops::Range, os::unix::fs::FileExt, sync::Arc};
+use std::{
+    fs::File,
+    io,
+    ops::Range,
+    os::unix::fs::{FileExt, MetadataExt},
+    sync::Arc,
+};
 
 use rangemap::RangeSet;
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create};
@@ -32,9 +38,9 @@ use crate::{
 const CHUNK: u64 = 256 << 10;
 
 /// A freeze that is begun.
-pub struct Freeze<'a> {
-    ram: &'a GuestRam,
-    pagemap: &'a Pagemap,
+pub struct Freeze {
+    ram: Arc<GuestRam>,
+    pagemap: &'static Pagemap,
     folds: Vec<Option<Fold>>,
 }
 
@@ -64,12 +70,13 @@ struct Fold {
     freezes: u64,
 }
 
-impl<'a> Freeze<'a> {
+impl Freeze {
     /// Does what takes long and need not wait for the machine to stand still.
-    pub fn begin(ram: &'a GuestRam, pagemap: &'a Pagemap) -> Result<Self, MemoryError> {
+    pub fn begin(ram: &Arc<GuestRam>) -> Result<Self, MemoryError> {
+        let pagemap = Pagemap::of_process()?;
         let folds = ram.iter().map(|slot| begin_slot(mapping_of(slot), pagemap));
         let folds = folds.collect::<Result<_, _>>()?;
-        Ok(Self { ram, pagemap, folds })
+        Ok(Self { ram: ram.clone(), pagemap, folds })
     }
 
     /// Freezes memory; the machine stands still. After an error the machine can go on, and be frozen again.
@@ -239,7 +246,8 @@ fn seal(file: &File) -> Result<(), MemoryError> {
 }
 
 /// The guest physical ranges of bytes that may be something else than zeroes, without looking at them.
-pub fn data(ram: &GuestRam, pagemap: &Pagemap) -> io::Result<Vec<Range<u64>>> {
+pub fn data(ram: &GuestRam) -> io::Result<Vec<Range<u64>>> {
+    let pagemap = Pagemap::of_process()?;
     let mut all = RangeSet::new();
     for slot in ram.iter() {
         let (mapping, start) = (mapping_of(slot), slot.start_addr().0);
@@ -259,8 +267,8 @@ pub fn data(ram: &GuestRam, pagemap: &Pagemap) -> io::Result<Vec<Range<u64>>> {
 }
 
 /// Bytes of the host's that are this machine's alone; what it shares with clones, while it is private, is not counted.
-pub fn usage(ram: &GuestRam, pagemap: &Pagemap) -> io::Result<u64> {
-    use std::os::unix::fs::MetadataExt;
+pub fn usage(ram: &GuestRam) -> io::Result<u64> {
+    let pagemap = Pagemap::of_process()?;
     let slots = ram.iter().map(|slot| {
         let mapping = mapping_of(slot);
         match &*mapping.backing() {

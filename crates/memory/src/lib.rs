@@ -27,7 +27,7 @@ pub use discard::discard;
 pub use freeze::{Freeze, FrozenMemory, data, usage};
 pub use layer::{Layer, LayersMessage, receive, send};
 pub use log::{LogSlice, PageLog, WriteObserver};
-pub use pagemap::Pagemap;
+pub use pagemap::prepare;
 pub use restore::{create, from_layers};
 use vm_memory::{GuestMemoryMmap, MmapRegion};
 
@@ -78,7 +78,7 @@ mod tests {
 
     /// Bytes that the host has given for it.
     fn taken(ram: &GuestRam) -> u64 {
-        usage(ram, &Pagemap::open().unwrap()).unwrap()
+        usage(ram).unwrap()
     }
 
     #[test]

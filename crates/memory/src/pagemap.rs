@@ -11,13 +11,19 @@ use std::{
     io,
     ops::Range,
     os::{fd::AsRawFd, unix::fs::FileExt},
+    sync::OnceLock,
 };
 
 use crate::PAGE_SIZE;
 
-/// `/proc/self/pagemap`, opened: to be made before a sandbox closes /proc.
+/// `/proc/self/pagemap`, opened.
 #[derive(Debug)]
-pub struct Pagemap(File);
+pub(crate) struct Pagemap(File);
+
+/// Opens what freezes need of /proc, once for the process: to be called before a sandbox closes it.
+pub fn prepare() -> io::Result<()> {
+    Pagemap::of_process().map(|_| ())
+}
 
 /// `PAGEMAP_SCAN`, since Linux 6.7: `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: libc::Ioctl = 0xc060_6610_u32 as libc::Ioctl;
@@ -58,9 +64,16 @@ struct Region {
 const REGIONS: usize = 1024;
 
 impl Pagemap {
-    /// Opens this process's.
-    pub fn open() -> io::Result<Self> {
-        File::open("/proc/self/pagemap").map(Self)
+    /// This process's, which stays open.
+    pub fn of_process() -> io::Result<&'static Self> {
+        static OPENED: OnceLock<Pagemap> = OnceLock::new();
+        match OPENED.get() {
+            Some(pagemap) => Ok(pagemap),
+            None => {
+                let opened = Self(File::open("/proc/self/pagemap")?);
+                Ok(OPENED.get_or_init(|| opened))
+            }
+        }
     }
 
     /// The pages, counted from `address`, among the `count` from there on that are private to this process and not the
@@ -144,12 +157,12 @@ mod tests {
 
     #[test]
     fn both_ways_see_what_was_written() {
-        let pagemap = Pagemap::open().unwrap();
+        let pagemap = Pagemap::of_process().unwrap();
         const PAGES: u64 = 9000;
-        let ram = create(&[(0, PAGES * PAGE_SIZE)]).unwrap();
+        let ram = Arc::new(create(&[(0, PAGES * PAGE_SIZE)]).unwrap());
         (0..PAGES).step_by(3).for_each(|page| ram.write_obj(1u8, GuestAddress(page * PAGE_SIZE)).unwrap());
-        let layers = Freeze::begin(&ram, &pagemap).unwrap().finish().unwrap().into_layers();
-        let clone = Arc::new(from_layers(&layers).unwrap());
+        let layers = Freeze::begin(&ram).unwrap().finish().unwrap().into_layers();
+        let clone = from_layers(&layers).unwrap();
         let address = clone.iter().next().unwrap().as_ptr() as u64;
         let see = || {
             let seen = pagemap.scan(address, PAGES).unwrap();

@@ -1,10 +1,10 @@
 //! Machines that are frozen, cloned, written and emptied in any order: each has its own memory, and a layer stays as it
 //! was.
 
-use std::os::fd::AsFd;
+use std::{os::fd::AsFd, sync::Arc};
 
 use proptest::{collection::vec, prelude::*};
-use purlin_memory::{Freeze, GuestRam, Layer, PAGE_SIZE, Pagemap, create, data, discard, from_layers, receive, send};
+use purlin_memory::{Freeze, GuestRam, Layer, PAGE_SIZE, create, data, discard, from_layers, receive, send};
 use rustix::{
     io::Errno,
     mm::{MapFlags, ProtFlags},
@@ -51,7 +51,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 
 #[derive(Default)]
 struct World {
-    machines: Vec<(GuestRam, Model)>,
+    machines: Vec<(Arc<GuestRam>, Model)>,
     frozen: Vec<(Vec<Layer>, Model)>,
 }
 
@@ -62,7 +62,7 @@ fn write(ram: &GuestRam, model: &mut Model, page: u64, value: u8) {
 }
 
 impl World {
-    fn step(&mut self, step: Step, pagemap: &Pagemap) {
+    fn step(&mut self, step: Step) {
         let (machines, frozen) = (self.machines.len(), self.frozen.len());
         match step {
             Step::Write { machine, first, step, count, value } => {
@@ -76,7 +76,7 @@ impl World {
             }
             Step::Freeze { machine, between, value } => {
                 let (ram, model) = &mut self.machines[machine % machines];
-                let freeze = Freeze::begin(ram, pagemap).unwrap();
+                let freeze = Freeze::begin(ram).unwrap();
                 write(ram, model, between, value);
                 discard(ram, (between / 2) * PAGE_SIZE, 10 * PAGE_SIZE).unwrap();
                 model.iter_mut().skip(between as usize / 2).take(10).for_each(|page| *page = 0);
@@ -86,16 +86,16 @@ impl World {
             Step::Clone { frozen: index, sent } if frozen > 0 => {
                 let (layers, model) = &self.frozen[index % frozen];
                 let layers = if sent { sent_and_received(layers) } else { layers.clone() };
-                self.machines.push((from_layers(&layers).unwrap(), model.clone()));
+                self.machines.push((Arc::new(from_layers(&layers).unwrap()), model.clone()));
             }
             Step::End { machine } if machines > 1 => drop(self.machines.swap_remove(machine % machines)),
             Step::Clone { .. } | Step::End { .. } => {}
         }
     }
 
-    fn check(&self, pagemap: &Pagemap) {
+    fn check(&self) {
         for (ram, model) in &self.machines {
-            let data = data(ram, pagemap).unwrap();
+            let data = data(ram).unwrap();
             for page in pages() {
                 let mut bytes = [0xff; PAGE_SIZE as usize];
                 ram.read_slice(&mut bytes, GuestAddress(page * PAGE_SIZE)).unwrap();
@@ -141,23 +141,21 @@ proptest! {
 
     #[test]
     fn every_machine_has_its_own_memory(steps in steps()) {
-        let pagemap = Pagemap::open().unwrap();
-        let mut world = World { machines: vec![(create(&SLOTS).unwrap(), vec![0; 350])], frozen: Vec::new() };
+            let mut world = World { machines: vec![(Arc::new(create(&SLOTS).unwrap()), vec![0; 350])], frozen: Vec::new() };
         for step in steps {
-            world.step(step, &pagemap);
+            world.step(step);
         }
-        world.check(&pagemap);
+        world.check();
     }
 }
 
 #[test]
 fn the_first_freeze_copies_nothing_and_later_ones_what_was_written() {
-    let pagemap = Pagemap::open().unwrap();
-    let ram = create(&[(0, 4000 * PAGE_SIZE)]).unwrap();
+    let ram = Arc::new(create(&[(0, 4000 * PAGE_SIZE)]).unwrap());
     let address = ram.iter().next().unwrap().as_ptr();
     let mut model = vec![0; 4000];
     (0..2000).for_each(|page| write(&ram, &mut model, page, 1));
-    let freeze = || Freeze::begin(&ram, &pagemap).unwrap().finish().unwrap().into_layers();
+    let freeze = || Freeze::begin(&ram).unwrap().finish().unwrap().into_layers();
     let (first, again) = (freeze(), freeze());
     assert!(again[0].candidates(&first[0]).unwrap().is_empty());
     // A few, as a patch: the layer has the rest where the first one has it.
@@ -180,17 +178,16 @@ fn the_first_freeze_copies_nothing_and_later_ones_what_was_written() {
     folded[0].read(0, &mut bytes).unwrap();
     assert!(bytes.chunks(PAGE_SIZE as usize).zip(&model).all(|(page, value)| page[0] == *value));
     assert_eq!(ram.iter().next().unwrap().as_ptr(), address);
-    assert_eq!(purlin_memory::usage(&ram, &pagemap).unwrap(), 0);
+    assert_eq!(purlin_memory::usage(&ram).unwrap(), 0);
 }
 
 #[test]
 fn nobody_can_change_a_layer() {
-    let pagemap = Pagemap::open().unwrap();
-    let ram = create(&[(0, 16 * PAGE_SIZE)]).unwrap();
+    let ram = Arc::new(create(&[(0, 16 * PAGE_SIZE)]).unwrap());
     ram.write_obj(1u8, GuestAddress(0)).unwrap();
-    let layers = Freeze::begin(&ram, &pagemap).unwrap().finish().unwrap().into_layers();
+    let layers = Freeze::begin(&ram).unwrap().finish().unwrap().into_layers();
     ram.write_obj(2u8, GuestAddress(0)).unwrap();
-    let layers = [layers, Freeze::begin(&ram, &pagemap).unwrap().finish().unwrap().into_layers()].concat();
+    let layers = [layers, Freeze::begin(&ram).unwrap().finish().unwrap().into_layers()].concat();
     let (_, files) = send(&layers);
     assert_eq!(files.len(), 2);
     for file in files {
@@ -211,9 +208,8 @@ fn map_shared(file: impl AsFd) -> Result<(), Errno> {
 
 #[test]
 fn what_is_received_is_looked_at() {
-    let pagemap = Pagemap::open().unwrap();
-    let ram = create(&[(0, 16 * PAGE_SIZE)]).unwrap();
-    let layers = Freeze::begin(&ram, &pagemap).unwrap().finish().unwrap().into_layers();
+    let ram = Arc::new(create(&[(0, 16 * PAGE_SIZE)]).unwrap());
+    let layers = Freeze::begin(&ram).unwrap().finish().unwrap().into_layers();
     let (message, files) = send(&layers);
     let refused = |files| receive(&message, files).unwrap_err().to_string();
     assert!(refused(Vec::new()).contains("no file 0"));
@@ -234,29 +230,28 @@ fn costs() {
         let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
         time.tv_sec as f64 * 1e3 + time.tv_nsec as f64 / 1e6
     };
-    let pagemap = Pagemap::open().unwrap();
     let ms = |start: f64| now() - start;
     for size in [256u64, 1024, 1024, 256] {
         let pages = (size << 20) / PAGE_SIZE;
-        let ram = create(&[(0, size << 20)]).unwrap();
+        let ram = Arc::new(create(&[(0, size << 20)]).unwrap());
         let mut model = vec![0; pages as usize];
         (0..pages).for_each(|page| write(&ram, &mut model, page, 1));
         let start = now();
-        let frozen = Freeze::begin(&ram, &pagemap).unwrap().finish().unwrap();
+        let frozen = Freeze::begin(&ram).unwrap().finish().unwrap();
         println!("{size} MiB: first freeze {:.2} ms", ms(start));
         frozen.into_layers();
         println!("  and {:.2} ms to unmap", ms(start));
         for (dirty, step) in [(100, 100), (2560, 20), (2560, 1), (25600, 2), (25600, 1)] {
             (0..dirty).for_each(|page| write(&ram, &mut model, page * step % pages, 2));
             let start = now();
-            let freeze = Freeze::begin(&ram, &pagemap).unwrap();
+            let freeze = Freeze::begin(&ram).unwrap();
             let begun = ms(start);
             let layers = freeze.finish().unwrap().into_layers();
             let frozen = ms(start) - begun;
             let start = now();
             let clone = from_layers(&layers).unwrap();
             let cloned = ms(start);
-            let own = purlin_memory::usage(&clone, &pagemap).unwrap() >> 10;
+            let own = purlin_memory::usage(&clone).unwrap() >> 10;
             println!(
                 "  {dirty} pages, every {step}. : begin {begun:.2} ms, finish {frozen:.2} ms, clone {cloned:.2} ms ({own} KiB \
                  its own, {} files)",

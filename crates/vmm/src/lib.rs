@@ -6,14 +6,17 @@
 
 mod config;
 pub mod engines;
+mod fork;
 pub mod host;
 mod lifecycle;
 mod running;
 mod vcpu;
 
 pub use config::{OnIoError, Outcome, RunConfig};
+pub use fork::{FreezeError, FreezeSpec, Frozen};
 pub use lifecycle::{LifecycleError, StartError};
 pub use purlin_devices::virtio::vsock;
+pub use purlin_engine::memory;
 pub use purlin_engine_translator::profile;
 pub use purlin_machine::{
     GuestEvent, GuestInput,

@@ -166,6 +166,8 @@ impl Running {
         (control, inbox): (Sender<Message>, Receiver<Message>),
         paused: bool,
     ) -> Result<Self, StartError> {
+        // For freezes, in case a sandbox closes /proc. Without it they say so.
+        let _ = memory::prepare();
         let machine = Arc::new(machine);
         let threads = (0..).zip(vcpus).map(|(index, vcpu)| {
             VcpuThread::start(index, vcpu, machine.clone(), control.clone()).map_err(StartError::Thread)

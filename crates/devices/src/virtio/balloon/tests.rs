@@ -294,8 +294,7 @@ fn the_host_has_what_was_given_back() {
     let second = SLOT / PAGE;
     (second..2 * second).for_each(|page| write_page(&driver, page, 0xaa));
     let memory = driver.memory.clone();
-    let pagemap = purlin_memory::Pagemap::open().unwrap();
-    let taken = || purlin_memory::usage(&memory, &pagemap).unwrap();
+    let taken = || purlin_memory::usage(&memory).unwrap();
     let before = taken();
     let free = Buffer { address: SLOT + SLOT / 2, length: (SLOT / 2) as u32, writable: true };
     driver.request(4, &[free]);
