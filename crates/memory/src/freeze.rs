@@ -101,15 +101,29 @@ fn begin_slot(mapping: &Mapping, pagemap: &Pagemap) -> Result<Option<Fold>, Memo
     let data = mapped.data()?;
     let dirty = pagemap.private(mapping.address() as u64, mapped.pages())?;
     let dirty: RangeSet<u64> = dirty.into_iter().collect();
-    let offset = mapped.start() % HUGE_PAGE_SIZE;
-    let mut fold = Fold { file: new_memfd(offset + mapped.length())?, offset, copied: RangeSet::new(), freezes };
+    let mut fold = Fold::new(&mapped, freezes)?;
     for clean in data.iter().flat_map(|range| dirty.gaps(range)) {
         fold.copy(&mapped, clean)?;
     }
     Ok(Some(fold))
 }
 
+impl Layer {
+    /// The same content in a memfd of its own.
+    pub fn copied(&self) -> Result<Self, MemoryError> {
+        let mut fold = Fold::new(self, 0)?;
+        self.data()?.iter().try_for_each(|pages| fold.copy(self, pages.clone()))?;
+        seal(&fold.file)?;
+        Ok(Self::whole(self.start(), self.length(), Arc::new(fold.file), fold.offset))
+    }
+}
+
 impl Fold {
+    fn new(layer: &Layer, freezes: u64) -> Result<Self, MemoryError> {
+        let offset = layer.start() % HUGE_PAGE_SIZE;
+        Ok(Self { file: new_memfd(offset + layer.length())?, offset, copied: RangeSet::new(), freezes })
+    }
+
     fn copy(&mut self, mapped: &Layer, pages: Range<u64>) -> Result<(), MemoryError> {
         let mut buffer = vec![0; CHUNK as usize];
         for first in pages.clone().step_by((CHUNK / PAGE_SIZE) as usize) {
