@@ -89,8 +89,9 @@ impl Chain {
 
     /// As what others can stand on; `memory` is what [`Chain::layers`] or [`Chain::load`] has returned.
     pub fn into_parent(mut self, memory: Vec<Layer>) -> Option<Parent> {
+        let depth = self.snapshots.len();
         let top = self.snapshots.pop()?;
-        Some(Parent { path: top.path.clone(), id: top.manifest().id(), fingerprint: top.fingerprint, memory })
+        Some(Parent { depth, path: top.path.clone(), id: top.manifest().id(), fingerprint: top.fingerprint, memory })
     }
 
     fn top(&self) -> &Snapshot {

@@ -80,7 +80,7 @@ pub enum SnapshotError {
         parent: PathBuf,
     },
     /// More snapshots on each other than anybody can want.
-    #[error("'{}' stands on more than {max} snapshots: take one without a parent", path.display())]
+    #[error("'{}' would be more than {max} snapshots on each other: take one without a parent", path.display())]
     TooDeep {
         /// The snapshot.
         path: PathBuf,

@@ -24,7 +24,7 @@ pub use chain::Chain;
 pub use error::SnapshotError;
 pub use messages::{DiskImage, Manifest, ParentName, SnapshotId};
 pub use open::Snapshot;
-pub use write::{Contents, Parent, Written, write};
+pub use write::{Contents, Parent, Written, check, write};
 
 /// The format's version that is written, and the newest that is read.
 pub const VERSION: u32 = 1;

@@ -13,7 +13,7 @@ use purlin_state::SavedState;
 use tempfile::NamedTempFile;
 
 use crate::{
-    CHUNK, VERSION,
+    CHUNK, MAX_DEPTH, VERSION,
     error::SnapshotError,
     header::{self, Header, Section, fingerprint},
     messages::{DiskImage, Index, Manifest, ParentName, SlotIndex, SnapshotId},
@@ -44,6 +44,8 @@ pub struct Parent {
     pub(crate) id: SnapshotId,
     pub(crate) fingerprint: u32,
     pub(crate) memory: Vec<Layer>,
+    /// So many snapshots it is, with those that it stands on.
+    pub(crate) depth: usize,
 }
 
 impl Parent {
@@ -65,13 +67,15 @@ pub struct Written {
     /// The file's bytes.
     pub bytes: u64,
     fingerprint: u32,
+    depth: usize,
     path: PathBuf,
 }
 
 impl Written {
     /// As what the next one can stand on; `memory` is what it was written of.
     pub fn into_parent(self, memory: Vec<Layer>) -> Parent {
-        Parent { path: self.path, id: self.id, fingerprint: self.fingerprint, memory }
+        let Self { id, fingerprint, depth, path, .. } = self;
+        Parent { path, id, fingerprint, memory, depth }
     }
 }
 
@@ -79,14 +83,12 @@ impl Written {
 /// an error nothing is there.
 pub fn write(path: &Path, contents: &Contents<'_>) -> Result<Written, SnapshotError> {
     let failed = |source| SnapshotError::Host { what: "write", path: path.to_owned(), source };
-    let directory = match path.parent() {
-        Some(directory) if !directory.as_os_str().is_empty() => directory,
-        _ => Path::new("."),
-    };
-    check_parent(path, directory, contents)?;
-    if path.try_exists().map_err(failed)? {
-        return Err(failed(io::ErrorKind::AlreadyExists.into()));
+    check(path, contents.parent)?;
+    let slots = |layers: &[Layer]| layers.iter().map(|layer| (layer.start(), layer.length())).collect::<Vec<_>>();
+    if contents.parent.is_some_and(|parent| slots(contents.memory) != slots(&parent.memory)) {
+        return Err(SnapshotError::OtherMachine { path: path.to_owned() });
     }
+    let directory = directory_of(path);
     let temporary = tempfile::Builder::new().prefix(".purlin-snapshot-").tempfile_in(directory).map_err(failed)?;
     let mut written = fill(temporary.as_file(), contents).map_err(failed)?;
     written.path = path.to_owned();
@@ -94,23 +96,34 @@ pub fn write(path: &Path, contents: &Contents<'_>) -> Result<Written, SnapshotEr
     Ok(written)
 }
 
-fn check_parent(path: &Path, directory: &Path, contents: &Contents<'_>) -> Result<(), SnapshotError> {
-    let Some(parent) = contents.parent else { return Ok(()) };
-    let elsewhere = || SnapshotError::Elsewhere { path: path.to_owned(), parent: parent.path.clone() };
-    let found = fs::metadata(&parent.path).and_then(|_| fs::canonicalize(&parent.path));
-    let found = found.map_err(|source| SnapshotError::ParentMissing {
+/// Whether a snapshot can be written to `path` and stand on `parent`, as far as can be said before a machine is frozen for
+/// it.
+pub fn check(path: &Path, parent: Option<&Parent>) -> Result<(), SnapshotError> {
+    let failed = |source| SnapshotError::Host { what: "write", path: path.to_owned(), source };
+    let directory = fs::canonicalize(directory_of(path)).map_err(failed)?;
+    if path.try_exists().map_err(failed)? {
+        return Err(failed(io::ErrorKind::AlreadyExists.into()));
+    }
+    let Some(Parent { path: parent, depth, .. }) = parent else { return Ok(()) };
+    if *depth >= MAX_DEPTH {
+        return Err(SnapshotError::TooDeep { path: path.to_owned(), max: MAX_DEPTH });
+    }
+    let found = fs::canonicalize(parent).map_err(|source| SnapshotError::ParentMissing {
         path: path.to_owned(),
-        parent: parent.path.clone(),
+        parent: parent.clone(),
         source,
     })?;
-    if fs::canonicalize(directory).ok().as_deref() != found.parent() {
-        return Err(elsewhere());
-    }
-    let slots = |layers: &[Layer]| layers.iter().map(|layer| (layer.start(), layer.length())).collect::<Vec<_>>();
-    if slots(contents.memory) != slots(&parent.memory) {
-        return Err(SnapshotError::OtherMachine { path: path.to_owned() });
+    if found.parent() != Some(&*directory) {
+        return Err(SnapshotError::Elsewhere { path: path.to_owned(), parent: parent.clone() });
     }
     Ok(())
+}
+
+fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(directory) if !directory.as_os_str().is_empty() => directory,
+        _ => Path::new("."),
+    }
 }
 
 /// On the host's disk by its name, or not at all.
@@ -144,7 +157,8 @@ fn fill(mut file: &File, contents: &Contents<'_>) -> io::Result<Written> {
     file.rewind()?;
     file.write_all(&page)?;
     let (pages, zero_pages) = (pages.pages, pages.zero_pages);
-    Ok(Written { id, pages, zero_pages, bytes: end, fingerprint: fingerprint(&page), path: PathBuf::new() })
+    let (fingerprint, depth) = (fingerprint(&page), 1 + contents.parent.map_or(0, |parent| parent.depth));
+    Ok(Written { id, pages, zero_pages, bytes: end, fingerprint, depth, path: PathBuf::new() })
 }
 
 fn manifest(id: SnapshotId, contents: &Contents<'_>) -> Manifest {

@@ -132,14 +132,18 @@ fn a_chain_has_an_end() {
     let ram = memory();
     let layers = freeze(&ram);
     let mut parent = take(&path(0), 0, &layers, None).unwrap().into_parent(layers);
-    for number in 1..=MAX_DEPTH {
+    for number in 1..MAX_DEPTH {
         put(&ram, number as u64, 1);
         let layers = freeze(&ram);
         parent = take(&path(number), 0, &layers, Some(&parent)).unwrap().into_parent(layers);
     }
-    assert!(content_of(&Chain::open(&path(MAX_DEPTH - 1)).unwrap().layers().unwrap()) != content(&ram));
-    let error = Chain::open(&path(MAX_DEPTH)).unwrap_err();
-    assert!(matches!(error, SnapshotError::TooDeep { .. }), "{error}");
+    let chain = Chain::open(&path(MAX_DEPTH - 1)).unwrap();
+    let layers = chain.layers().unwrap();
+    assert!(content_of(&layers) == content(&ram));
+    for parent in [parent, chain.into_parent(layers.clone()).unwrap()] {
+        let error = take(&path(MAX_DEPTH), 0, &layers, Some(&parent)).unwrap_err();
+        assert!(matches!(error, SnapshotError::TooDeep { .. }), "{error}");
+    }
 }
 
 #[test]

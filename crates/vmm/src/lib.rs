@@ -10,6 +10,7 @@ mod fork;
 pub mod host;
 mod lifecycle;
 mod running;
+mod snapshot;
 mod vcpu;
 
 pub use config::{OnIoError, Outcome, RunConfig};
@@ -25,5 +26,7 @@ pub use purlin_machine::{
     },
 };
 pub use purlin_network as network;
+pub use purlin_snapshot as snapshots;
 pub use purlin_storage as storage;
 pub use running::{Running, Vmm};
+pub use snapshot::{Pages, RestoreError, SnapshotSpec, Snapshotted, TakeError};

@@ -3,7 +3,7 @@
 use std::{
     io::Write,
     sync::{
-        Arc, Condvar, Mutex, PoisonError, Weak,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak,
         mpsc::{self, Receiver, Sender},
     },
     thread::{self, JoinHandle},
@@ -21,6 +21,7 @@ use purlin_machine::{
         self as machine, BalloonHandle, BootConfig, ConsoleSize, HostSide, MachineConfig, MachineType, SavedConfig,
     },
 };
+use purlin_snapshot::Parent;
 use purlin_state::{Saved, SavedState};
 use purlin_storage::{Disk, OpenError};
 
@@ -130,6 +131,8 @@ pub struct Running {
     control: Sender<Message>,
     end: Arc<End>,
     supervisor: Option<JoinHandle<()>>,
+    /// The snapshot that the next one can stand on.
+    last_snapshot: Mutex<Option<Parent>>,
 }
 
 /// How the run ended, once it has.
@@ -186,7 +189,8 @@ impl Running {
             }
         });
         let supervisor = Some(thread.map_err(StartError::Thread)?);
-        Ok(Self { machine: weak, serial, console, balloon, control, end, supervisor })
+        let last_snapshot = Mutex::default();
+        Ok(Self { machine: weak, serial, console, balloon, control, end, supervisor, last_snapshot })
     }
 
     /// Where input for the guest's serial port goes.
@@ -281,6 +285,10 @@ impl Running {
         });
         let stood = self.ask(|done| Control::WhileStill(work, done))?;
         Ok((result.recv().map_err(|_| LifecycleError::Stopped)?, stood))
+    }
+
+    pub(crate) fn last_snapshot(&self) -> MutexGuard<'_, Option<Parent>> {
+        self.last_snapshot.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn machine(&self) -> Result<Arc<Machine>, LifecycleError> {

@@ -1,4 +1,7 @@
 //! What several tests need.
+#![allow(dead_code, reason = "each test uses some of it")]
+
+pub mod counting;
 
 use purlin_engine::memory::{GuestRam, data};
 use vm_memory::{Bytes, GuestAddress};
