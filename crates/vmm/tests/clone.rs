@@ -18,7 +18,7 @@ use std::{
 use purlin_arch::x86_64::cpuid::CpuModel;
 use purlin_engine::memory::{self, GuestRam};
 use purlin_engine_translator::TranslatorEngine;
-use purlin_vmm::{FreezeSpec, RunConfig, Running, Vmm};
+use purlin_vmm::{FreezeSpec, Pages, RunConfig, Running, SnapshotSpec, Vmm};
 use support::copy_memory;
 
 /// Far more than anything here takes, also on a loaded host.
@@ -178,4 +178,46 @@ fn ten_clones_of_a_running_machine() {
     console.wait_for("parent 9\r\n");
     let own = memory::usage(&parent.memory().unwrap()).unwrap() >> 10;
     println!("parent: {own} KiB of its own; the process: {} KiB private and dirty", private_dirty());
+}
+
+/// Snapshots of a Debian with 1 GiB, as files, and machines that go on from them. Prints what they cost.
+#[test]
+#[ignore = "takes some seconds, and a Debian kernel, which `cargo xtask midboot` provides"]
+fn snapshots_of_a_running_machine() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = RunConfig { memory: 1 << 30, ..config() };
+    let console = Console::default();
+    let running = Vmm::start(config.clone(), Box::new(console.clone())).unwrap();
+    console.wait_for(PROMPT);
+    let tell = |running: &Running, line: &str| assert!(running.serial_input().push(format!("{line}\n").as_bytes()));
+    tell(&running, "head -c 200m /dev/urandom > /dev/shm/ballast; sha1sum < /dev/shm/ballast; echo fi''lled");
+    console.wait_for("filled");
+    // Of what is in the ballast: sha1sum's line.
+    let sum = console.text().lines().find_map(|line| line.strip_suffix("  -").map(str::to_owned)).unwrap();
+    let spec = |name: u32| SnapshotSpec {
+        path: directory.path().join(name.to_string()),
+        machine: "test".into(),
+        disks: FreezeSpec::default(),
+        incremental: name > 0,
+    };
+    for name in 0..4 {
+        tell(&running, &format!("echo {name} > /dev/shm/name; echo na''med {name}"));
+        console.wait_for(&format!("named {name}"));
+        let start = Instant::now();
+        let taken = running.snapshot(&spec(name)).unwrap();
+        let (pages, pause, all) = (taken.pages, taken.pause, start.elapsed());
+        println!("snapshot {name}: {pages} pages, pause {pause:.1?}, {all:.1?} in all");
+    }
+    drop(running);
+    for (name, pages) in (0..4).zip([Pages::Mapped, Pages::Copied, Pages::Unchecked, Pages::Mapped]) {
+        let (console, start) = (Console::default(), Instant::now());
+        let out = Box::new(console.clone());
+        let again = Vmm::restore_snapshot(config.clone(), &spec(name).path, pages, out).unwrap();
+        println!("restore {name}, {pages:?}: {:.1?}", start.elapsed());
+        again.resume().unwrap();
+        tell(&again, "echo is $(cat /dev/shm/name); sha1sum < /dev/shm/ballast; echo ch''ecked");
+        console.wait_for(&format!("is {name}\r\n"));
+        console.wait_for("checked");
+        assert!(console.text().contains(&sum), "no {sum} in:\n{}", console.text());
+    }
 }

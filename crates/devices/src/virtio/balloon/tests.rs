@@ -4,7 +4,7 @@ use proptest::{
     collection,
     prelude::{ProptestConfig, any, proptest},
 };
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::{
