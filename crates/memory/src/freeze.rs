@@ -11,8 +11,8 @@
 //!
 //! A page costs the same either way (3 µs on the development machine, mostly for its allocation), so it is rent or buy: a
 //! freeze folds when the patches so far have come to as many pages as a fold would. Whatever the guest does, that costs not
-//! much more than twice what the best choice would. The pages that the guest has written are copied while it stands still,
-//! either way: 64 MiB take 50 ms.
+//! much more than twice what the best choice would. It does not fold where the guest has written more than 64 MiB: that
+//! would be copied while it stands still. Patches that large are copied by a child process (`copy.rs`).
 
 use std::{
     fs::File,
@@ -28,12 +28,16 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::{
     GuestRam, MemoryError, PAGE_SIZE,
+    copy::{Child, Job, copy},
     layer::{Layer, Place, data_in},
     log::mapping_of,
     mapping::{Backing, HUGE_PAGE_SIZE, Mapping, Private, Remains},
     pagemap::Pagemap,
 };
 
+/// The most pages that the guest has written where a fold is made: they are copied while it stands still, in 50 ms. With
+/// more it stays with patches, which a child process copies.
+const MOST_FOLDED: u64 = 16384;
 /// Bytes that are copied at a time.
 const CHUNK: u64 = 256 << 10;
 
@@ -44,18 +48,48 @@ pub struct Freeze {
     folds: Vec<Option<Fold>>,
 }
 
+impl Freeze {
+    /// Does what takes long and need not wait for the machine to stand still.
+    pub fn begin(ram: &Arc<GuestRam>) -> Result<Self, MemoryError> {
+        let pagemap = Pagemap::of_process()?;
+        let folds = ram.iter().map(|slot| begin_slot(mapping_of(slot), pagemap));
+        let folds = folds.collect::<Result<_, _>>()?;
+        Ok(Self { ram: ram.clone(), pagemap, folds })
+    }
+
+    /// Freezes memory; the machine stands still. After an error the machine can go on, and be frozen again.
+    pub fn finish(self) -> Result<FrozenMemory, MemoryError> {
+        let mut frozen = FrozenMemory { layers: Vec::new(), remains: Vec::new(), patches: Vec::new(), child: None };
+        let mut jobs = Vec::new();
+        for (slot, fold) in self.ram.iter().zip(self.folds) {
+            let layer = finish_slot(mapping_of(slot), fold, self.pagemap, &mut frozen, &mut jobs)?;
+            frozen.layers.push(layer);
+        }
+        frozen.child = copy_still(&jobs)?;
+        Ok(frozen)
+    }
+}
+
 /// The memory of a machine at the moment of a freeze.
 #[derive(Debug)]
 pub struct FrozenMemory {
     layers: Vec<Layer>,
     remains: Vec<Remains>,
+    /// Memfds of the layers that are not sealed, since a child may still write to them.
+    patches: Vec<Arc<File>>,
+    child: Option<Child>,
 }
 
 impl FrozenMemory {
-    /// A layer for each slot. To be called when the machine goes on: old mappings are taken down here.
-    pub fn into_layers(self) -> Vec<Layer> {
+    /// A layer for each slot. To be called when the machine goes on: old mappings are taken down here, and what is still
+    /// being copied is waited for.
+    pub fn into_layers(self) -> Result<Vec<Layer>, MemoryError> {
         drop(self.remains);
-        self.layers
+        if let Some(child) = self.child {
+            child.wait()?;
+        }
+        self.patches.iter().try_for_each(|file| seal(file))?;
+        Ok(self.layers)
     }
 }
 
@@ -70,25 +104,6 @@ struct Fold {
     freezes: u64,
 }
 
-impl Freeze {
-    /// Does what takes long and need not wait for the machine to stand still.
-    pub fn begin(ram: &Arc<GuestRam>) -> Result<Self, MemoryError> {
-        let pagemap = Pagemap::of_process()?;
-        let folds = ram.iter().map(|slot| begin_slot(mapping_of(slot), pagemap));
-        let folds = folds.collect::<Result<_, _>>()?;
-        Ok(Self { ram: ram.clone(), pagemap, folds })
-    }
-
-    /// Freezes memory; the machine stands still. After an error the machine can go on, and be frozen again.
-    pub fn finish(self) -> Result<FrozenMemory, MemoryError> {
-        let mut frozen = FrozenMemory { layers: Vec::new(), remains: Vec::new() };
-        for (slot, fold) in self.ram.iter().zip(self.folds) {
-            frozen.layers.push(finish_slot(mapping_of(slot), fold, self.pagemap, &mut frozen.remains)?);
-        }
-        Ok(frozen)
-    }
-}
-
 /// Copies what is mapped into a new memfd, if that is worth it.
 fn begin_slot(mapping: &Mapping, pagemap: &Pagemap) -> Result<Option<Fold>, MemoryError> {
     let (mapped, copied, freezes) = match &*mapping.backing() {
@@ -98,9 +113,12 @@ fn begin_slot(mapping: &Mapping, pagemap: &Pagemap) -> Result<Option<Fold>, Memo
     if copied == 0 || copied < mapped.allocated()? / PAGE_SIZE {
         return Ok(None);
     }
-    let data = mapped.data()?;
     let dirty = pagemap.private(mapping.address() as u64, mapped.pages())?;
+    if pages_in(&dirty) > MOST_FOLDED {
+        return Ok(None);
+    }
     let dirty: RangeSet<u64> = dirty.into_iter().collect();
+    let data = mapped.data()?;
     let mut fold = Fold::new(&mapped, freezes)?;
     for clean in data.iter().flat_map(|range| dirty.gaps(range)) {
         fold.copy(&mapped, clean)?;
@@ -171,14 +189,15 @@ fn finish_slot(
     mapping: &Mapping,
     fold: Option<Fold>,
     pagemap: &Pagemap,
-    remains: &mut Vec<Remains>,
+    frozen: &mut FrozenMemory,
+    jobs: &mut Vec<Job>,
 ) -> Result<Layer, MemoryError> {
     let mut backing = mapping.backing();
     let private = match &mut *backing {
         Backing::Shared { start, file, offset } => {
             let layer = Layer::whole(*start, mapping.length(), file.clone(), *offset);
             // Where the host cannot do that it takes longer.
-            remains.extend(mapping.set_aside());
+            frozen.remains.extend(mapping.set_aside());
             mapping.map(0..layer.pages(), file, *offset, false).map_err(MemoryError::Host)?;
             // Whatever comes of this: the slot is private from here on.
             let sealed = seal(file);
@@ -188,40 +207,45 @@ fn finish_slot(
         Backing::Private(private) => private,
     };
     let dirty = pagemap.private(mapping.address() as u64, private.mapped.pages())?;
-    let layer = match fold.filter(|fold| fold.freezes == private.freezes) {
-        Some(mut fold) => {
-            let layer = fold.finish(mapping, &private.mapped, &dirty)?;
-            private.mapped = layer.clone();
-            private.copied = 0;
-            layer
-        }
-        None => {
-            private.copied += pages_in(&dirty);
-            patched(mapping, &private.mapped, &dirty)?
-        }
-    };
+    let pages = pages_in(&dirty);
+    let fold = fold.filter(|fold| fold.freezes == private.freezes && pages <= MOST_FOLDED);
     private.freezes += 1;
+    if let Some(mut fold) = fold {
+        let layer = fold.finish(mapping, &private.mapped, &dirty)?;
+        (private.mapped, private.copied) = (layer.clone(), 0);
+        return Ok(layer);
+    }
+    private.copied += pages;
+    if dirty.is_empty() {
+        return Ok(private.mapped.clone());
+    }
+    let file = Arc::new(new_memfd(pages * PAGE_SIZE)?);
+    frozen.patches.push(file.clone());
+    patched(mapping, &private.mapped, &dirty, &file, jobs)
+}
+
+/// What is mapped, with the pages in `dirty` above it, which are to be copied to `file`.
+fn patched(
+    mapping: &Mapping,
+    mapped: &Layer,
+    dirty: &[Range<u64>],
+    file: &Arc<File>,
+    jobs: &mut Vec<Job>,
+) -> Result<Layer, MemoryError> {
+    let (mut layer, mut at) = (mapped.clone(), 0);
+    for range in dirty {
+        layer.put(range.clone(), file.clone(), at)?;
+        let bytes = still(mapping, range.clone())?;
+        jobs.push(Job::new(bytes.as_ptr(), bytes.len(), file.clone(), at));
+        at += bytes.len() as u64;
+    }
     Ok(layer)
 }
 
-/// What is mapped, with a copy of the pages in `dirty` above it.
-fn patched(mapping: &Mapping, mapped: &Layer, dirty: &[Range<u64>]) -> Result<Layer, MemoryError> {
-    let mut layer = mapped.clone();
-    if dirty.is_empty() {
-        return Ok(layer);
-    }
-    let file = Arc::new(new_memfd(pages_in(dirty) * PAGE_SIZE)?);
-    let mut at = 0;
-    for range in dirty {
-        layer.clear(range.clone());
-        for (run, bytes) in nonzero(range.start, still(mapping, range.clone())?) {
-            file.write_all_at(bytes, at)?;
-            layer.put(run, file.clone(), at)?;
-            at += bytes.len() as u64;
-        }
-    }
-    seal(&file)?;
-    Ok(layer)
+#[allow(unsafe_code, reason = "reads of guest memory")]
+fn copy_still(jobs: &[Job]) -> io::Result<Option<Child>> {
+    // SAFETY: jobs are made of pages of slots, by `Freeze::finish`, whose caller has the machine stand still.
+    unsafe { copy(jobs) }
 }
 
 /// The runs of pages in `bytes` that are not all zeroes, where `first` is the number of the first page.

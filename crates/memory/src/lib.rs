@@ -11,10 +11,12 @@
 //! | `log.rs` | who has written to a slot |
 //! | `layer.rs` | a slot's content at one moment |
 //! | `freeze.rs` | how memory becomes layers while the machine goes on |
+//! | `copy.rs` | the pages that a freeze copies, by a child process where they are many |
 //! | `restore.rs` | memory made of nothing, and of layers |
 //! | `pagemap.rs` | which pages a machine with layers has written |
 //! | `discard.rs` | memory that goes back to the host |
 
+mod copy;
 mod discard;
 mod freeze;
 mod layer;

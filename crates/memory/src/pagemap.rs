@@ -161,7 +161,7 @@ mod tests {
         const PAGES: u64 = 9000;
         let ram = Arc::new(create(&[(0, PAGES * PAGE_SIZE)]).unwrap());
         (0..PAGES).step_by(3).for_each(|page| ram.write_obj(1u8, GuestAddress(page * PAGE_SIZE)).unwrap());
-        let layers = Freeze::begin(&ram).unwrap().finish().unwrap().into_layers();
+        let layers = Freeze::begin(&ram).unwrap().finish().unwrap().into_layers().unwrap();
         let clone = from_layers(&layers).unwrap();
         let address = clone.iter().next().unwrap().as_ptr() as u64;
         let see = || {

@@ -80,7 +80,7 @@ impl World {
                 write(ram, model, between, value);
                 discard(ram, (between / 2) * PAGE_SIZE, 10 * PAGE_SIZE).unwrap();
                 model.iter_mut().skip(between as usize / 2).take(10).for_each(|page| *page = 0);
-                let layers = freeze.finish().unwrap().into_layers();
+                let layers = freeze.finish().unwrap().into_layers().unwrap();
                 self.frozen.push((layers, self.machines[machine % machines].1.clone()));
             }
             Step::Clone { frozen: index, sent } if frozen > 0 => {
@@ -155,7 +155,7 @@ fn the_first_freeze_copies_nothing_and_later_ones_what_was_written() {
     let address = ram.iter().next().unwrap().as_ptr();
     let mut model = vec![0; 4000];
     (0..2000).for_each(|page| write(&ram, &mut model, page, 1));
-    let freeze = || Freeze::begin(&ram).unwrap().finish().unwrap().into_layers();
+    let freeze = || Freeze::begin(&ram).unwrap().finish().unwrap().into_layers().unwrap();
     let (first, again) = (freeze(), freeze());
     assert!(again[0].candidates(&first[0]).unwrap().is_empty());
     // A few, as a patch: the layer has the rest where the first one has it.
@@ -181,13 +181,40 @@ fn the_first_freeze_copies_nothing_and_later_ones_what_was_written() {
     assert_eq!(purlin_memory::usage(&ram).unwrap(), 0);
 }
 
+/// So many pages that they are copied by a child, while the machine goes on.
+#[test]
+fn what_is_copied_late_is_of_the_moment() {
+    const PAGES: u64 = 20_000;
+    let ram = Arc::new(create(&[(0, PAGES * PAGE_SIZE)]).unwrap());
+    let mut model = vec![0; PAGES as usize];
+    Freeze::begin(&ram).unwrap().finish().unwrap().into_layers().unwrap();
+    for value in 1..4 {
+        (0..PAGES).filter(|page| page % 7 != 3).for_each(|page| write(&ram, &mut model, page, value));
+        (100..200).for_each(|page| write(&ram, &mut model, page, 0));
+        let (frozen, moment) = (Freeze::begin(&ram).unwrap().finish().unwrap(), model.clone());
+        // Before the child can be done.
+        (0..PAGES).for_each(|page| write(&ram, &mut model, page, 9));
+        discard(&ram, 1000 * PAGE_SIZE, 1000 * PAGE_SIZE).unwrap();
+        model[1000..2000].fill(0);
+        let layers = frozen.into_layers().unwrap();
+        let clone = from_layers(&layers).unwrap();
+        for (page, value) in (0..).zip(&moment) {
+            let mut bytes = [0xff; PAGE_SIZE as usize];
+            clone.read_slice(&mut bytes, GuestAddress(page * PAGE_SIZE)).unwrap();
+            assert!(bytes.iter().all(|byte| byte == value), "page {page}");
+        }
+        // There is no child left.
+        assert_eq!(rustix::process::wait(rustix::process::WaitOptions::NOHANG).unwrap_err(), Errno::CHILD);
+    }
+}
+
 #[test]
 fn nobody_can_change_a_layer() {
     let ram = Arc::new(create(&[(0, 16 * PAGE_SIZE)]).unwrap());
     ram.write_obj(1u8, GuestAddress(0)).unwrap();
-    let layers = Freeze::begin(&ram).unwrap().finish().unwrap().into_layers();
+    let layers = Freeze::begin(&ram).unwrap().finish().unwrap().into_layers().unwrap();
     ram.write_obj(2u8, GuestAddress(0)).unwrap();
-    let layers = [layers, Freeze::begin(&ram).unwrap().finish().unwrap().into_layers()].concat();
+    let layers = [layers, Freeze::begin(&ram).unwrap().finish().unwrap().into_layers().unwrap()].concat();
     let (_, files) = send(&layers);
     assert_eq!(files.len(), 2);
     for file in files {
@@ -209,7 +236,7 @@ fn map_shared(file: impl AsFd) -> Result<(), Errno> {
 #[test]
 fn what_is_received_is_looked_at() {
     let ram = Arc::new(create(&[(0, 16 * PAGE_SIZE)]).unwrap());
-    let layers = Freeze::begin(&ram).unwrap().finish().unwrap().into_layers();
+    let layers = Freeze::begin(&ram).unwrap().finish().unwrap().into_layers().unwrap();
     let (message, files) = send(&layers);
     let refused = |files| receive(&message, files).unwrap_err().to_string();
     assert!(refused(Vec::new()).contains("no file 0"));
@@ -239,15 +266,16 @@ fn costs() {
         let start = now();
         let frozen = Freeze::begin(&ram).unwrap().finish().unwrap();
         println!("{size} MiB: first freeze {:.2} ms", ms(start));
-        frozen.into_layers();
+        frozen.into_layers().unwrap();
         println!("  and {:.2} ms to unmap", ms(start));
         for (dirty, step) in [(100, 100), (2560, 20), (2560, 1), (25600, 2), (25600, 1)] {
             (0..dirty).for_each(|page| write(&ram, &mut model, page * step % pages, 2));
             let start = now();
             let freeze = Freeze::begin(&ram).unwrap();
             let begun = ms(start);
-            let layers = freeze.finish().unwrap().into_layers();
+            let still = freeze.finish().unwrap();
             let frozen = ms(start) - begun;
+            let layers = still.into_layers().unwrap();
             let start = now();
             let clone = from_layers(&layers).unwrap();
             let cloned = ms(start);

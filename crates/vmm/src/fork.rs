@@ -33,7 +33,7 @@ pub struct Frozen {
     pub pause: Duration,
 }
 
-/// Why a machine could not be frozen. It goes on as it was, with its disks.
+/// Why a machine could not be frozen. It goes on as it was.
 #[derive(Debug, thiserror::Error)]
 pub enum FreezeError {
     /// The run is over.
@@ -42,6 +42,9 @@ pub enum FreezeError {
     /// Its memory cannot be frozen.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// Its memory was not copied to the end. Its disks have gone on with their overlays.
+    #[error("{0}; the machine goes on with the overlays of its disks")]
+    Copy(#[source] MemoryError),
     /// An overlay cannot be made, or the disk not go on with it.
     #[error(transparent)]
     Disk(#[from] OpenError),
@@ -74,7 +77,7 @@ impl Running {
         let work = move |machine: &Machine, state| freeze_all(machine.disks(), overlays, freeze, state);
         let (taken, pause) = self.while_still(work)?;
         let (state, memory, disks) = taken?;
-        Ok(Frozen { state, memory: memory.into_layers(), disks, pause })
+        Ok(Frozen { state, memory: memory.into_layers().map_err(FreezeError::Copy)?, disks, pause })
     }
 }
 

@@ -28,7 +28,7 @@ pub fn put(ram: &GuestRam, page: u64, value: u8) {
 }
 
 pub fn freeze(ram: &Arc<GuestRam>) -> Vec<Layer> {
-    Freeze::begin(ram).unwrap().finish().unwrap().into_layers()
+    Freeze::begin(ram).unwrap().finish().unwrap().into_layers().unwrap()
 }
 
 /// All that is in memory.
