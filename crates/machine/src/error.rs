@@ -49,6 +49,12 @@ pub enum MachineError {
         /// Networks asked for.
         asked: usize,
     },
+    /// A saved machine is to go on with memory of other slots.
+    #[error("the saved machine had {} of memory and is given something else: its state and memory are not of one moment", size(*saved))]
+    MemoryMismatch {
+        /// Bytes that it had.
+        saved: u64,
+    },
     /// A saved machine is to go on with other networks.
     #[error("the saved machine had {saved} networks and is given {given}: give it as many, in the same order")]
     NetworkCount {

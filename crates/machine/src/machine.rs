@@ -15,6 +15,8 @@ use purlin_engine::{
     memory::{self, GuestRam},
 };
 use purlin_state::{Saved, SavedState, Section};
+use purlin_storage::Disk;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::{
     acpi, boot,
@@ -74,22 +76,32 @@ impl Machine {
     ) -> Result<(Self, Vcpus), MachineError> {
         config.validate(host_memory())?;
         let cpuid = processor::cpuid(&config, engine.tsc_khz());
-        Self::build(config, cpuid, engine, serial_out)
+        let ram = memory::create(&layout::slots(config.memory))?;
+        Self::build(config, ram, cpuid, engine, serial_out)
     }
 
-    /// Makes the machine that was saved, standing still where it was, except for its memory's content. Returns the
-    /// states of its vCPUs too.
+    /// Makes the machine that was saved, standing still where it was, with this memory, or without its content. Returns
+    /// the states of its vCPUs too.
     pub fn restore(
         config: MachineConfig,
+        ram: Option<GuestRam>,
         saved: &SavedState,
         engine: &dyn Engine,
         serial_out: Box<dyn Write + Send>,
     ) -> Result<(Self, Vcpus, Vec<VcpuState>), MachineError> {
         config.validate(host_memory())?;
+        let ram = match ram {
+            Some(ram) => ram,
+            None => memory::create(&layout::slots(config.memory))?,
+        };
+        let slots = ram.iter().map(|slot| (slot.start_addr().0, slot.len()));
+        if !slots.eq(layout::slots(config.memory)) {
+            return Err(MachineError::MemoryMismatch { saved: config.memory });
+        }
         let states = (0..config.cpus).map(|index| saved.decode(&vcpu_section(index)));
         let states = states.collect::<Result<Vec<VcpuState>, _>>()?;
         let cpuid = states.iter().map(|s| s.cpuid.clone()).collect();
-        let (machine, vcpus) = Self::build(config, cpuid, engine, serial_out)?;
+        let (machine, vcpus) = Self::build(config, ram, cpuid, engine, serial_out)?;
 
         let clock: SavedClock = saved.decode(SavedClock::NAME)?;
         machine.clock.set(clock.machine_ns);
@@ -100,11 +112,12 @@ impl Machine {
 
     fn build(
         config: MachineConfig,
+        ram: GuestRam,
         cpuid: Vec<Vec<CpuidEntry>>,
         engine: &dyn Engine,
         serial_out: Box<dyn Write + Send>,
     ) -> Result<(Self, Vcpus), MachineError> {
-        let ram = Arc::new(memory::create(&layout::slots(config.memory))?);
+        let ram = Arc::new(ram);
         let vm = engine.create_vm(VmConfig { memory: ram.clone(), cpuid })?;
         let mut vcpus = (0..config.cpus).map(|i| vm.take_vcpu(i)).collect::<Result<Vcpus, _>>()?;
         let mut power_up = vcpus.iter_mut().map(|vcpu| vcpu.save()).collect::<Result<Vec<_>, _>>()?;
@@ -182,6 +195,11 @@ impl Machine {
     /// The guest's memory.
     pub fn ram(&self) -> &Arc<GuestRam> {
         &self.ram
+    }
+
+    /// The disks, by number.
+    pub fn disks(&self) -> &[Arc<Disk>] {
+        &self.config.disks
     }
 
     /// The processors.

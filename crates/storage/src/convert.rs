@@ -126,7 +126,7 @@ impl Conversion<'_> {
 fn copy_data(source: &Arc<Disk>, target: &Arc<Disk>, progress: &mut dyn FnMut(u64, u64)) -> Result<(), ConvertError> {
     let size = source.size();
     let failed = |what, disk: &Disk, offset| {
-        let path = disk.path().to_owned();
+        let path = disk.path();
         move |source| ConvertError::Io { what, path, offset, source }
     };
     let mut buffer = vec![0; CHUNK as usize];

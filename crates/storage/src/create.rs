@@ -62,24 +62,38 @@ impl NewImage {
         if size == 0 || !size.is_multiple_of(SECTOR) {
             return Err(invalid(format!("its size, {size} bytes, is to be a multiple of {SECTOR} and not 0")));
         }
-        let failed = |source| host("create", &self.path, source);
-        let file = File::options().read(true).write(true).create_new(true).open(&self.path).map_err(failed)?;
-        self.fill(file, size, backing).map_err(|error| {
-            let _ = fs::remove_file(&self.path);
-            failed(error)
-        })
+        self.make(size, backing)
+    }
+
+    /// Makes an overlay of an image that is open, whose size is given: it is not looked at.
+    pub(crate) fn create_over_open(&self, size: u64) -> Result<(), OpenError> {
+        let backing = self.backing.as_ref().map(|(path, format)| self.backing_name(path, *format)).transpose()?;
+        self.make(size, backing)
     }
 
     fn size_and_backing(&self) -> Result<(u64, Option<(String, Format)>), OpenError> {
         let Some((path, format)) = &self.backing else { return Ok((self.size.unwrap_or(0), None)) };
         let below = Disk::open(&DiskSpec::new(path).format(*format).read_only())?;
+        Ok((self.size.unwrap_or(below.size()), Some(self.backing_name(path, *format)?)))
+    }
+
+    fn backing_name(&self, path: &Path, format: Format) -> Result<(String, Format), OpenError> {
         let absolute = path::absolute(path).map_err(|source| host("open", path, source))?;
         let name = absolute.into_os_string().into_string().map_err(|name| OpenError::Image {
             path: self.path.clone(),
             format: self.format,
             reason: format!("the name of its backing file, {name:?}, is not UTF-8: rename that"),
         })?;
-        Ok((self.size.unwrap_or(below.size()), Some((name, *format))))
+        Ok((name, format))
+    }
+
+    fn make(&self, size: u64, backing: Option<(String, Format)>) -> Result<(), OpenError> {
+        let failed = |source| host("create", &self.path, source);
+        let file = File::options().read(true).write(true).create_new(true).open(&self.path).map_err(failed)?;
+        self.fill(file, size, backing).map_err(|error| {
+            let _ = fs::remove_file(&self.path);
+            failed(error)
+        })
     }
 
     fn fill(&self, file: File, size: u64, backing: Option<(String, Format)>) -> io::Result<()> {

@@ -3,7 +3,7 @@
 use std::{
     fmt, io,
     ops::Range,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -11,6 +11,7 @@ use std::{
     time::Instant,
 };
 
+use arc_swap::ArcSwap;
 use imago::{
     FormatAccess, Mapping,
     io_buffers::{IoVector, IoVectorMut},
@@ -23,10 +24,11 @@ use crate::{
     create::THIN,
     error::{IoError, OpenError},
     fence::{Panicked, fence},
+    freeze::Unsynced,
     host_file::HostFile,
     limit::Limiter,
-    open::{self, Image, SECTOR},
-    spec::DiskSpec,
+    open::{self, Active, Image, SECTOR},
+    spec::{DiskSpec, Format},
 };
 
 /// The most bytes of one zeroing that are written at a time where an image cannot note zeroes.
@@ -34,17 +36,19 @@ static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
 /// An opened, locked disk. Requests go through a [`Queue`](crate::Queue); there may be several, on threads of their own.
 pub struct Disk {
-    path: PathBuf,
     serial: String,
     size: u64,
     read_only: bool,
-    image: Image,
+    /// Another one after a freeze.
+    pub(crate) active: ArcSwap<Active>,
     /// Held for reading by requests that may have looked up where a cluster is, for writing by those that move or free
     /// clusters. Raw images have none.
-    mappings: RwLock<()>,
+    pub(crate) mappings: RwLock<()>,
     limiter: Option<Mutex<Limiter>>,
     /// Set when the image's tables in memory may be in any state: nothing is read or written any more.
     failed: AtomicBool,
+    /// Images that were frozen, and are not on the host's disk yet.
+    pub(crate) frozen: Unsynced,
 }
 
 /// One request. Offsets and lengths are in bytes, and what is outside the disk is refused with EINVAL.
@@ -113,23 +117,28 @@ impl<B: BitmapSlice> Request<'_, B> {
 impl Disk {
     /// Opens the disk and locks its image and those below it, until the last handle is gone.
     pub fn open(spec: &DiskSpec) -> Result<Arc<Self>, OpenError> {
-        let image = open::open(spec)?;
+        let active = open::open(spec)?;
         let limiter = (!spec.limits.is_unlimited()).then(|| Mutex::new(Limiter::new(spec.limits, Instant::now())));
         Ok(Arc::new(Self {
-            path: spec.path.clone(),
             serial: spec.serial.clone().unwrap_or_default(),
-            size: image.size(),
+            size: active.image.size(),
             read_only: spec.read_only,
-            image,
+            active: ArcSwap::from_pointee(active),
             mappings: RwLock::new(()),
             limiter,
             failed: AtomicBool::new(false),
+            frozen: Unsynced::default(),
         }))
     }
 
-    /// The image that was opened.
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// The image that is written: the one that was opened, or after a freeze the overlay.
+    pub fn path(&self) -> PathBuf {
+        self.active.load().path.clone()
+    }
+
+    /// The format of the image at [`Disk::path`].
+    pub fn format(&self) -> Format {
+        self.active.load().format
     }
 
     /// Bytes, a multiple of [`Disk::block_size`].
@@ -178,7 +187,7 @@ impl Disk {
 
     /// The next range from `offset` on that may hold something else than zeroes, `None` if there is none.
     pub fn next_data(&self, offset: u64) -> Result<Option<Range<u64>>, IoError> {
-        Ok(match &self.image {
+        Ok(match &self.active.load_full().image {
             Image::Raw(file) => file.next_data(offset)?,
             Image::Mapped(image) => block_on(self.next_mapped(image, offset))?,
         })
@@ -201,7 +210,7 @@ impl Disk {
 
     /// Makes the image larger. The disk's size as others see it stays: it is for tools.
     pub(crate) async fn grow(&self, size: u64) -> io::Result<()> {
-        match &self.image {
+        match &self.active.load_full().image {
             Image::Raw(file) => file.file().set_len(size)?,
             Image::Mapped(image) => image.resize_grow(size, THIN).await?,
         }
@@ -219,8 +228,8 @@ impl Disk {
     }
 
     /// Nothing is read or written from here on.
-    fn fail(&self) -> IoError {
-        tracing::error!("'{}' has failed: its tables are corrupt", self.path.display());
+    pub(crate) fn fail(&self) -> IoError {
+        tracing::error!("'{}' has failed: its tables are corrupt", self.path().display());
         self.failed.store(true, Ordering::Release);
         IoError::IO
     }
@@ -259,7 +268,7 @@ impl Disk {
     }
 
     async fn read(&self, buffers: IoVectorMut<'_>, offset: u64) -> io::Result<()> {
-        match &self.image {
+        match &self.active.load_full().image {
             Image::Raw(file) => file.read(buffers, offset).await,
             Image::Mapped(image) => {
                 let _stay = self.mappings.read().await;
@@ -269,7 +278,7 @@ impl Disk {
     }
 
     async fn write(&self, buffers: IoVector<'_>, offset: u64) -> io::Result<()> {
-        match &self.image {
+        match &self.active.load_full().image {
             Image::Raw(file) => file.write(buffers, offset).await,
             Image::Mapped(image) => {
                 let _stay = self.mappings.read().await;
@@ -282,7 +291,8 @@ impl Disk {
         if self.read_only {
             return Ok(());
         }
-        match &self.image {
+        self.frozen.sync()?;
+        match &self.active.load_full().image {
             Image::Raw(file) => file.sync().await,
             Image::Mapped(image) => {
                 image.flush().await?; // tables that are in memory only
@@ -292,7 +302,7 @@ impl Disk {
     }
 
     async fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
-        let discarded = match &self.image {
+        let discarded = match &self.active.load_full().image {
             Image::Raw(file) => file.punch_hole(offset, length),
             Image::Mapped(image) => {
                 let _move = self.mappings.write().await;
@@ -305,7 +315,7 @@ impl Disk {
     }
 
     async fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
-        match &self.image {
+        match &self.active.load_full().image {
             Image::Raw(file) if unmap => match file.punch_hole(offset, length) {
                 Err(e) if is_unsupported(&e) => file.zero(offset, length).await,
                 other => other,
@@ -356,13 +366,13 @@ impl Drop for Disk {
     fn drop(&mut self) {
         // Not what a failed image has in memory.
         if let Err(error) = self.request::<()>(Request::Flush) {
-            tracing::error!("cannot write all of '{}': {error}", self.path.display());
+            tracing::error!("cannot write all of '{}': {error}", self.path().display());
         }
     }
 }
 
 impl fmt::Debug for Disk {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Disk").field("path", &self.path).field("size", &self.size).finish_non_exhaustive()
+        f.debug_struct("Disk").field("path", &self.path()).field("size", &self.size).finish_non_exhaustive()
     }
 }

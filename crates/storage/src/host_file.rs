@@ -8,7 +8,10 @@ use std::{
         unix::fs::FileTypeExt,
     },
     path::{Path, PathBuf},
-    sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering},
+    },
 };
 
 use imago::{
@@ -35,7 +38,7 @@ static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
 /// A file, opened and locked.
 pub(crate) struct HostFile {
-    file: LockedFile,
+    file: Arc<LockedFile>,
     path: PathBuf,
     /// Bytes; grows with what is written.
     length: AtomicU64,
@@ -54,7 +57,8 @@ pub(crate) struct HostFile {
 }
 
 impl HostFile {
-    pub(crate) fn new(file: LockedFile, path: &Path) -> io::Result<Self> {
+    pub(crate) fn new(file: impl Into<Arc<LockedFile>>, path: &Path) -> io::Result<Self> {
+        let file = file.into();
         let length = length(&file)?;
         Ok(Self {
             file,
@@ -197,7 +201,7 @@ impl HostFile {
 
     async fn sync_once(&self) -> io::Result<()> {
         let Some(ring) = ring::current() else {
-            return Ok(rustix::io::retry_on_intr(|| fdatasync(&*self.file))?);
+            return Ok(rustix::io::retry_on_intr(|| fdatasync(&**self.file))?);
         };
         loop {
             let entry = opcode::Fsync::new(Fd(self.file.as_raw_fd())).flags(FsyncFlags::DATASYNC).build();
@@ -243,14 +247,14 @@ impl HostFile {
         if offset >= self.length() {
             return Ok(None);
         }
-        let start = match rustix::fs::seek(&*self.file, SeekFrom::Data(offset)) {
+        let start = match rustix::fs::seek(&**self.file, SeekFrom::Data(offset)) {
             Ok(start) => start,
             Err(Errno::NXIO) => return Ok(None),
             // A block device, or a file system that does not say.
             Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(Some(offset..self.length())),
             Err(e) => return Err(e.into()),
         };
-        let end = rustix::fs::seek(&*self.file, SeekFrom::Hole(start))?;
+        let end = rustix::fs::seek(&**self.file, SeekFrom::Hole(start))?;
         Ok(Some(start..end))
     }
 
@@ -258,7 +262,7 @@ impl HostFile {
         if length == 0 {
             return Ok(());
         }
-        Ok(rustix::io::retry_on_intr(|| fallocate(&*self.file, mode, offset, length))?)
+        Ok(rustix::io::retry_on_intr(|| fallocate(&**self.file, mode, offset, length))?)
     }
 
     /// Makes the file at least `length` bytes long, whoever else makes it longer meanwhile (so not with ftruncate).

@@ -18,6 +18,7 @@ mod disk;
 mod error;
 mod event;
 mod fence;
+mod freeze;
 #[allow(unsafe_code, reason = "preadv, pwritev and their io_uring forms on guest memory")]
 mod host_file;
 mod info;
@@ -39,6 +40,7 @@ pub use convert::{Conversion, ConvertError};
 pub use create::{NewImage, grow};
 pub use disk::{Disk, Request};
 pub use error::{IoError, OpenError};
+pub use freeze::{FrozenDisk, Overlay, Switch};
 pub use info::{BackingInfo, ImageInfo, SourceFormat, UnknownSourceFormat, info, open_read_only};
 pub use queue::{Completion, Queue};
 pub use reader::DiskReader;

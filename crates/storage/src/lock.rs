@@ -35,6 +35,17 @@ impl LockedFile {
             Err(error) => Err(error),
         }
     }
+
+    /// A writer becomes a reader: others may read the file from here on.
+    pub fn stop_writing(&self) -> io::Result<()> {
+        let freed = [WRITE, RESIZE].iter().try_for_each(|x| unlock(self, DOES + x));
+        freed.or_else(|error| if has_no_locks(&error) { Ok(()) } else { Err(error) })
+    }
+
+    /// A reader that was a writer becomes one again. `false` if somebody reads the file by now.
+    pub fn write_again(&self) -> io::Result<bool> {
+        take(self, true).or_else(|error| if has_no_locks(&error) { Ok(true) } else { Err(error) })
+    }
 }
 
 impl Deref for LockedFile {
@@ -49,7 +60,7 @@ impl Drop for LockedFile {
     /// Closing the file is not enough where a child process that was just begun has a copy of the descriptor for a moment.
     fn drop(&mut self) {
         for byte in (0..=RESIZE).flat_map(|x| [DOES + x, FORBIDS + x]) {
-            let _ = fcntl(&self.0, libc::F_OFD_SETLK, &mut one_byte(libc::F_UNLCK, byte));
+            let _ = unlock(&self.0, byte);
         }
     }
 }
@@ -75,6 +86,10 @@ fn has_no_locks(error: &io::Error) -> bool {
 
 fn set_shared(file: &File, byte: i64) -> io::Result<()> {
     fcntl(file, libc::F_OFD_SETLK, &mut one_byte(libc::F_RDLCK, byte))
+}
+
+fn unlock(file: &File, byte: i64) -> io::Result<()> {
+    fcntl(file, libc::F_OFD_SETLK, &mut one_byte(libc::F_UNLCK, byte))
 }
 
 fn is_locked_by_another(file: &File, byte: i64) -> io::Result<bool> {

@@ -6,6 +6,7 @@ use std::{
     io,
     os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -47,19 +48,28 @@ impl Image {
     }
 }
 
+/// The image that a disk's requests go to.
+pub(crate) struct Active {
+    pub path: PathBuf,
+    pub format: Format,
+    pub image: Image,
+    /// The image's file and its lock.
+    pub file: Arc<LockedFile>,
+}
+
 /// Opens what `spec` says, and what that stands on.
-pub(crate) fn open(spec: &DiskSpec) -> Result<Image, OpenError> {
+pub(crate) fn open(spec: &DiskSpec) -> Result<Active, OpenError> {
     check_serial(spec)?;
     let mut chain = Chain { seen: HashSet::new(), top: &spec.path, backing_allowed: spec.backing };
     chain.add(&spec.path)?;
-    let file = open_file(&spec.path, !spec.read_only)?;
+    let file = Arc::new(open_file(&spec.path, !spec.read_only)?);
     let format = format(spec, &file)?;
     let image = match format {
-        Format::Raw => Image::Raw(raw_file(file, &spec.path)?),
-        Format::Qcow2 => Image::Mapped(chain.open_qcow2(file, &spec.path, !spec.read_only)?),
+        Format::Raw => Image::Raw(raw_file(file.clone(), &spec.path)?),
+        Format::Qcow2 => Image::Mapped(chain.open_qcow2(file.clone(), &spec.path, !spec.read_only)?),
     };
     check_size(&image, &spec.path, format)?;
-    Ok(image)
+    Ok(Active { path: spec.path.clone(), format, image, file })
 }
 
 /// The format of a disk: what the user says, or what the file's name means.
@@ -125,7 +135,7 @@ pub(crate) fn host(what: &'static str, path: &Path, source: io::Error) -> OpenEr
     OpenError::Host { what, path: path.to_owned(), source }
 }
 
-fn raw_file(file: LockedFile, path: &Path) -> Result<HostFile, OpenError> {
+fn raw_file(file: Arc<LockedFile>, path: &Path) -> Result<HostFile, OpenError> {
     HostFile::new(file, path).map_err(|source| host("open", path, source))
 }
 
@@ -152,7 +162,7 @@ impl Chain<'_> {
 
     fn open_qcow2(
         &mut self,
-        file: LockedFile,
+        file: Arc<LockedFile>,
         path: &Path,
         writable: bool,
     ) -> Result<FormatAccess<HostFile>, OpenError> {
@@ -186,12 +196,13 @@ impl Chain<'_> {
             reason: format!("its backing file '{}' has the format '{format}', which is not supported", backing.name),
         })?;
         let path = backing_path(overlay, &backing.name)?;
-        let file = self.add(&path).and_then(|()| open_file(&path, false)).map_err(|error| match error {
-            OpenError::Host { what: "open", path, source } => {
-                OpenError::BackingMissing { path, overlay: overlay.to_owned(), source }
-            }
-            other => other,
-        })?;
+        let file =
+            self.add(&path).and_then(|()| open_file(&path, false)).map(Arc::new).map_err(|error| match error {
+                OpenError::Host { what: "open", path, source } => {
+                    OpenError::BackingMissing { path, overlay: overlay.to_owned(), source }
+                }
+                other => other,
+            })?;
         match format {
             Format::Qcow2 => self.open_qcow2(file, &path, false),
             Format::Raw => {

@@ -53,7 +53,7 @@ fn scattered_buffers_go_to_the_disk_and_back() {
     let file = fs::read(directory.path().join("disk.raw")).unwrap();
     assert_eq!(file[1023..1025], [0, 1]);
     assert_eq!(file[5119..5121], [1, 2]);
-    assert_eq!(Format::of_name(disk.path()), Some(Format::Raw));
+    assert_eq!(Format::of_name(&disk.path()), Some(Format::Raw));
 }
 
 /// More than the ring has room for, of what goes through the ring: flushes, and reads that are not cached.

@@ -6,16 +6,20 @@
 
 mod config;
 pub mod engines;
+mod fork;
 pub mod host;
 mod lifecycle;
 pub mod process;
 mod running;
 pub mod setup;
+mod snapshot;
 mod vcpu;
 
 pub use config::{OnIoError, Outcome, RunConfig};
+pub use fork::{FreezeError, FreezeSpec, Frozen};
 pub use lifecycle::{LifecycleError, StartError};
 pub use purlin_devices::virtio::vsock;
+pub use purlin_engine::memory;
 pub use purlin_engine_translator::profile;
 pub use purlin_machine::{
     GuestEvent, GuestInput,
@@ -24,5 +28,7 @@ pub use purlin_machine::{
     },
 };
 pub use purlin_network as network;
+pub use purlin_snapshot as snapshots;
 pub use purlin_storage as storage;
 pub use running::{Running, Vmm};
+pub use snapshot::{Pages, RestoreError, SnapshotSpec, Snapshotted, TakeError};

@@ -29,6 +29,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
         mpsc::{Receiver, Sender},
     },
+    time::{Duration, Instant},
 };
 
 use purlin_arch::x86_64::state::VcpuState;
@@ -57,8 +58,14 @@ pub(crate) enum Control {
     Save(Sender<Result<SavedState, LifecycleError>>),
     PressPowerButton(Sender<Result<(), LifecycleError>>),
     RenewGeneration(Sender<Result<(), MachineError>>),
+    /// To be done while the machine stands still, with its state; one that ran goes on. The answer is for how long it
+    /// stood, nothing if it did already.
+    WhileStill(Still, Sender<Duration>),
     Stop,
 }
+
+/// Work on a machine that stands still.
+pub(crate) type Still = Box<dyn FnOnce(&Machine, SavedState) + Send>;
 
 /// Why something cannot be done with a run.
 #[derive(Debug, thiserror::Error)]
@@ -158,6 +165,14 @@ impl Supervisor {
                 Message::Control(Control::RenewGeneration(answer)) => {
                     let _ = answer.send(self.machine.renew_generation());
                 }
+                Message::Control(Control::WhileStill(work, done)) => {
+                    let begin = Instant::now();
+                    self.stop();
+                    let states = self.settle()?;
+                    work(&self.machine, self.machine.save(&states));
+                    self.start(states)?;
+                    let _ = done.send(begin.elapsed());
+                }
                 Message::Control(Control::Stop) => {
                     self.stop();
                     return ControlFlow::Break(Outcome::Quit);
@@ -187,6 +202,10 @@ impl Supervisor {
                 }
                 Message::Control(Control::RenewGeneration(answer)) => {
                     let _ = answer.send(self.machine.renew_generation());
+                }
+                Message::Control(Control::WhileStill(work, done)) => {
+                    work(&self.machine, self.machine.save(&states));
+                    let _ = done.send(Duration::ZERO);
                 }
                 Message::Control(Control::Stop) => return ControlFlow::Break(Outcome::Quit),
                 Message::Vcpu(index, report) => self.note(index, report),

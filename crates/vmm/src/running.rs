@@ -3,21 +3,26 @@
 use std::{
     io::Write,
     sync::{
-        Arc, Condvar, Mutex, PoisonError, Weak,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, Ordering},
         mpsc::{self, Receiver, Sender},
     },
     thread::{self, JoinHandle},
+    time::Duration,
 };
 
 use purlin_arch::x86_64::state::VcpuState;
-use purlin_engine::{Vcpu, memory::GuestRam};
+use purlin_engine::{
+    Vcpu,
+    memory::{self, GuestRam, Layer},
+};
 use purlin_machine::{
     GuestEvent, GuestInput, InputPort, Machine, MachineError,
     config::{
         self as machine, BalloonHandle, BootConfig, ConsoleSize, HostSide, MachineConfig, MachineType, SavedConfig,
     },
 };
+use purlin_snapshot::Parent;
 use purlin_state::{Saved, SavedState};
 use purlin_storage::{Disk, OpenError};
 
@@ -64,6 +69,27 @@ impl Vmm {
         load_memory: impl FnOnce(&GuestRam) -> Result<(), MachineError>,
         serial_out: Box<dyn Write + Send>,
     ) -> Result<Running, StartError> {
+        Self::go_on(config, saved, None, load_memory, serial_out)
+    }
+
+    /// The same with the memory of these layers, one for each slot, which it shares with whoever has them too.
+    pub fn restore_from(
+        config: RunConfig,
+        saved: &SavedState,
+        memory: &[Layer],
+        serial_out: Box<dyn Write + Send>,
+    ) -> Result<Running, StartError> {
+        let memory = memory::from_layers(memory).map_err(MachineError::from)?;
+        Self::go_on(config, saved, Some(memory), |_| Ok(()), serial_out)
+    }
+
+    fn go_on(
+        config: RunConfig,
+        saved: &SavedState,
+        memory: Option<GuestRam>,
+        load_memory: impl FnOnce(&GuestRam) -> Result<(), MachineError>,
+        serial_out: Box<dyn Write + Send>,
+    ) -> Result<Running, StartError> {
         let boot = BootConfig::open(&config.kernel, &config.initrds, &config.cmdline)?;
         let hardware: SavedConfig = saved.decode(SavedConfig::NAME).map_err(MachineError::from)?;
         let inbox = mpsc::channel();
@@ -75,7 +101,7 @@ impl Vmm {
             on_io_error: on_io_error(&config, &inbox.0),
         };
         let machine_config = hardware.config(config.cpu_model, host, boot)?;
-        let (machine, vcpus, states) = Machine::restore(machine_config, saved, &*config.engine, serial_out)?;
+        let (machine, vcpus, states) = Machine::restore(machine_config, memory, saved, &*config.engine, serial_out)?;
         load_memory(machine.ram())?;
         Running::start(machine, vcpus, states, &config, inbox, true)
     }
@@ -107,6 +133,8 @@ pub struct Running {
     is_paused: Arc<AtomicBool>,
     end: Arc<End>,
     supervisor: Option<JoinHandle<()>>,
+    /// The snapshot that the next one can stand on.
+    last_snapshot: Mutex<Option<Parent>>,
 }
 
 /// How the run ended, once it has.
@@ -143,6 +171,8 @@ impl Running {
         (control, inbox): (Sender<Message>, Receiver<Message>),
         paused: bool,
     ) -> Result<Self, StartError> {
+        // For freezes, in case a sandbox closes /proc. Without it they say so.
+        let _ = memory::prepare();
         let machine = Arc::new(machine);
         let threads = (0..).zip(vcpus).map(|(index, vcpu)| {
             VcpuThread::start(index, vcpu, machine.clone(), control.clone()).map_err(StartError::Thread)
@@ -161,7 +191,8 @@ impl Running {
             }
         });
         let supervisor = Some(thread.map_err(StartError::Thread)?);
-        Ok(Self { machine: weak, serial, console, balloon, control, is_paused, end, supervisor })
+        let last_snapshot = Mutex::default();
+        Ok(Self { machine: weak, serial, console, balloon, control, is_paused, end, supervisor, last_snapshot })
     }
 
     /// Where input for the guest's serial port goes.
@@ -246,6 +277,29 @@ impl Running {
     /// Whether the run is over: [`Running::wait`] returns at once.
     pub fn has_ended(&self) -> bool {
         self.end.outcome.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    /// Has `work` done while the machine stands still. Returns what comes of it, and for how long it stood; one that was
+    /// paused stays so.
+    pub(crate) fn while_still<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Machine, SavedState) -> T + Send + 'static,
+    ) -> Result<(T, Duration), LifecycleError> {
+        let (sender, result) = mpsc::channel();
+        let work = Box::new(move |machine: &Machine, state| {
+            // Nobody waits any more where the run has ended.
+            let _ = sender.send(work(machine, state));
+        });
+        let stood = self.ask(|done| Control::WhileStill(work, done))?;
+        Ok((result.recv().map_err(|_| LifecycleError::Stopped)?, stood))
+    }
+
+    pub(crate) fn last_snapshot(&self) -> MutexGuard<'_, Option<Parent>> {
+        self.last_snapshot.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn machine(&self) -> Result<Arc<Machine>, LifecycleError> {
+        self.machine.upgrade().ok_or(LifecycleError::Stopped)
     }
 
     fn ask<T>(&self, control: impl FnOnce(Sender<T>) -> Control) -> Result<T, LifecycleError> {

@@ -7,7 +7,7 @@
 mod support;
 
 use std::{
-    env,
+    env, fs,
     io::{self, Write},
     path::PathBuf,
     sync::{Arc, Mutex},
@@ -16,9 +16,9 @@ use std::{
 };
 
 use purlin_arch::x86_64::cpuid::CpuModel;
-use purlin_engine::memory::GuestRam;
+use purlin_engine::memory::{self, GuestRam};
 use purlin_engine_translator::TranslatorEngine;
-use purlin_vmm::{RunConfig, Running, Vmm};
+use purlin_vmm::{FreezeSpec, Pages, RunConfig, Running, SnapshotSpec, Vmm};
 use support::copy_memory;
 
 /// Far more than anything here takes, also on a loaded host.
@@ -75,11 +75,9 @@ fn go_on(config: &RunConfig, first: &Running) -> (Running, Console) {
     (running, console)
 }
 
-#[test]
-#[ignore = "takes some seconds, and a Debian kernel, which `cargo xtask midboot` provides"]
-fn a_copy_of_a_machine_makes_new_randomness() {
+fn config() -> RunConfig {
     let file = |name: &str| PathBuf::from(env::var_os(name).expect("`cargo xtask midboot` says which file"));
-    let config = RunConfig {
+    RunConfig {
         kernel: file("PURLIN_TEST_KERNEL"),
         initrds: vec![file("PURLIN_TEST_INITRD")],
         cmdline: "console=ttyS0".into(),
@@ -96,7 +94,13 @@ fn a_copy_of_a_machine_makes_new_randomness() {
         balloon: None,
         on_io_error: Default::default(),
         no_reboot: true,
-    };
+    }
+}
+
+#[test]
+#[ignore = "takes some seconds, and a Debian kernel, which `cargo xtask midboot` provides"]
+fn a_copy_of_a_machine_makes_new_randomness() {
+    let config = config();
     let console = Console::default();
     let first = Vmm::start(config.clone(), Box::new(console.clone())).unwrap();
     console.wait_for(PROMPT);
@@ -117,5 +121,103 @@ fn a_copy_of_a_machine_makes_new_randomness() {
         // A copy of the copy, while that runs.
         copy.renew_generation().unwrap();
         console.wait_for_again(RESEEDED, 2);
+    }
+}
+
+/// What the kernel says of this process's memory that is its alone and was written, in KiB.
+fn private_dirty() -> u64 {
+    let rollup = fs::read_to_string("/proc/self/smaps_rollup").unwrap();
+    let line = rollup.lines().find(|line| line.starts_with("Private_Dirty:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+/// Ten clones of a Debian that runs: each has the memory of that moment, and goes on by itself. Prints what they cost.
+#[test]
+#[ignore = "takes some seconds, and a Debian kernel, which `cargo xtask midboot` provides"]
+fn ten_clones_of_a_running_machine() {
+    let memory = env::var("PURLIN_TEST_MEMORY").map_or(512, |mib| mib.parse().unwrap()) << 20;
+    let config = RunConfig { memory, ..config() };
+    let console = Console::default();
+    let parent = Vmm::start(config.clone(), Box::new(console.clone())).unwrap();
+    console.wait_for(PROMPT);
+    let tell = |running: &Running, line: &str| assert!(running.serial_input().push(format!("{line}\n").as_bytes()));
+    tell(&parent, "i=0; (while sleep 0.1; do i=$((i+1)); echo $i > /dev/shm/count; done) & echo go''ing");
+    console.wait_for("going");
+    let mut clones = Vec::new();
+    for name in 0..10 {
+        tell(&parent, &format!("echo {name} > /dev/shm/name; echo na''med {name}"));
+        console.wait_for(&format!("named {name}"));
+        let (console, start) = (Console::default(), Instant::now());
+        let frozen = parent.fork(&FreezeSpec::default()).unwrap();
+        let forked = start.elapsed();
+        let out = Box::new(console.clone());
+        let clone = Vmm::restore_from(config.clone(), &frozen.state, &frozen.memory, out).unwrap();
+        let restored = start.elapsed() - forked;
+        println!("clone {name}: fork {forked:.1?} (pause {:.1?}), restore {restored:.1?}", frozen.pause);
+        clones.push((clone, console));
+    }
+    for (clone, _) in &clones {
+        clone.renew_generation().unwrap();
+        let start = Instant::now();
+        clone.resume().unwrap();
+        println!("resumed in {:.1?}", start.elapsed());
+    }
+    for (name, (clone, console)) in clones.iter().enumerate() {
+        // It is the one of that moment, whatever the others have written, and what it writes is seen by nobody else.
+        tell(clone, &format!("echo is $(cat /dev/shm/name); echo clone-{name} > /dev/shm/name; echo wr''itten"));
+        console.wait_for(&format!("is {name}\r\n"));
+        console.wait_for("written");
+        let own = memory::usage(&clone.memory().unwrap()).unwrap() >> 10;
+        println!("clone {name}: {own} KiB of its own");
+    }
+    for (name, (clone, console)) in clones.iter().enumerate() {
+        tell(clone, "echo now $(cat /dev/shm/name)");
+        console.wait_for(&format!("now clone-{name}\r\n"));
+    }
+    tell(&parent, "echo parent $(cat /dev/shm/name)");
+    console.wait_for("parent 9\r\n");
+    let own = memory::usage(&parent.memory().unwrap()).unwrap() >> 10;
+    println!("parent: {own} KiB of its own; the process: {} KiB private and dirty", private_dirty());
+}
+
+/// Snapshots of a Debian with 1 GiB, as files, and machines that go on from them. Prints what they cost.
+#[test]
+#[ignore = "takes some seconds, and a Debian kernel, which `cargo xtask midboot` provides"]
+fn snapshots_of_a_running_machine() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = RunConfig { memory: 1 << 30, ..config() };
+    let console = Console::default();
+    let running = Vmm::start(config.clone(), Box::new(console.clone())).unwrap();
+    console.wait_for(PROMPT);
+    let tell = |running: &Running, line: &str| assert!(running.serial_input().push(format!("{line}\n").as_bytes()));
+    tell(&running, "head -c 200m /dev/urandom > /dev/shm/ballast; sha1sum < /dev/shm/ballast; echo fi''lled");
+    console.wait_for("filled");
+    // Of what is in the ballast: sha1sum's line.
+    let sum = console.text().lines().find_map(|line| line.strip_suffix("  -").map(str::to_owned)).unwrap();
+    let spec = |name: u32| SnapshotSpec {
+        path: directory.path().join(name.to_string()),
+        machine: "test".into(),
+        disks: FreezeSpec::default(),
+        incremental: name > 0,
+    };
+    for name in 0..4 {
+        tell(&running, &format!("echo {name} > /dev/shm/name; echo na''med {name}"));
+        console.wait_for(&format!("named {name}"));
+        let start = Instant::now();
+        let taken = running.snapshot(&spec(name)).unwrap();
+        let (pages, pause, all) = (taken.pages, taken.pause, start.elapsed());
+        println!("snapshot {name}: {pages} pages, pause {pause:.1?}, {all:.1?} in all");
+    }
+    drop(running);
+    for (name, pages) in (0..4).zip([Pages::Mapped, Pages::Copied, Pages::Unchecked, Pages::Mapped]) {
+        let (console, start) = (Console::default(), Instant::now());
+        let out = Box::new(console.clone());
+        let again = Vmm::restore_snapshot(config.clone(), &spec(name).path, pages, out).unwrap();
+        println!("restore {name}, {pages:?}: {:.1?}", start.elapsed());
+        again.resume().unwrap();
+        tell(&again, "echo is $(cat /dev/shm/name); sha1sum < /dev/shm/ballast; echo ch''ecked");
+        console.wait_for(&format!("is {name}\r\n"));
+        console.wait_for("checked");
+        assert!(console.text().contains(&sum), "no {sum} in:\n{}", console.text());
     }
 }

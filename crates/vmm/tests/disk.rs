@@ -5,7 +5,11 @@ use std::{
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     process::Command,
-    sync::{Arc, atomic::Ordering, mpsc},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    },
     thread,
     time::Duration,
 };
@@ -14,7 +18,10 @@ use purlin_arch::x86_64::cpuid::CpuModel;
 use purlin_engine::{After, EngineError, Exit, memory::GuestRam};
 use purlin_machine::testing::{Run, ScriptedEngine, kernels};
 use purlin_state::SavedState;
-use purlin_vmm::{OnIoError, OptionalDevice, Outcome, RunConfig, Running, Vmm, storage::DiskSpec};
+use purlin_vmm::{
+    FreezeError, FreezeSpec, LifecycleError, OnIoError, OptionalDevice, Outcome, RunConfig, Running, Vmm,
+    storage::{Disk, DiskSpec, NewImage},
+};
 use vm_memory::{Bytes, GuestAddress};
 
 /// Requests of the guest: each writes its own sector.
@@ -109,6 +116,11 @@ fn offer(run: &mut Run<'_>, number: u64) {
 
 /// The guest's program: batch after batch, and out.
 fn guest(run: &mut Run<'_>) -> Result<Exit, EngineError> {
+    guest_up_to(run, &AtomicU64::new(REQUESTS))
+}
+
+/// The same, which makes no more requests than it may.
+fn guest_up_to(run: &mut Run<'_>, limit: &AtomicU64) -> Result<Exit, EngineError> {
     if run.state.regs.gpr[BAR] < 0xc000_0000 {
         set_up(run);
     }
@@ -128,7 +140,7 @@ fn guest(run: &mut Run<'_>) -> Result<Exit, EngineError> {
         } else if done == REQUESTS {
             assert_eq!(run.bus.port_out(0xf4, 1, 0), After::Leave);
             return Ok(Exit::Kicked);
-        } else if offered < REQUESTS && offered < done / BATCH * BATCH + BATCH {
+        } else if offered < limit.load(Ordering::SeqCst) && offered < done / BATCH * BATCH + BATCH {
             offer(run, offered);
         } else {
             thread::yield_now();
@@ -234,6 +246,71 @@ fn all_is_written(files: &Path) {
         disk.read_exact_at(&mut sector, number * 512).unwrap();
         assert!(sector[..] == number.to_le_bytes().repeat(64), "sector {number}");
     }
+}
+
+/// Clones of a machine in the midst of requests: each ends all of them, on a disk of its own.
+#[test]
+fn forks_in_mid_requests_have_disks_of_their_own() {
+    const FORKS: u64 = 6;
+    let files = Files::new("forks");
+    let limit = Arc::new(AtomicU64::new(0));
+    let engine = Arc::new(ScriptedEngine::new({
+        let limit = limit.clone();
+        move |run: &mut Run<'_>| guest_up_to(run, &limit)
+    }));
+    let config = config(&files.0, &engine);
+    let path = |name: &str, number| files.0.join(format!("{name}-{number}.qcow2"));
+    let running = Vmm::start(config.clone(), Box::new(io::sink())).unwrap();
+    let mut runs = Vec::new();
+    for number in 0..FORKS {
+        // By the time of the fork some of these are under way.
+        limit.fetch_add(REQUESTS / FORKS / 2, Ordering::SeqCst);
+        thread::sleep(Duration::from_millis(1));
+        let frozen = running.fork(&FreezeSpec { overlays: vec![Some(path("parent", number))] }).unwrap();
+        let image = frozen.disks[0].clone().unwrap();
+        NewImage::overlay(path("clone", number), &image.path, image.format).create().unwrap();
+        let config = RunConfig { disks: vec![DiskSpec::new(path("clone", number))], ..config.clone() };
+        let clone = Vmm::restore_from(config, &frozen.state, &frozen.memory, Box::new(io::sink())).unwrap();
+        if number % 2 == 0 {
+            clone.resume().unwrap();
+        }
+        runs.push((clone, path("clone", number)));
+    }
+    runs.push((running, path("parent", FORKS - 1)));
+    limit.store(REQUESTS, Ordering::SeqCst);
+    for (running, disk) in runs {
+        // It may be over already.
+        let _ = running.resume();
+        assert!(matches!(running.wait(), Outcome::Exit(_)), "{:?}", running.wait());
+        drop(running);
+        all_is_written_to(&DiskSpec::new(disk));
+    }
+}
+
+fn all_is_written_to(spec: &DiskSpec) {
+    let disk = Disk::open(&spec.clone().read_only()).unwrap();
+    for number in 0..REQUESTS {
+        let mut sector = [0; 512];
+        disk.read_at(&mut sector, number * 512).unwrap();
+        assert!(sector[..] == number.to_le_bytes().repeat(64), "sector {number} of {}", spec.path.display());
+    }
+}
+
+#[test]
+fn a_fork_that_fails_changes_nothing() {
+    let files = Files::new("fork-fails");
+    let engine = Arc::new(ScriptedEngine::new(guest));
+    let config = config(&files.0, &engine);
+    let running = Vmm::start(config, Box::new(io::sink())).unwrap();
+    let fails = |overlays| running.fork(&FreezeSpec { overlays }).unwrap_err().to_string();
+    assert!(fails(Vec::new()).contains("has 1 disks and is given 0"));
+    assert!(fails(vec![None]).contains("given 0"));
+    assert!(fails(vec![Some(files.0.join("disk.img"))]).contains("exists"));
+    assert!(fails(vec![Some(files.0.join("none/a.qcow2"))]).contains("No such file"));
+    assert!(matches!(running.wait(), Outcome::Exit(_)));
+    assert!(matches!(running.fork(&FreezeSpec::default()), Err(FreezeError::Lifecycle(LifecycleError::Stopped))));
+    drop(running);
+    all_is_written(&files.0);
 }
 
 /// Set where [`waits_for_room`] is to run: a file system of 1,200 KiB.

@@ -1,21 +1,16 @@
 //! What several tests need.
+#![allow(dead_code, reason = "each test uses some of it")]
 
-use purlin_engine::memory::GuestRam;
-use rustix::fs::{SeekFrom, seek};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+pub mod counting;
+
+use purlin_engine::memory::{GuestRam, data};
+use vm_memory::{Bytes, GuestAddress};
 
 /// Copies what there is; a page that was never touched stays so.
 pub fn copy_memory(from: &GuestRam, to: &GuestRam) {
-    for region in from.iter() {
-        let (file, first) = region.file_offset().map(|offset| (offset.file(), offset.start())).unwrap();
-        let mut at = first;
-        while let Ok(start) = seek(file, SeekFrom::Data(at)) {
-            let end = seek(file, SeekFrom::Hole(start)).unwrap();
-            let mut bytes = vec![0; (end - start) as usize];
-            let address = GuestAddress(region.start_addr().0 + start - first);
-            from.read_slice(&mut bytes, address).unwrap();
-            to.write_slice(&bytes, address).unwrap();
-            at = end;
-        }
+    for range in data(from).unwrap() {
+        let mut bytes = vec![0; (range.end - range.start) as usize];
+        from.read_slice(&mut bytes, GuestAddress(range.start)).unwrap();
+        to.write_slice(&bytes, GuestAddress(range.start)).unwrap();
     }
 }

@@ -4,7 +4,7 @@ use proptest::{
     collection,
     prelude::{ProptestConfig, any, proptest},
 };
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::{
@@ -290,14 +290,11 @@ proptest! {
 /// The memory is the host's again, not only zero.
 #[test]
 fn the_host_has_what_was_given_back() {
-    use std::os::unix::fs::MetadataExt;
     let (mut driver, _) = driver(ALL);
     let second = SLOT / PAGE;
     (second..2 * second).for_each(|page| write_page(&driver, page, 0xaa));
     let memory = driver.memory.clone();
-    let taken = || -> u64 {
-        memory.iter().map(|slot| 512 * slot.file_offset().unwrap().file().metadata().unwrap().blocks()).sum()
-    };
+    let taken = || purlin_memory::usage(&memory).unwrap();
     let before = taken();
     let free = Buffer { address: SLOT + SLOT / 2, length: (SLOT / 2) as u32, writable: true };
     driver.request(4, &[free]);

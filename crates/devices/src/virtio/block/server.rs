@@ -194,7 +194,7 @@ impl<'s, 'm> Server<'s, 'm> {
                 if !self.waiting.push(request.head, self.queue.size()) {
                     return self.queue.notifier().needs_reset(&Malformed::Request);
                 }
-                tell(self.disk.path(), error);
+                tell(&self.disk.path(), error);
             }
             _ => {
                 self.report(error);
@@ -213,7 +213,7 @@ impl<'s, 'm> Server<'s, 'm> {
     fn report(&mut self, error: IoError) {
         self.failures += 1;
         if self.failures.is_power_of_two() {
-            tracing::warn!("{}", failure(self.disk.path(), error, self.failures));
+            tracing::warn!("{}", failure(&self.disk.path(), error, self.failures));
         }
     }
 }
