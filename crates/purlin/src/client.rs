@@ -2,6 +2,7 @@
 
 use std::{
     future::Future,
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -22,8 +23,9 @@ use crate::{daemon, exit::Ended, progress::Shown};
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The daemon.
+#[derive(Clone)]
 pub struct Api {
-    runtime: Runtime,
+    runtime: Arc<Runtime>,
     client: Client,
 }
 
@@ -41,7 +43,7 @@ impl Api {
     /// The daemon at its place, whether it is there or not.
     pub fn of_running(places: &Places) -> Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build().context("cannot make an event loop")?;
-        Ok(Self { runtime, client: Client::new(&places.socket) })
+        Ok(Self { runtime: Arc::new(runtime), client: Client::new(&places.socket) })
     }
 
     /// GET, or nothing where there is no daemon.
@@ -103,7 +105,7 @@ impl Api {
             if operation.step.is_none() && operation.notes.is_empty() {
                 continue;
             }
-            let shown = shown.get_or_insert_with(|| Shown::new(std::sync::Arc::default()));
+            let shown = shown.get_or_insert_with(|| Shown::new(Arc::default()));
             if let Some(now) = operation.step.as_ref().filter(|now| step.as_ref() != Some(*now)) {
                 shown.step(now);
                 step = Some(now.clone());

@@ -1,12 +1,15 @@
 //! The `purlin` command: one file for each verb.
 #![forbid(unsafe_code)]
 
+mod agent;
 mod attach;
 mod client;
 mod console;
 mod daemon;
 mod doctor;
+mod exec;
 mod exit;
+mod file;
 mod image;
 mod launch;
 mod list;
@@ -56,6 +59,9 @@ enum Verb {
     Pause(state::NamesArgs),
     /// Have machines go on that stand still
     Resume(state::NamesArgs),
+    Exec(exec::ExecArgs),
+    Shell(exec::ShellArgs),
+    File(file::FileArgs),
     Console(attach::ConsoleArgs),
     Set(set::SetArgs),
     /// Give a machine another name
@@ -105,6 +111,8 @@ fn main() -> ExitCode {
         Verb::Image(args) => image::image(&args, signals),
         Verb::Doctor(args) => doctor::doctor(&args),
         Verb::Daemon(args) => daemon::daemon(&args, signals),
+        Verb::Exec(args) => client::ended(exec::exec(&args, signals)),
+        Verb::Shell(args) => client::ended(exec::shell(&args, signals)),
         verb => {
             signals.unblock();
             client::ended(ask(verb))
@@ -130,6 +138,10 @@ fn ask(verb: Verb) -> Result<Ended> {
         Verb::Delete(args) => state::delete(&args),
         Verb::Wait(args) => state::wait(&args),
         Verb::Monitor(args) => monitor::monitor(&args),
-        Verb::Run(_) | Verb::Image(_) | Verb::Daemon(_) | Verb::Doctor(_) => Ok(Ended::Well),
+        Verb::File(args) => file::file(&args),
+        // These are no business of the daemon's, or need signals.
+        Verb::Run(_) | Verb::Image(_) | Verb::Daemon(_) | Verb::Doctor(_) | Verb::Exec(_) | Verb::Shell(_) => {
+            Ok(Ended::Well)
+        }
     }
 }

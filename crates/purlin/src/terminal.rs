@@ -32,6 +32,11 @@ pub fn is_interactive() -> bool {
     isatty(stdin())
 }
 
+/// Whether the user sees what is written to standard output.
+pub fn is_shown() -> bool {
+    isatty(stdout())
+}
+
 /// Whether the guest's output and our messages come together on a terminal.
 pub fn is_shared() -> bool {
     isatty(stdout()) && isatty(stderr())

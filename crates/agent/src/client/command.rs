@@ -50,7 +50,7 @@ impl<R: Read, W: Write> Client<R, W> {
             return Err(ClientError::Unexpected("the command's process"));
         };
         let window = Arc::new(Window::default());
-        let input = Input { sender: self.sender, window: Arc::clone(&window) };
+        let input = Input { sender: Mutex::new(self.sender), window: Arc::clone(&window) };
         Ok(Command { pid: started.pid, input, output: Output { receiver: self.receiver, window } })
     }
 
@@ -59,7 +59,7 @@ impl<R: Read, W: Write> Client<R, W> {
     where
         W: Send,
     {
-        let Command { mut input, mut output, .. } = self.exec(Exec { with_stdin: true, ..exec })?;
+        let Command { input, mut output, .. } = self.exec(Exec { with_stdin: true, ..exec })?;
         thread::scope(|scope| {
             // It is no error that a command does not want its input; if the connection fails, the output tells.
             scope.spawn(|| input.write(stdin).and_then(|()| input.end()).ok());
@@ -71,35 +71,40 @@ impl<R: Read, W: Write> Client<R, W> {
 /// The way in.
 #[derive(Debug)]
 pub struct Input<W> {
-    sender: Sender<W>,
+    /// Held only while something is sent: who waits for room keeps no signal from being sent.
+    sender: Mutex<Sender<W>>,
     window: Arc<Window>,
 }
 
 impl<W: Write> Input<W> {
     /// Writes all of `data` to its standard input, as it takes it. Needs somebody who reads [`Output`] meanwhile.
     /// [`ClientError::Ended`] is a command that has.
-    pub fn write(&mut self, mut data: &[u8]) -> Result<(), ClientError> {
+    pub fn write(&self, mut data: &[u8]) -> Result<(), ClientError> {
         while !data.is_empty() {
             let (now, later) = data.split_at(self.window.wait(data.len())?);
-            self.sender.send(HostMessage::Stdin(now.to_vec()))?;
+            self.send(HostMessage::Stdin(now.to_vec()))?;
             data = later;
         }
         Ok(())
     }
 
     /// Ends its standard input; what is written after that is lost.
-    pub fn end(&mut self) -> Result<(), ClientError> {
-        self.sender.send(HostMessage::StdinEnd(Empty {}))
+    pub fn end(&self) -> Result<(), ClientError> {
+        self.send(HostMessage::StdinEnd(Empty {}))
     }
 
     /// Tells its terminal's size.
-    pub fn resize(&mut self, columns: u32, rows: u32) -> Result<(), ClientError> {
-        self.sender.send(HostMessage::Resize(Size { columns, rows }))
+    pub fn resize(&self, columns: u32, rows: u32) -> Result<(), ClientError> {
+        self.send(HostMessage::Resize(Size { columns, rows }))
     }
 
     /// Sends a signal, see [`HostMessage::Signal`].
-    pub fn signal(&mut self, signal: i32) -> Result<(), ClientError> {
-        self.sender.send(HostMessage::Signal(signal))
+    pub fn signal(&self, signal: i32) -> Result<(), ClientError> {
+        self.send(HostMessage::Signal(signal))
+    }
+
+    fn send(&self, message: HostMessage) -> Result<(), ClientError> {
+        self.sender.lock().unwrap_or_else(PoisonError::into_inner).send(message)
     }
 }
 

@@ -115,7 +115,7 @@ fn input_that_nobody_wants_is_no_obstacle() {
 #[test]
 fn signals_reach_a_command_that_does_not_read() {
     let agent = Agent::start();
-    let Command { mut input, mut output, .. } =
+    let Command { input, mut output, .. } =
         agent.client().exec(Exec { with_stdin: true, ..exec(&["sleep", "1000"]) }).unwrap();
     // More than its pipe holds, and all that the agent keeps.
     input.write(&vec![0; STDIN_WINDOW]).unwrap();
@@ -159,7 +159,7 @@ fn a_host_that_goes_ends_its_command() {
 #[test]
 fn a_host_that_goes_ends_a_command_that_does_not_read() {
     let agent = Agent::start();
-    let mut command = agent.client().exec(Exec { with_stdin: true, ..exec(&["sleep", "1000"]) }).unwrap();
+    let command = agent.client().exec(Exec { with_stdin: true, ..exec(&["sleep", "1000"]) }).unwrap();
     command.input.write(&vec![0; STDIN_WINDOW]).unwrap();
     let pid = command.pid;
     drop(command);

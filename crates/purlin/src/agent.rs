@@ -1,0 +1,93 @@
+//! The way to the agent in a machine's guest: a websocket of the daemon's, as a stream.
+
+use std::{
+    io,
+    os::unix::net::UnixStream,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use futures_util::{SinkExt, StreamExt};
+use purlin_agent::client::{Client, ClientError};
+use purlin_api::{
+    Reason,
+    client::{self, WebSocket},
+};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio_tungstenite::tungstenite::Message;
+
+use crate::client::Api;
+
+/// A connection to an agent.
+pub type Agent = Client<UnixStream, UnixStream>;
+
+/// Bytes that are relayed at once.
+const PIECE: usize = 64 << 10;
+/// How often a guest that is still booting is asked again.
+const AGAIN: Duration = Duration::from_millis(50);
+
+/// Connects to the agent of machine `name`, within `patience` if it is not up yet.
+pub fn connect(name: &str, patience: Duration) -> Result<Agent> {
+    let api = Api::reach()?;
+    let begin = Instant::now();
+    let path = format!("/1.0/instances/{name}/agent");
+    loop {
+        let is_late = begin.elapsed() >= patience;
+        match api.websocket(&path) {
+            Ok(socket) => match Client::over(relay(api.clone(), socket)?) {
+                Err(ClientError::Ended | ClientError::NoAgent) if !is_late => {}
+                client => return Ok(client?),
+            },
+            Err(error) if is_late || !is_not_yet(&error) => return Err(error),
+            Err(_) => {}
+        }
+        thread::sleep(AGAIN);
+    }
+}
+
+/// Whether the guest is there, and its agent not.
+fn is_not_yet(error: &anyhow::Error) -> bool {
+    let refused = error.downcast_ref().and_then(client::ClientError::refused);
+    refused.is_some_and(|body| body.reason == Reason::Unavailable)
+}
+
+/// The websocket as one end of a pair of sockets; a thread passes what comes, until either side ends.
+fn relay(api: Api, socket: WebSocket) -> Result<UnixStream> {
+    let (ours, theirs) = UnixStream::pair().context("cannot make sockets")?;
+    theirs.set_nonblocking(true).context("cannot make sockets")?;
+    thread::spawn(move || {
+        // Its end is the end of the stream.
+        let _ = api.block_on(pass(socket, theirs));
+    });
+    Ok(ours)
+}
+
+async fn pass(socket: WebSocket, stream: UnixStream) -> io::Result<()> {
+    let (mut reader, mut writer) = tokio::net::UnixStream::from_std(stream)?.into_split();
+    let (mut to_guest, mut from_guest) = socket.split();
+    let outward = async {
+        let mut piece = vec![0; PIECE];
+        while let Ok(length @ 1..) = reader.read(&mut piece).await {
+            let bytes = piece[..length].to_vec();
+            if to_guest.send(Message::Binary(bytes.into())).await.is_err() {
+                return;
+            }
+        }
+        let _ = to_guest.close().await;
+    };
+    let inward = async {
+        while let Some(Ok(message)) = from_guest.next().await {
+            if let Message::Binary(bytes) = message
+                && writer.write_all(&bytes).await.is_err()
+            {
+                return;
+            }
+        }
+    };
+    tokio::select! {
+        () = outward => {}
+        () = inward => {}
+    }
+    Ok(())
+}
