@@ -22,7 +22,8 @@ pub const CONSOLE_LOG: &str = "console.log";
 /// What the process has to say.
 pub const LOG: &str = "process.log";
 
-/// What a VM's process is to run. Paths that are relative are in the machine's directory.
+/// What a VM's process is to run. Paths that are relative are in the machine's directory, which is all that it can write
+/// to beside the disks of [`Machine::disks`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Spec {
@@ -38,6 +39,9 @@ pub struct Spec {
     pub cmdline: String,
     /// The machine's own disks, before those of [`Spec::machine`].
     pub own_disks: Vec<Disk>,
+    /// Files that its own disks stand on, which it can read.
+    #[serde(default)]
+    pub backing: Vec<PathBuf>,
     /// The network card's address.
     pub mac: [u8; 6],
     /// Whether ssh is led to the guest from a free port of the host's.
@@ -53,6 +57,9 @@ pub struct Process {
     pub state: State,
     /// The engine, and why this one.
     pub engine: String,
+    /// What its sandbox lacks on this host, a sentence for each.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sandbox_lacks: Vec<String>,
     /// Where the host leads ssh to the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]

@@ -52,6 +52,9 @@ pub struct Boot {
     pub disk: PathBuf,
     /// The disk for cloud-init.
     pub seed: PathBuf,
+    /// The files that its disk stands on, which are elsewhere.
+    #[serde(default)]
+    pub backing: Vec<PathBuf>,
 }
 
 impl Record {
@@ -67,6 +70,7 @@ impl Record {
             initrds: boot.initrds,
             cmdline: boot.cmdline,
             own_disks: vec![disk, seed],
+            backing: boot.backing,
             mac: self.mac,
             ssh: true,
         })

@@ -84,6 +84,7 @@ fn lines(instance: &Instance) -> Vec<(&'static str, String)> {
         lines.push(("process", process.pid.to_string()));
         lines.push(("up", age(Duration::from_millis(said.started))));
         lines.push(("engine", said.engine.clone()));
+        lines.extend(said.sandbox_lacks.iter().map(|lacks| ("sandbox", lacks.clone())));
         lines.extend(said.ssh.iter().map(|ssh| ("ssh", ssh.to_string())));
         lines.extend(said.published.iter().map(|published| ("published", published.clone())));
         lines.push((

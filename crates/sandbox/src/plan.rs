@@ -20,6 +20,8 @@ pub struct Plan {
     /// Descriptors of directories that the process holds on purpose. Any other open directory is an error, for it would
     /// be a way out of the new root.
     pub directories: Vec<RawFd>,
+    /// Where the process works from then on; without it, at the top of its own root, if it has one.
+    pub working_directory: Option<PathBuf>,
     /// Resource limits.
     pub limits: Limits,
     /// How strict the filters of system calls are.

@@ -34,7 +34,10 @@ pub(crate) fn change(plan: &Plan, report: &mut Report) -> Result<(), SandboxErro
         }
         Err(error) => report.lacks(Layer::Root, namespaces::reason("mounts of its own", error)),
     }
-    Ok(())
+    // The filters have no system call for it later.
+    plan.working_directory
+        .as_ref()
+        .map_or(Ok(()), |path| chdir(path).map_err(|error| SandboxError::Path { path: path.clone(), error }))
 }
 
 /// The new root, mounted nowhere yet. Fails on kernels that cannot do the rest either.

@@ -22,6 +22,7 @@ use purlin_machine::{
         self as machine, BalloonHandle, BootConfig, ConsoleSize, HostSide, MachineConfig, MachineType, SavedConfig,
     },
 };
+use purlin_sandbox::Role;
 use purlin_snapshot::Parent;
 use purlin_state::{Saved, SavedState};
 use purlin_storage::{Disk, OpenError};
@@ -29,7 +30,7 @@ use purlin_storage::{Disk, OpenError};
 use crate::{
     config::{OnIoError, Outcome, RunConfig},
     lifecycle::{Control, LifecycleError, Message, StartError, Supervisor},
-    vcpu::VcpuThread,
+    vcpu::{VcpuThread, take_role},
 };
 
 /// Starts runs.
@@ -185,6 +186,7 @@ impl Running {
         let thread = thread::Builder::new().name("supervisor".into()).spawn({
             let ending = Ending(end.clone());
             move || {
+                take_role(Role::Supervisor);
                 // When this returns the machine is gone: all of the guest's output is written, its memory freed.
                 let outcome = supervisor.run(states, paused);
                 ending.0.set(outcome);

@@ -12,6 +12,7 @@ use std::{
 use purlin_arch::x86_64::state::VcpuState;
 use purlin_engine::{EngineError, Exit, Kick, Vcpu};
 use purlin_machine::{Machine, Request};
+use purlin_sandbox::Role;
 
 use crate::lifecycle::Message;
 
@@ -73,7 +74,10 @@ impl VcpuThread {
         let stop = Arc::new(AtomicBool::new(false));
         let kick = machine.vm().kicker(index);
         let body = Body { vcpu, machine, stop: stop.clone(), reports: Reports { index, to: reports } };
-        let thread = thread::Builder::new().name(format!("vcpu{index}")).spawn(move || body.serve(&inbox))?;
+        let thread = thread::Builder::new().name(format!("vcpu{index}")).spawn(move || {
+            take_role(Role::Vcpu);
+            body.serve(&inbox);
+        })?;
         Ok(Self { commands: Some(commands), thread: Some(thread), stop, kick })
     }
 
@@ -113,6 +117,14 @@ impl Drop for VcpuThread {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+/// Gives the calling thread its role. Outside of a sandbox that is nothing, and inside its filter is known to work: should
+/// it not, the process's own filter still holds.
+pub(crate) fn take_role(role: Role) {
+    if let Err(error) = purlin_sandbox::thread(role) {
+        tracing::warn!("a thread has no filter of system calls of its own: {error}");
     }
 }
 

@@ -112,6 +112,7 @@ fn boot(dir: &Path, files: Files) -> Boot {
         cmdline: files.cmdline,
         disk: relative(&files.disk),
         seed: relative(&files.seed),
+        backing: vec![files.image.disk()],
     }
 }
 

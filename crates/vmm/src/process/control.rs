@@ -40,6 +40,8 @@ pub struct About {
     pub started: u64,
     /// Its engine, and why.
     pub engine: String,
+    /// What its sandbox lacks.
+    pub sandbox_lacks: Vec<String>,
     /// Where ssh is led to it from.
     pub ssh: Option<SocketAddr>,
     /// The ports that lead to it.
@@ -62,9 +64,9 @@ pub struct Shared {
 impl Shared {
     /// What the process says of itself.
     pub fn process(&self) -> vm::Process {
-        let About { started, engine, ssh, published } = self.about.clone();
+        let About { started, engine, sandbox_lacks, ssh, published } = self.about.clone();
         let state = if self.running.is_paused() { vm::State::Paused } else { vm::State::Running };
-        vm::Process { started, state, engine, ssh, published }
+        vm::Process { started, state, engine, sandbox_lacks, ssh, published }
     }
 }
 

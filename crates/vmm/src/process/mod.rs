@@ -7,6 +7,7 @@
 
 mod console;
 mod control;
+mod sandbox;
 mod start;
 
 use std::{

@@ -15,7 +15,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::{console::Console, control::About, now};
+use super::{console::Console, control::About, now, sandbox};
 use crate::{
     OnIoError, OptionalDevice, RunConfig, Running, Vmm, engines, setup,
     setup::{Connected, Guest},
@@ -52,28 +52,29 @@ pub fn enter(dir: &Path) -> Result<OwnedFd, ErrorBody> {
     lock()
 }
 
-/// Starts the machine in `dir`, the working directory.
+/// Starts the machine in `dir`, the working directory. Called while the process has one thread, this returns in a child
+/// where the host has PID namespaces: what is before the sandbox is what a VM's process must not be able to do.
 pub fn start(dir: &Path) -> Result<Started, ErrorBody> {
     let spec = read_spec(dir)?;
     let _ = fs::remove_file(vm::END);
-    let control = listen()?;
     let vsock = HostSocket::bind(Path::new(vm::VSOCK)).map_err(failed)?;
-    let console =
-        Arc::new(Console::open(Path::new(vm::CONSOLE_LOG)).map_err(|e| failed(format!("{}: {e}", vm::CONSOLE_LOG)))?);
     let chosen = engines::choose(setup::engine(spec.machine.engine)).map_err(failed)?;
     let publish = spec.machine.publish.iter().map(|p| p.parse::<Publish>()).collect::<Result<Vec<_>, _>>();
     let publish = publish.map_err(|e| ErrorBody::new(Reason::BadRequest, e))?;
     let guest = Guest { name: &spec.name, mac: spec.mac, cpus: spec.machine.cpus(), ssh: spec.ssh };
     let network = setup::connect(&spec.machine.network, &publish, &guest).map_err(failed)?;
+
+    let report = sandbox::enter(dir, &spec)?;
+    // From here on only what the plan names is there, and threads can be started.
+    let control = listen()?;
+    let log = Path::new(vm::CONSOLE_LOG);
+    let console = Arc::new(Console::open(log).map_err(|e| failed(format!("{}: {e}", log.display())))?);
     let about = About {
         started: now(),
         engine: chosen.why.trim_start_matches("engine: ").to_owned(),
+        sandbox_lacks: report.missing.iter().map(ToString::to_string).collect(),
         ssh: network.ssh,
-        published: publish
-            .iter()
-            .zip(&network.published)
-            .map(|(p, host)| format!("{host}:{}/{}", p.guest_port, p.protocol.to_string().to_lowercase()))
-            .collect(),
+        published: published(&publish, &network),
     };
     let config = RunConfig {
         networks: network.networks.clone(),
@@ -81,8 +82,16 @@ pub fn start(dir: &Path) -> Result<Started, ErrorBody> {
         ..config(&spec, chosen.engine)
     };
     let running = Vmm::start(config, Box::new(console.writer())).map_err(failed)?;
+    sandbox::seal()?;
     console.connect(running.serial_input());
     Ok(Started { running, console, control, network, about })
+}
+
+/// The ports of the host's that lead to the guest's, for people.
+fn published(publish: &[Publish], network: &Connected) -> Vec<String> {
+    let ports = publish.iter().zip(&network.published);
+    let text = |(p, host): (&Publish, _)| format!("{host}:{}/{}", p.guest_port, p.protocol.to_string().to_lowercase());
+    ports.map(text).collect()
 }
 
 /// A machine runs once, whoever asks for it.
