@@ -1,13 +1,15 @@
 //! One machine's processors: what the vCPUs share, and how they wait for each other.
 
 use std::{
-    alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error},
-    ptr::NonNull,
+    alloc::{Layout, handle_alloc_error},
+    ptr::{self, NonNull},
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
 };
+
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
 use crate::{
     clock::VmClock,
@@ -75,13 +77,16 @@ pub struct Blocks(Vec<BlockPtr>);
 
 #[allow(unsafe_code)]
 impl Blocks {
-    /// `count` blocks of zeroed memory.
+    /// `count` blocks of zeroed memory, which is not touched: most of a block is tables of which a vCPU uses little at first.
+    /// (The allocator would write the zeroes, megabytes of them, for the sake of the alignment.)
     pub fn allocate(count: usize) -> Vec<BlockPtr> {
-        let layout = Layout::new::<Block>();
+        const { assert!(align_of::<Block>() <= 4096) };
         let allocate = || {
-            // SAFETY: the layout has a size.
-            let block = unsafe { alloc_zeroed(layout) }.cast::<Block>();
-            BlockPtr(NonNull::new(block).unwrap_or_else(|| handle_alloc_error(layout)))
+            let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
+            // SAFETY: a new mapping, at an address of the kernel's choice, and of whole pages.
+            let block = unsafe { mmap_anonymous(ptr::null_mut(), size_of::<Block>(), prot, flags) };
+            let block = block.ok().and_then(|block| NonNull::new(block.cast()));
+            BlockPtr(block.unwrap_or_else(|| handle_alloc_error(Layout::new::<Block>())))
         };
         (0..count).map(|_| allocate()).collect()
     }
@@ -106,8 +111,8 @@ impl Drop for Blocks {
         for block in &self.0 {
             // SAFETY: owned and initialised, see `Blocks::own`; nobody uses them any more.
             unsafe {
-                std::ptr::drop_in_place(block.0.as_ptr());
-                dealloc(block.0.as_ptr().cast(), Layout::new::<Block>());
+                ptr::drop_in_place(block.0.as_ptr());
+                let _ = munmap(block.0.as_ptr().cast(), size_of::<Block>());
             }
         }
     }

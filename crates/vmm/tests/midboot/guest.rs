@@ -14,7 +14,7 @@ use purlin_engine::{
 };
 use purlin_engine_translator::TranslatorEngine;
 use purlin_state::SavedState;
-use purlin_vmm::{Outcome, RunConfig, Running, Vmm};
+use purlin_vmm::{FreezeSpec, Outcome, Pages, RunConfig, Running, SnapshotSpec, Vmm};
 
 use crate::{
     Files,
@@ -33,6 +33,8 @@ pub struct Guest {
     console: Console,
     typist: Typist,
     machine: Running,
+    /// For snapshots.
+    directory: tempfile::TempDir,
     /// From when to when it ran, in each machine but this one.
     earlier: Vec<Range<Instant>>,
     /// Since when it runs in this one.
@@ -64,7 +66,8 @@ impl Guest {
         let since = Instant::now();
         let machine = Vmm::start(config.clone(), Box::new(console.clone())).unwrap();
         let typist = Typist::start(console.clone(), PROMPT, SCRIPT, machine.serial_input());
-        Self { config, console, typist, machine, earlier: Vec::new(), since }
+        let directory = tempfile::tempdir().unwrap();
+        Self { config, console, typist, machine, directory, earlier: Vec::new(), since }
     }
 
     /// Lets it run until it has run for `time` since its start. False if it ends before.
@@ -83,12 +86,7 @@ impl Guest {
         let decoded = <SavedState as Message>::decode(state.encode_to_vec().as_slice()).unwrap();
         assert_eq!(decoded, state, "what is decoded is what was encoded");
 
-        let old = self.machine.memory().unwrap();
-        let copy = |new: &GuestRam| {
-            copy_memory(&old, new);
-            Ok(())
-        };
-        let new = Vmm::restore(self.config.clone(), &decoded, copy, Box::new(self.console.clone())).unwrap();
+        let new = self.another(&decoded);
         assert_stable(&*self.config.engine, &state, &new.save().unwrap());
         // With its end the old machine has written out all that the guest had sent.
         drop(std::mem::replace(&mut self.machine, new));
@@ -96,6 +94,33 @@ impl Guest {
         self.since = Instant::now();
         self.machine.resume().unwrap();
         true
+    }
+
+    /// A new machine with the state and the memory of the old one: copied, by layers, or from a file, in turn.
+    fn another(&self, state: &SavedState) -> Running {
+        let (old, config) = (&self.machine, self.config.clone());
+        let (moves, out) = (self.earlier.len(), Box::new(self.console.clone()));
+        match moves % 3 {
+            0 => {
+                let memory = old.memory().unwrap();
+                let copy = |new: &GuestRam| {
+                    copy_memory(&memory, new);
+                    Ok(())
+                };
+                Vmm::restore(config, state, copy, out).unwrap()
+            }
+            1 => {
+                let frozen = old.fork(&FreezeSpec::default()).unwrap();
+                Vmm::restore_from(config, state, &frozen.memory, out).unwrap()
+            }
+            _ => {
+                let path = self.directory.path().join(moves.to_string());
+                let (machine, disks) = ("midboot".into(), FreezeSpec::default());
+                // What it stands on is the snapshot that the old machine went on from, if it did.
+                old.snapshot(&SnapshotSpec { path: path.clone(), machine, disks, incremental: true }).unwrap();
+                Vmm::restore_snapshot(config, &path, Pages::Mapped, out).unwrap()
+            }
+        }
     }
 
     /// Lets it run to its end.
