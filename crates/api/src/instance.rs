@@ -154,6 +154,38 @@ pub struct Rename {
     pub name: String,
 }
 
+/// A moment of an instance that is kept.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Snapshot {
+    /// Its name; no other of the instance's has it.
+    pub name: String,
+    /// When it was taken, in seconds since 1970 (UTC).
+    pub created: u64,
+    /// Whether the instance ran: then its memory and devices are kept too, and it goes on where it was.
+    pub running: bool,
+    /// Bytes of its memory's file: what has changed since the snapshot before, if there is one.
+    pub bytes: u64,
+    /// For how long the instance stood still, in microseconds.
+    pub pause_us: u64,
+}
+
+/// A snapshot to be taken.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewSnapshot {
+    /// Its name, as an instance's ([`check_name`]).
+    pub name: String,
+}
+
+/// Clones to be made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewClones {
+    /// The names of the new instances: 1 to 256.
+    #[schema(min_items = 1, max_items = 256)]
+    pub names: Vec<String>,
+}
+
 /// The daemon itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ServerInfo {

@@ -17,7 +17,8 @@ pub mod vm;
 pub use error::{ErrorBody, Reason};
 pub use event::{Event, EventKind};
 pub use instance::{
-    ChangeState, Instance, InstanceProcess, NewInstance, Rename, ServerInfo, Status, Usage, check_name,
+    ChangeState, Instance, InstanceProcess, NewClones, NewInstance, NewSnapshot, Rename, ServerInfo, Snapshot, Status,
+    Usage, check_name,
 };
 pub use machine::{Balloon, CpuModel, Device, Disk, DiskFormat, Engine, Machine, Network, OnIoError};
 pub use operation::{Operation, OperationState};

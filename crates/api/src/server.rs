@@ -90,6 +90,19 @@ impl<S: Send + Sync> FromRequestParts<S> for Segment {
     }
 }
 
+/// Two or more parts of the path that are names, in their order.
+pub struct Segments<const N: usize>(pub [String; N]);
+
+impl<const N: usize, S: Send + Sync> FromRequestParts<S> for Segments<N> {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refusal> {
+        let bad = |message: String| Refusal::new(Reason::BadRequest, message);
+        let path = Path::<Vec<String>>::from_request_parts(parts, state).await.map_err(|e| bad(e.body_text()))?;
+        path.0.try_into().map(Self).map_err(|_| bad("the path has other parts".into()))
+    }
+}
+
 /// What is behind the question mark.
 pub struct Params<T>(pub T);
 

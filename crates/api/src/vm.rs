@@ -7,6 +7,8 @@ use utoipa::ToSchema;
 
 use crate::{Disk, Machine};
 
+/// The socket in the machine's directory at which its clones are given what it was when it was frozen.
+pub const FROZEN: &str = "frozen.sock";
 /// The file in the machine's directory that says what to run.
 pub const SPEC: &str = "machine.json";
 /// The control socket in it.
@@ -44,8 +46,32 @@ pub struct Spec {
     pub backing: Vec<PathBuf>,
     /// The network card's address.
     pub mac: [u8; 6],
+    /// Where it begins.
+    #[serde(default)]
+    pub origin: Origin,
     /// Whether ssh is led to the guest from a free port of the host's.
     pub ssh: bool,
+}
+
+/// Where a run begins.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Origin {
+    /// With its kernel.
+    #[default]
+    Boot,
+    /// Where it was when a snapshot was taken.
+    Snapshot {
+        /// The snapshot's file.
+        file: PathBuf,
+    },
+    /// Where another machine is that has been frozen for this.
+    Clone {
+        /// That machine's socket ([`FROZEN`]).
+        socket: PathBuf,
+        /// Which freeze of its.
+        freeze: String,
+    },
 }
 
 /// A VM's process.
@@ -57,6 +83,10 @@ pub struct Process {
     pub state: State,
     /// The engine, and why this one.
     pub engine: String,
+    /// The images of its disks, as they are now.
+    #[serde(default)]
+    #[schema(value_type = Vec<String>)]
+    pub disks: Vec<PathBuf>,
     /// What its sandbox lacks on this host, a sentence for each.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub sandbox_lacks: Vec<String>,
@@ -99,6 +129,50 @@ pub enum Action {
 pub struct Act {
     /// What.
     pub action: Action,
+}
+
+/// What snapshot is to be taken. Paths are names in the machine's directory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TakeSnapshot {
+    /// The file to write; nothing is there yet.
+    #[schema(value_type = String)]
+    pub file: PathBuf,
+    /// The overlay that the machine's own disk goes on with; nothing is there yet.
+    #[schema(value_type = String)]
+    pub overlay: PathBuf,
+}
+
+/// A snapshot that was taken.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct SnapshotTaken {
+    /// The file that it stands on, if it is not whole.
+    #[schema(value_type = Option<String>)]
+    pub parent: Option<PathBuf>,
+    /// For how long the machine stood still, in microseconds.
+    pub pause_us: u64,
+    /// Pages of memory in it.
+    pub pages: u64,
+    /// Bytes of the file.
+    pub bytes: u64,
+}
+
+/// A freeze, for clones.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Freeze {
+    /// What clones ask for it by.
+    pub freeze: String,
+    /// As of [`TakeSnapshot`].
+    #[schema(value_type = String)]
+    pub overlay: PathBuf,
+}
+
+/// A machine was frozen, and goes on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Frozen {
+    /// For how long it stood still, in microseconds.
+    pub pause_us: u64,
 }
 
 /// How a run ended.

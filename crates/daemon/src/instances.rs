@@ -1,6 +1,9 @@
 //! The instances: what can be done with them, one thing at a time for each.
 
+mod clones;
 mod create;
+mod disks;
+mod snapshots;
 
 use std::{
     collections::BTreeMap,
@@ -43,6 +46,8 @@ pub struct Instances {
     operations: Arc<Operations>,
     /// By name.
     entries: Mutex<BTreeMap<String, Arc<Entry>>>,
+    /// Those that are gone but for files that clones of theirs stand on.
+    deleted: Mutex<Vec<Record>>,
 }
 
 /// An instance.
@@ -50,14 +55,16 @@ pub struct Entry {
     record: Mutex<Record>,
     vm: Mutex<Option<Arc<Vm>>>,
     is_starting: AtomicBool,
+    /// Its guest is being made another one: nobody else is to ask it anything.
+    is_renewing: AtomicBool,
     /// Held by whoever starts, stops or deletes it.
     busy: tokio::sync::Mutex<()>,
 }
 
 impl Entry {
     fn new(record: Record) -> Arc<Self> {
-        let (vm, is_starting, busy) = Default::default();
-        Arc::new(Self { record: Mutex::new(record), vm, is_starting, busy })
+        let (vm, is_starting, is_renewing, busy) = Default::default();
+        Arc::new(Self { record: Mutex::new(record), vm, is_starting, is_renewing, busy })
     }
 
     fn record(&self) -> Record {
@@ -67,6 +74,13 @@ impl Entry {
     /// Its process, if it has one.
     pub fn vm(&self) -> Option<Arc<Vm>> {
         lock(&self.vm).clone()
+    }
+
+    /// Waits until a clone's guest knows who it is.
+    pub async fn wait_until_renewed(&self) {
+        while self.is_renewing.load(Ordering::SeqCst) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
     }
 
     /// Its process, or an error that says that it has none.
@@ -85,9 +99,11 @@ impl Instances {
         events: Arc<Events>,
         operations: Arc<Operations>,
     ) -> Result<Arc<Self>, DatabaseError> {
-        let entries = database.instances()?.into_iter().map(|record| (record.name.clone(), Entry::new(record)));
-        let entries = Mutex::new(entries.collect());
-        Ok(Arc::new(Self { dir, store, database, events, operations, entries }))
+        let (deleted, there): (Vec<_>, Vec<_>) =
+            database.instances()?.into_iter().partition(|record| record.stage == Stage::Deleting);
+        let entries = there.into_iter().map(|record| (record.name.clone(), Entry::new(record)));
+        let (entries, deleted) = (Mutex::new(entries.collect()), Mutex::new(deleted));
+        Ok(Arc::new(Self { dir, store, database, events, operations, entries, deleted }))
     }
 
     /// Comes back to the truth: what was being made is taken back, what was being deleted is deleted, and the processes
@@ -97,7 +113,8 @@ impl Instances {
             let record = entry.record();
             match record.stage {
                 Stage::Creating | Stage::Deleting => {
-                    if let Err(error) = self.remove(&entry).await {
+                    let removed = self.change(&entry, |record| record.stage = Stage::Deleting);
+                    if let Err(error) = removed.and(self.remove(&entry).await) {
                         tracing::warn!("cannot remove what is left of '{}': {error}", record.name);
                     }
                 }
@@ -106,6 +123,9 @@ impl Instances {
                     tokio::spawn(self.clone().find_again(entry));
                 }
             }
+        }
+        if let Err(error) = self.sweep() {
+            tracing::warn!("{error}");
         }
     }
 
@@ -117,6 +137,9 @@ impl Instances {
             Ok(Some(vm)) => self.has_started(&entry, vm),
             Ok(None) => self.note_end(&entry),
             Err(error) => tracing::warn!("'{}': {error}", record.name),
+        }
+        if let Err(error) = self.settle_disk(&entry).await {
+            tracing::warn!("'{}': {error}", record.name);
         }
         entry.is_starting.store(false, Ordering::SeqCst);
     }
@@ -183,11 +206,11 @@ impl Instances {
             let _busy = entry.busy.lock().await;
             instances.check_state(&entry, &change)?;
             match change {
-                ChangeState::Start => instances.start(&entry).await,
+                ChangeState::Start => instances.start(&entry, vm::Origin::Boot).await,
                 ChangeState::Stop { force, timeout } => instances.stop(&entry, force, timeout).await,
                 ChangeState::Restart { force, timeout } => {
                     instances.stop(&entry, force, timeout).await?;
-                    instances.start(&entry).await
+                    instances.start(&entry, vm::Origin::Boot).await
                 }
                 ChangeState::Pause => instances.act(&entry, Action::Pause, Status::Paused).await,
                 ChangeState::Resume => instances.act(&entry, Action::Resume, Status::Running).await,
@@ -208,14 +231,19 @@ impl Instances {
         }
     }
 
-    async fn start(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<(), ErrorBody> {
+    async fn start(self: &Arc<Self>, entry: &Arc<Entry>, origin: vm::Origin) -> Result<(), ErrorBody> {
+        self.settle_disk(entry).await?;
         let record = entry.record();
-        let spec = record.spec().ok_or_else(|| failed(format!("'{}' has nothing to boot", record.name)))?;
+        let boots = origin == vm::Origin::Boot;
+        let spec = record.spec(origin).ok_or_else(|| failed(format!("'{}' has nothing to boot", record.name)))?;
         entry.is_starting.store(true, Ordering::SeqCst);
         self.tell(&record.name, Some(Status::Starting), None);
         let started = process::start(&self.dir_of(&record), &spec).await;
         let started = started.map(|vm| self.has_started(entry, vm));
         entry.is_starting.store(false, Ordering::SeqCst);
+        if started.is_ok() && boots && record.is_to_be_renewed {
+            self.renew_when_up(entry);
+        }
         started.inspect_err(|error| {
             self.note_end(entry);
             self.tell(&record.name, Some(Status::Crashed), Some(error.to_string()));
@@ -286,20 +314,19 @@ impl Instances {
         }))
     }
 
-    /// Removes its files, and then what is known of it. It does not run.
+    /// Removes its files, and then what is known of it. It does not run. Files that clones of it stand on stay as long as
+    /// those, and so does the record, with no name that others could not have.
     async fn remove(&self, entry: &Entry) -> Result<(), ErrorBody> {
         let record = entry.record();
-        let dir = self.dir_of(&record);
-        match tokio::fs::remove_dir_all(&dir).await {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(failed(format!("cannot remove {}: {error}", dir.display())));
-            }
-            _ => {}
+        let mut entries = lock(&self.entries);
+        if entries.get(&record.name).is_some_and(|now| std::ptr::eq(&**now, entry)) {
+            entries.remove(&record.name);
         }
-        self.database.remove_instance(&record.id).map_err(failed)?;
-        lock(&self.entries).remove(&record.name);
+        lock(&self.deleted).push(record.clone());
+        drop(entries);
+        let swept = self.sweep();
         self.tell(&record.name, None, None);
-        Ok(())
+        swept
     }
 
     /// Gives an instance another name. Its guest's host name stays until its next start.

@@ -13,7 +13,7 @@ use purlin_api::{
     ErrorBody, InstanceProcess, Reason, Usage,
     client::{Client, ClientError, WebSocket},
     unix::Address,
-    vm::{self, Act, Action, Ready},
+    vm::{self, Act, Action, Freeze, Ready, SnapshotTaken, TakeSnapshot},
 };
 use purlin_vmm::process::VERB;
 use rustix::{
@@ -160,10 +160,24 @@ impl Vm {
                 self.set_said(said);
                 Ok(())
             }
-            Ok(Err(ClientError::Refused(error))) => Err(error),
-            Ok(Err(error)) => Err(ErrorBody::new(Reason::Unavailable, error)),
+            Ok(Err(error)) => Err(refused(error)),
             Err(_) => Err(ErrorBody::new(Reason::Unavailable, "the machine's process does not answer")),
         }
+    }
+
+    /// Has it take a snapshot.
+    pub async fn take_snapshot(&self, wanted: &TakeSnapshot) -> Result<SnapshotTaken, ErrorBody> {
+        self.client.post("/1.0/snapshot", wanted).await.map_err(refused)
+    }
+
+    /// Has it freeze for clones.
+    pub async fn freeze(&self, wanted: &Freeze) -> Result<vm::Frozen, ErrorBody> {
+        self.client.post("/1.0/freezes", wanted).await.map_err(refused)
+    }
+
+    /// Has it forget a freeze. If it is gone, that is forgotten too.
+    pub async fn thaw(&self, freeze: &str) {
+        let _ = self.client.delete::<()>(&format!("/1.0/freezes/{freeze}")).await;
     }
 
     /// Ends it without asking.
@@ -210,6 +224,13 @@ impl Vm {
         };
         let connected: io::Result<_> = connect.await;
         connected.map_err(|e| unavailable(&e))
+    }
+}
+
+fn refused(error: ClientError) -> ErrorBody {
+    match error {
+        ClientError::Refused(error) => error,
+        error => ErrorBody::new(Reason::Unavailable, error),
     }
 }
 

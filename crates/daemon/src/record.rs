@@ -1,8 +1,8 @@
 //! What the database says of an instance.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use purlin_api::{Disk, DiskFormat, Machine, vm};
+use purlin_api::{Disk, DiskFormat, Machine, Snapshot, vm};
 use serde::{Deserialize, Serialize};
 
 /// An instance, as it is kept. Fields are only ever added, with a default.
@@ -26,6 +26,15 @@ pub struct Record {
     pub mac: [u8; 6],
     /// How its last run ended.
     pub last_end: Option<vm::End>,
+    /// Its snapshots, in the order in which they were taken.
+    #[serde(default)]
+    pub snapshots: Vec<SnapshotRecord>,
+    /// The file of a snapshot that is being taken.
+    #[serde(default)]
+    pub next_memory: Option<PathBuf>,
+    /// It is a clone whose guest still thinks that it is the other one.
+    #[serde(default)]
+    pub is_to_be_renewed: bool,
 }
 
 /// How far an instance's making, or its deletion, has come.
@@ -39,7 +48,8 @@ pub enum Stage {
     Deleting,
 }
 
-/// What an instance boots. Paths are in its directory.
+/// What an instance boots, and its disk. Paths that are relative are in its directory; those of another instance's, whose
+/// clone it is, are absolute.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Boot {
     /// The kernel.
@@ -48,18 +58,60 @@ pub struct Boot {
     pub initrds: Vec<PathBuf>,
     /// The kernel's command line.
     pub cmdline: String,
-    /// Its disk, in qcow2.
+    /// Its disk, in qcow2, which is written.
     pub disk: PathBuf,
+    /// What that stands on, the topmost first: images that nobody writes any more.
+    pub layers: Vec<PathBuf>,
+    /// The overlay that the disk may have gone on with by now: it was about to.
+    pub next_disk: Option<PathBuf>,
+    /// How many overlays it has had.
+    pub overlays: u32,
     /// The disk for cloud-init.
     pub seed: PathBuf,
-    /// The files that its disk stands on, which are elsewhere.
-    #[serde(default)]
-    pub backing: Vec<PathBuf>,
+}
+
+impl Boot {
+    /// The next overlay's name.
+    pub fn overlay_name(&self) -> PathBuf {
+        format!("{DISK}-{}.qcow2", self.overlays + 1).into()
+    }
+
+    /// The disk has gone on with `overlay`.
+    pub fn go_on_with(&mut self, overlay: PathBuf) {
+        self.layers.insert(0, std::mem::replace(&mut self.disk, overlay));
+        self.next_disk = None;
+    }
+
+    /// All of its files.
+    fn files(&self) -> impl Iterator<Item = &PathBuf> {
+        let one = [&self.kernel, &self.disk, &self.seed].into_iter();
+        one.chain(&self.initrds).chain(&self.layers).chain(&self.next_disk)
+    }
+}
+
+/// What the names of disks' images begin with.
+pub const DISK: &str = "disk";
+/// What the names of snapshots' files begin with.
+pub const MEMORY: &str = "memory";
+
+/// A snapshot, as it is kept.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotRecord {
+    /// What users and programs see of it.
+    pub shown: Snapshot,
+    /// The disk's image at that moment.
+    pub disk: PathBuf,
+    /// What that stands on.
+    pub layers: Vec<PathBuf>,
+    /// The file of its memory and devices, and those that it stands on; none if the instance did not run.
+    pub memory: Vec<PathBuf>,
+    /// The hardware at that moment.
+    pub machine: Machine,
 }
 
 impl Record {
     /// What its process is to run.
-    pub fn spec(&self) -> Option<vm::Spec> {
+    pub fn spec(&self, origin: vm::Origin) -> Option<vm::Spec> {
         let boot = self.boot.clone()?;
         let disk = Disk { format: Some(DiskFormat::Qcow2), ..Disk::new(boot.disk) };
         let seed = Disk { format: Some(DiskFormat::Raw), read_only: true, ..Disk::new(boot.seed) };
@@ -70,9 +122,17 @@ impl Record {
             initrds: boot.initrds,
             cmdline: boot.cmdline,
             own_disks: vec![disk, seed],
-            backing: boot.backing,
+            backing: boot.layers,
             mac: self.mac,
+            origin,
             ssh: true,
         })
+    }
+
+    /// All files that it needs, by absolute paths; `dir` is its directory.
+    pub fn files(&self, dir: &Path) -> Vec<PathBuf> {
+        let of_snapshots = self.snapshots.iter().flat_map(|s| [&s.disk].into_iter().chain(&s.layers).chain(&s.memory));
+        let own = self.boot.iter().flat_map(Boot::files).chain(&self.next_memory);
+        own.chain(of_snapshots).map(|path| dir.join(path)).collect()
     }
 }

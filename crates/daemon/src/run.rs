@@ -6,7 +6,8 @@ use std::{
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use purlin_api::server;
@@ -32,6 +33,8 @@ use crate::{
 
 /// How long answers that are under way may take once the daemon ends.
 const LAST_ANSWERS: Duration = Duration::from_millis(300);
+/// For how long another daemon may still be ending.
+const LAST_MOMENT: Duration = Duration::from_secs(2);
 
 /// Where the daemon keeps what it has.
 #[derive(Clone, Debug)]
@@ -61,9 +64,14 @@ fn lock(places: &Places) -> Result<File, StartError> {
     }
     let path = places.data.join("daemon.lock");
     let lock = File::create(&path).map_err(StartError::host("create", &path))?;
-    match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-        Err(Errno::WOULDBLOCK) => Err(StartError::Running),
-        other => other.map(|()| lock).map_err(|e| StartError::host("lock", &path)(e.into())),
+    let begin = Instant::now();
+    loop {
+        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            // One that is about to end has said so, and has its lock a moment longer.
+            Err(Errno::WOULDBLOCK) if begin.elapsed() < LAST_MOMENT => thread::sleep(Duration::from_millis(10)),
+            Err(Errno::WOULDBLOCK) => return Err(StartError::Running),
+            other => return other.map(|()| lock).map_err(|e| StartError::host("lock", &path)(e.into())),
+        }
     }
 }
 

@@ -110,7 +110,7 @@ fn network(network: &Network) -> String {
 }
 
 /// How long ago that was, counted from 1970: `3 d 4 h`, `5 min`, `12 s`.
-fn age(since: Duration) -> String {
+pub fn age(since: Duration) -> String {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let seconds = now.saturating_sub(since).as_secs();
     match (seconds / 86400, seconds / 3600 % 24, seconds / 60 % 60) {

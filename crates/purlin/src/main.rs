@@ -20,6 +20,7 @@ mod prompt;
 mod run;
 mod set;
 mod signals;
+mod snapshot;
 mod state;
 mod stop;
 mod table;
@@ -63,6 +64,8 @@ enum Verb {
     Shell(exec::ShellArgs),
     File(file::FileArgs),
     Console(attach::ConsoleArgs),
+    Snapshot(snapshot::SnapshotArgs),
+    Clone(snapshot::CloneArgs),
     Set(set::SetArgs),
     /// Give a machine another name
     Rename(state::RenameArgs),
@@ -133,6 +136,8 @@ fn ask(verb: Verb) -> Result<Ended> {
         Verb::Pause(args) => state::change(&args, &ChangeState::Pause),
         Verb::Resume(args) => state::change(&args, &ChangeState::Resume),
         Verb::Console(args) => attach::attach(&args),
+        Verb::Snapshot(args) => snapshot::snapshot(&args),
+        Verb::Clone(args) => snapshot::clone(&args),
         Verb::Set(args) => set::set(&args),
         Verb::Rename(args) => state::rename(&args),
         Verb::Delete(args) => state::delete(&args),

@@ -50,7 +50,7 @@ fn a_machine_from_its_launch_to_its_deletion() {
     assert_eq!(list(&home), Vec::<Value>::new());
     home.ok("launch tiny a --device debug-exit --engine translator --memory 64M");
     assert_eq!(status(&home, "a"), "running");
-    assert_eq!(home.machines().len(), 1);
+    assert_is_sandboxed(&home, home.machines()[0]);
     assert!(home.ok("list").lines().nth(1).unwrap().starts_with("a     running"), "{}", home.ok("list"));
 
     home.ok("pause a");
@@ -90,6 +90,21 @@ fn a_machine_from_its_launch_to_its_deletion() {
     assert_eq!((list(&home).len(), home.machines().len(), directories(&home)), (0, 0, 0));
     home.ok("daemon stop");
     wait_for("the daemon's end", || home.processes().is_empty());
+}
+
+/// What its sandbox lacks is told; the rest is there, which is not little wherever it runs.
+fn assert_is_sandboxed(home: &Home, pid: u32) {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let field = |name: &str| {
+        let line = status.lines().find(|line| line.split(':').next() == Some(name)).unwrap();
+        line.split_whitespace().last().unwrap().to_owned()
+    };
+    assert_eq!((field("CapEff"), field("CapBnd")), ("0000000000000000".into(), "0000000000000000".into()));
+    assert_eq!((field("NoNewPrivs"), field("Seccomp")), ("1".into(), "2".into()));
+    let lacks = info(home, "a")["process"]["sandbox_lacks"].to_string();
+    if !lacks.contains("root of its own") {
+        assert!(fs::read_dir(format!("/proc/{pid}/root/etc")).is_err(), "it can see /etc");
+    }
 }
 
 #[test]

@@ -52,6 +52,12 @@ use crate::process::Proc;
 /// After an error the process is in no state to go on: it may have lost part of what it had. The error comes out in the
 /// child if there is one.
 pub fn enter(plan: &Plan) -> Result<Report, SandboxError> {
+    enter_after(plan, || {})
+}
+
+/// As [`enter`]; `last` is called in the process that goes on, while it still has the old root: for what it is to open there
+/// of itself, such as a file of /proc/self, which is another process's before.
+pub fn enter_after(plan: &Plan, last: impl FnOnce()) -> Result<Report, SandboxError> {
     plan.check()?;
     process::check_single_threaded()?;
     descriptors::check(&plan.directories)?;
@@ -65,6 +71,7 @@ pub fn enter(plan: &Plan) -> Result<Report, SandboxError> {
     namespaces::unshare_others(&mut report);
     report.pid = if report.has(Layer::PidNamespace) { fork::go_on_in_child()? } else { std::process::id() };
     let proc = Proc::open();
+    last();
     root::change(plan, &mut report)?;
     if privileged {
         privileges::take_identity(plan, &mut report)?;

@@ -22,7 +22,6 @@ use purlin_machine::{
         self as machine, BalloonHandle, BootConfig, ConsoleSize, HostSide, MachineConfig, MachineType, SavedConfig,
     },
 };
-use purlin_sandbox::Role;
 use purlin_snapshot::Parent;
 use purlin_state::{Saved, SavedState};
 use purlin_storage::{Disk, OpenError};
@@ -30,7 +29,7 @@ use purlin_storage::{Disk, OpenError};
 use crate::{
     config::{OnIoError, Outcome, RunConfig},
     lifecycle::{Control, LifecycleError, Message, StartError, Supervisor},
-    vcpu::{VcpuThread, take_role},
+    vcpu::VcpuThread,
 };
 
 /// Starts runs.
@@ -186,7 +185,7 @@ impl Running {
         let thread = thread::Builder::new().name("supervisor".into()).spawn({
             let ending = Ending(end.clone());
             move || {
-                take_role(Role::Supervisor);
+                // It has no role: a freeze opens overlays and makes files of memory on this thread.
                 // When this returns the machine is gone: all of the guest's output is written, its memory freed.
                 let outcome = supervisor.run(states, paused);
                 ending.0.set(outcome);
@@ -232,6 +231,11 @@ impl Running {
     /// Lets a paused machine go on.
     pub fn resume(&self) -> Result<(), LifecycleError> {
         self.ask(Control::Resume)
+    }
+
+    /// The images of its disks, as they are now: a freeze changes them.
+    pub fn disk_paths(&self) -> Vec<std::path::PathBuf> {
+        self.machine().map(|machine| machine.disks().iter().map(|disk| disk.path()).collect()).unwrap_or_default()
     }
 
     /// Whether the machine is paused, by whomever.

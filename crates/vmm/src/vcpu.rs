@@ -122,7 +122,7 @@ impl Drop for VcpuThread {
 
 /// Gives the calling thread its role. Outside of a sandbox that is nothing, and inside its filter is known to work: should
 /// it not, the process's own filter still holds.
-pub(crate) fn take_role(role: Role) {
+fn take_role(role: Role) {
     if let Err(error) = purlin_sandbox::thread(role) {
         tracing::warn!("a thread has no filter of system calls of its own: {error}");
     }

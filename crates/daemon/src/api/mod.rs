@@ -3,6 +3,7 @@
 mod instances;
 mod operations;
 mod relay;
+mod snapshots;
 
 use std::sync::Arc;
 
@@ -13,7 +14,7 @@ use axum::{
         ws::{Message, WebSocket},
     },
     response::Response,
-    routing::{get, post, put},
+    routing::{delete, get, post, put},
 };
 use purlin_api::{
     ErrorBody, Event, Reason, ServerInfo,
@@ -92,6 +93,10 @@ pub(crate) fn router(shared: Shared) -> Router {
         .route("/1.0/instances/{name}/state", put(instances::change_state))
         .route("/1.0/instances/{name}/rename", post(instances::rename))
         .route("/1.0/instances/{name}/log", get(instances::log))
+        .route("/1.0/instances/{name}/snapshots", get(snapshots::list).post(snapshots::take))
+        .route("/1.0/instances/{name}/snapshots/{snapshot}", delete(snapshots::delete))
+        .route("/1.0/instances/{name}/snapshots/{snapshot}/restore", post(snapshots::restore))
+        .route("/1.0/instances/{name}/clone", post(snapshots::clone_instance))
         .route("/1.0/instances/{name}/console", get(relay::console))
         .route("/1.0/instances/{name}/agent", get(relay::agent))
         .route("/1.0/operations", get(operations::list))

@@ -58,8 +58,9 @@ pub async fn agent(
     Segment(name): Segment,
     Upgrade(ws): Upgrade,
 ) -> Result<Response, Refusal> {
-    let vm = shared.instances.get(&name)?.running_vm()?;
-    let stream = vm.vsock(AGENT).await?;
+    let entry = shared.instances.get(&name)?;
+    entry.wait_until_renewed().await;
+    let stream = entry.running_vm()?.vsock(AGENT).await?;
     Ok(ws.on_upgrade(|socket| pass_stream(socket, stream)))
 }
 

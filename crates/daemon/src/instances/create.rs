@@ -2,7 +2,7 @@
 
 use std::{fs, os::unix::fs::DirBuilderExt, path::Path, sync::Arc};
 
-use purlin_api::{ErrorBody, Machine, NewInstance, Operation, Reason, Status, check_name};
+use purlin_api::{ErrorBody, Machine, NewInstance, Operation, Reason, Status, check_name, vm};
 use purlin_images::{
     Error as ImageError,
     build::Recipe,
@@ -31,19 +31,29 @@ impl Instances {
             boot: None,
             mac: purlin_vmm::setup::random_mac(),
             last_end: None,
+            snapshots: Vec::new(),
+            next_memory: None,
+            is_to_be_renewed: false,
         };
-        let entry = Entry::new(record.clone());
-        let mut entries = lock(&self.entries);
-        if entries.contains_key(&new.name) {
-            return Err(taken(&new.name));
-        }
-        self.database.put_instance(&record).map_err(failed)?;
-        entries.insert(new.name.clone(), entry.clone());
-        drop(entries);
-        self.tell(&new.name, Some(Status::Creating), None);
+        let entry = self.insert(record)?;
         let instances = self.clone();
         let (name, what) = (new.name.clone(), format!("launch {}", new.name));
         Ok(self.operations.begin(what, &name, |progress| instances.make(entry, new, progress)))
+    }
+
+    /// Puts a new record among the others, if its name is free.
+    pub(super) fn insert(&self, record: Record) -> Result<Arc<Entry>, ErrorBody> {
+        let name = record.name.clone();
+        let entry = Entry::new(record.clone());
+        let mut entries = lock(&self.entries);
+        if entries.contains_key(&name) {
+            return Err(taken(&name));
+        }
+        self.database.put_instance(&record).map_err(failed)?;
+        entries.insert(name.clone(), entry.clone());
+        drop(entries);
+        self.tell(&name, Some(Status::Creating), None);
+        Ok(entry)
     }
 
     fn check_new(&self, new: &NewInstance) -> Result<(), ErrorBody> {
@@ -69,20 +79,20 @@ impl Instances {
         let made = files
             .and_then(|boot| self.change(&entry, |record| (record.boot, record.stage) = (Some(boot), Stage::Ready)));
         if let Err(error) = made {
-            self.remove(&entry).await.unwrap_or_else(|e| tracing::warn!("{e}"));
+            let removed = self.change(&entry, |record| record.stage = Stage::Deleting);
+            removed.and(self.remove(&entry).await).unwrap_or_else(|e| tracing::warn!("{e}"));
             return Err(error);
         }
         self.tell(&entry.record().name, Some(Status::Stopped), None);
         if start {
-            self.start(&entry).await?;
+            self.start(&entry, vm::Origin::Boot).await?;
         }
         drop(busy);
         Ok(())
     }
 
     fn make_files(&self, dir: &Path, new: &NewInstance, progress: &Progress) -> Result<Boot, ErrorBody> {
-        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
-        made.map_err(|e| failed(format!("cannot create {}: {e}", dir.display())))?;
+        make_dir(dir)?;
         let files = prepare_in(dir, &self.store, &request(new), progress).map_err(|error| match error {
             ImageError::NoImage(_) => ErrorBody::new(Reason::NotFound, error),
             ImageError::DiskSize { .. } | ImageError::Name(_) => ErrorBody::new(Reason::BadRequest, error),
@@ -90,6 +100,12 @@ impl Instances {
         })?;
         Ok(boot(dir, files))
     }
+}
+
+/// An instance's directory, of the daemon's user alone.
+pub(super) fn make_dir(dir: &Path) -> Result<(), ErrorBody> {
+    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+    made.map_err(|e| failed(format!("cannot create {}: {e}", dir.display())))
 }
 
 fn request(new: &NewInstance) -> Request<'_> {
@@ -112,7 +128,9 @@ fn boot(dir: &Path, files: Files) -> Boot {
         cmdline: files.cmdline,
         disk: relative(&files.disk),
         seed: relative(&files.seed),
-        backing: vec![files.image.disk()],
+        layers: vec![files.image.disk()],
+        next_disk: None,
+        overlays: 0,
     }
 }
 

@@ -10,12 +10,12 @@ use axum::{
         ws::{Message, WebSocket},
     },
     response::Response,
-    routing::{get, put},
+    routing::{delete, get, post, put},
 };
 use purlin_api::{
     ErrorBody, Reason,
-    server::{self, Body, Refusal},
-    vm::{self, Act, Action},
+    server::{self, Body, Refusal, Segment},
+    vm::{self, Act, Action, Freeze, SnapshotTaken, TakeSnapshot},
 };
 use tokio::{
     net::UnixListener,
@@ -24,7 +24,10 @@ use tokio::{
 };
 use utoipa::OpenApi;
 
-use super::console::Console;
+use super::{
+    console::Console,
+    freezer::{self, Freezer},
+};
 use crate::{LifecycleError, Running};
 
 /// Bytes of the longest request.
@@ -55,6 +58,8 @@ pub struct Shared {
     pub running: Arc<Running>,
     /// Its serial port.
     pub console: Arc<Console>,
+    /// What clones can be made of.
+    pub freezer: Arc<Freezer>,
     /// What does not change.
     pub about: About,
     /// How the run ended, once it has.
@@ -66,7 +71,8 @@ impl Shared {
     pub fn process(&self) -> vm::Process {
         let About { started, engine, sandbox_lacks, ssh, published } = self.about.clone();
         let state = if self.running.is_paused() { vm::State::Paused } else { vm::State::Running };
-        vm::Process { started, state, engine, sandbox_lacks, ssh, published }
+        let disks = self.running.disk_paths();
+        vm::Process { started, state, engine, disks, sandbox_lacks, ssh, published }
     }
 }
 
@@ -76,7 +82,7 @@ impl Shared {
         title = "Purlin's VM process",
         description = "Steers one virtual machine, over the Unix socket in its directory."
     ),
-    paths(process, act, console, end),
+    paths(process, act, console, end, snapshot, freeze, thaw),
     components(schemas(vm::Process, vm::State, Act, Action, vm::End, ErrorBody, Reason))
 )]
 struct Description;
@@ -93,6 +99,9 @@ pub async fn serve(listener: UnixListener, shared: Shared) {
         .route("/1.0/state", put(act))
         .route("/1.0/console", get(console))
         .route("/1.0/end", get(end))
+        .route("/1.0/snapshot", post(snapshot))
+        .route("/1.0/freezes", post(freeze))
+        .route("/1.0/freezes/{freeze}", delete(thaw))
         .with_state(shared);
     server::serve(listener, server::complete(router, MAX_BODY)).await;
 }
@@ -125,6 +134,41 @@ async fn act(State(shared): State<Shared>, Body(Act { action }): Body<Act>) -> R
         Ok(()) => Ok(Json(shared.process())),
         Err(e) => Err(Refusal::new(Reason::Conflict, e)),
     }
+}
+
+/// Takes a snapshot: the machine stands still for a moment, and the file is written while it goes on.
+#[utoipa::path(post, path = "/1.0/snapshot", request_body = TakeSnapshot, responses(
+    (status = 200, body = SnapshotTaken),
+    (status = 400, body = ErrorBody),
+    (status = 500, body = ErrorBody, description = "there is none; the machine goes on, maybe with the overlay"),
+))]
+async fn snapshot(
+    State(shared): State<Shared>,
+    Body(wanted): Body<TakeSnapshot>,
+) -> Result<Json<SnapshotTaken>, Refusal> {
+    let taken = task::spawn_blocking(move || freezer::snapshot(&shared.running, &wanted)).await;
+    Ok(Json(taken.unwrap_or_else(|e| Err(ErrorBody::new(Reason::Failed, e)))?))
+}
+
+/// Freezes the machine for clones: it stands still for a moment.
+#[utoipa::path(post, path = "/1.0/freezes", request_body = Freeze, responses(
+    (status = 200, body = vm::Frozen),
+    (status = 400, body = ErrorBody),
+    (status = 500, body = ErrorBody),
+))]
+async fn freeze(State(shared): State<Shared>, Body(wanted): Body<Freeze>) -> Result<Json<vm::Frozen>, Refusal> {
+    let frozen = task::spawn_blocking(move || shared.freezer.freeze(&shared.running, wanted)).await;
+    Ok(Json(frozen.unwrap_or_else(|e| Err(ErrorBody::new(Reason::Failed, e)))?))
+}
+
+/// Forgets a freeze: its clones are made.
+#[utoipa::path(delete, path = "/1.0/freezes/{freeze}", params(("freeze" = String, Path)), responses(
+    (status = 200, body = ()),
+    (status = 400, body = ErrorBody),
+))]
+async fn thaw(State(shared): State<Shared>, Segment(freeze): Segment) -> Json<()> {
+    shared.freezer.thaw(&freeze);
+    Json(())
 }
 
 /// Waits for the end of the run.

@@ -7,6 +7,7 @@
 
 mod console;
 mod control;
+mod freezer;
 mod sandbox;
 mod start;
 
@@ -70,10 +71,10 @@ fn run(dir: &Path) -> Result<(), purlin_api::ErrorBody> {
 
 /// Serves the control socket until the run is over, and says how it ended.
 async fn serve(started: Started) -> vm::End {
-    let Started { running, console, control, network, about } = started;
+    let Started { running, console, control, freezer, network, about } = started;
     let running = Arc::new(running);
     let (ended, end) = watch::channel(None);
-    let shared = Shared { running: running.clone(), console, about, end: end.clone() };
+    let shared = Shared { running: running.clone(), console, freezer, about, end: end.clone() };
     say(&Ready::Started(shared.process()));
     let listening = UnixListener::from_std(control).map(|listener| tokio::spawn(control::serve(listener, shared)));
     tokio::spawn(obey_signals(running.clone()));

@@ -19,7 +19,11 @@ const USERS: u32 = 0x0fff_0000;
 /// Gives everything up but what the machine in `dir` needs; `dir` is the working directory before and after.
 pub fn enter(dir: &Path, spec: &vm::Spec) -> Result<Report, ErrorBody> {
     let plan = plan(dir, spec)?;
-    purlin_sandbox::enter(&plan).map_err(failed)
+    purlin_sandbox::enter_after(&plan, || {
+        // Without it, a freeze says so.
+        let _ = purlin_engine::memory::prepare();
+    })
+    .map_err(failed)
 }
 
 /// Emitted code has its memory by now; there is to be no other that can be executed.
@@ -30,7 +34,11 @@ pub fn seal() -> Result<(), ErrorBody> {
 fn plan(dir: &Path, spec: &vm::Spec) -> Result<Plan, ErrorBody> {
     let mut paths = vec![reachable(dir, Access::ReadWrite)];
     let outside = |path: &&PathBuf| !dir.join(path).starts_with(dir);
-    let boot = [&spec.kernel].into_iter().chain(&spec.initrds).chain(&spec.backing).filter(outside);
+    let restored = match &spec.origin {
+        vm::Origin::Snapshot { file } => Some(file),
+        vm::Origin::Boot | vm::Origin::Clone { .. } => None,
+    };
+    let boot = [&spec.kernel].into_iter().chain(&spec.initrds).chain(&spec.backing).chain(restored).filter(outside);
     paths.extend(boot.map(|path| reachable(path, Access::Read)));
     for disk in spec.own_disks.iter().chain(&spec.machine.disks).filter(|disk| outside(&&disk.path)) {
         let access = if disk.read_only { Access::Read } else { Access::ReadWrite };

@@ -2,6 +2,7 @@
 
 use std::{
     env, fs,
+    io::Write,
     os::{fd::OwnedFd, unix::net::UnixListener},
     path::Path,
     sync::Arc,
@@ -15,9 +16,14 @@ use rustix::{
     io::Errno,
 };
 
-use super::{console::Console, control::About, now, sandbox};
+use super::{
+    console::Console,
+    control::About,
+    freezer::{self, Freezer, Given},
+    now, sandbox,
+};
 use crate::{
-    OnIoError, OptionalDevice, RunConfig, Running, Vmm, engines, setup,
+    OnIoError, OptionalDevice, Pages, RunConfig, Running, Vmm, engines, setup,
     setup::{Connected, Guest},
     vsock::{HostSocket, VsockConfig},
 };
@@ -33,6 +39,8 @@ pub struct Started {
     pub console: Arc<Console>,
     /// The control socket.
     pub control: UnixListener,
+    /// What clones can be made of.
+    pub freezer: Arc<Freezer>,
     /// Its network lives as long as this.
     pub network: Connected,
     /// What it says of itself.
@@ -64,6 +72,11 @@ pub fn start(dir: &Path) -> Result<Started, ErrorBody> {
     let guest = Guest { name: &spec.name, mac: spec.mac, cpus: spec.machine.cpus(), ssh: spec.ssh };
     let network = setup::connect(&spec.machine.network, &publish, &guest).map_err(failed)?;
 
+    let given = match &spec.origin {
+        vm::Origin::Clone { socket, freeze } => Some(freezer::fetch(socket, freeze)?),
+        vm::Origin::Boot | vm::Origin::Snapshot { .. } => None,
+    };
+
     let report = sandbox::enter(dir, &spec)?;
     // From here on only what the plan names is there, and threads can be started.
     let control = listen()?;
@@ -81,10 +94,29 @@ pub fn start(dir: &Path) -> Result<Started, ErrorBody> {
         vsock: Some(VsockConfig { guest_cid: CID, socket: Arc::new(vsock) }),
         ..config(&spec, chosen.engine)
     };
-    let running = Vmm::start(config, Box::new(console.writer())).map_err(failed)?;
+    let running = begin(config, &spec.origin, given, Box::new(console.writer()))?;
     sandbox::seal()?;
     console.connect(running.serial_input());
-    Ok(Started { running, console, control, network, about })
+    let freezer = Freezer::open().map_err(|e| failed(format!("cannot listen at {}: {e}", vm::FROZEN)))?;
+    Ok(Started { running, console, control, freezer, network, about })
+}
+
+/// Begins the run; one that goes on from somewhere is a copy of what was there, and is told so.
+fn begin(
+    config: RunConfig,
+    origin: &vm::Origin,
+    given: Option<Given>,
+    output: Box<dyn Write + Send>,
+) -> Result<Running, ErrorBody> {
+    let running = match (origin, given) {
+        (vm::Origin::Snapshot { file }, _) => {
+            Vmm::restore_snapshot(config, file, Pages::Mapped, output).map_err(failed)?
+        }
+        (_, Some(Given { state, memory })) => Vmm::restore_from(config, &state, &memory, output).map_err(failed)?,
+        (_, None) => return Vmm::start(config, output).map_err(failed),
+    };
+    running.renew_generation().and_then(|()| running.resume()).map_err(failed)?;
+    Ok(running)
 }
 
 /// The ports of the host's that lead to the guest's, for people.

@@ -1,0 +1,232 @@
+//! Clones of instances: of one that runs, memory and disk go on copy-on-write in both.
+
+use std::{
+    path::Path,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use futures_util::future::join_all;
+use purlin_agent::{
+    client::connect_when_up,
+    protocol::{Card, Renew},
+};
+use purlin_api::{
+    ErrorBody, NewClones, Operation, Reason, check_name,
+    unix::Address,
+    vm::{self, Freeze},
+};
+use purlin_debian::Progress as _;
+use rustix::rand::{GetRandomFlags, getrandom};
+
+use super::{
+    Entry, Instances,
+    create::make_dir,
+    disks::{boot, make_overlay},
+    failed, ready, taken,
+};
+use crate::{
+    events::now_ms,
+    operations::Progress,
+    record::{Boot, Record, Stage},
+};
+
+/// The most clones that are made by one request.
+const MOST: usize = 256;
+/// How long the agent of a clone's guest may take to answer: it is there already, or not at all.
+const AGENT: Duration = Duration::from_secs(3);
+/// How long that of a guest that boots may take.
+const BOOT: Duration = Duration::from_secs(600);
+/// Bytes of randomness that a clone's guest is given.
+const SEED: usize = 64;
+
+impl Instances {
+    /// Begins to make clones.
+    pub fn clone_instance(self: &Arc<Self>, name: &str, new: NewClones) -> Result<Operation, ErrorBody> {
+        let source = self.get(name)?;
+        ready(&source.record())?;
+        self.check_clones(&new)?;
+        let instances = self.clone();
+        Ok(self
+            .operations
+            .begin(format!("clone {name}"), name, |_| async move { instances.make_clones(&source, &new.names).await }))
+    }
+
+    fn check_clones(&self, new: &NewClones) -> Result<(), ErrorBody> {
+        let bad = |message: String| Err(ErrorBody::new(Reason::BadRequest, message));
+        if new.names.is_empty() || new.names.len() > MOST {
+            return bad(format!("there can be 1 to {MOST} clones at once"));
+        }
+        for (at, name) in new.names.iter().enumerate() {
+            check_name(name).map_err(|e| ErrorBody::new(Reason::BadRequest, e))?;
+            if new.names[..at].contains(name) {
+                return bad(format!("'{name}' is there twice"));
+            }
+            if self.get(name).is_ok() {
+                return Err(taken(name));
+            }
+        }
+        Ok(())
+    }
+
+    async fn make_clones(
+        self: &Arc<Self>,
+        source: &Arc<Entry>,
+        names: &[String],
+        progress: &Progress,
+    ) -> Result<(), ErrorBody> {
+        let freeze = uuid::Uuid::new_v4().to_string();
+        // Held to the end: the source is not to be deleted before its clones stand on its files.
+        let _busy = source.busy.lock().await;
+        ready(&source.record())?;
+        let vm = source.vm();
+        match &vm {
+            Some(vm) => {
+                let overlay = self.begin_overlay(source)?;
+                let frozen = vm.freeze(&Freeze { freeze: freeze.clone(), overlay }).await;
+                self.settle_disk(source).await?;
+                frozen?;
+            }
+            None => self.freeze_disk(source)?,
+        }
+        let record = source.record();
+        let origin = match &vm {
+            Some(_) => vm::Origin::Clone { socket: self.dir_of(&record).join(vm::FROZEN), freeze: freeze.clone() },
+            None => vm::Origin::Boot,
+        };
+        let clones = names.iter().map(|name| self.make_clone(&record, name, &origin, progress));
+        let made: Vec<Result<(), ErrorBody>> = join_all(clones).await;
+        if let Some(vm) = vm {
+            vm.thaw(&freeze).await;
+        }
+        made.into_iter().collect()
+    }
+
+    /// Makes a clone of the instance that `source` was when it was frozen, and starts it if that ran.
+    async fn make_clone(
+        self: &Arc<Self>,
+        source: &Record,
+        name: &str,
+        origin: &vm::Origin,
+        progress: &Progress,
+    ) -> Result<(), ErrorBody> {
+        let source_dir = self.dir_of(source);
+        let record = Record {
+            name: name.to_owned(),
+            id: uuid::Uuid::new_v4().to_string(),
+            created: now_ms() / 1000,
+            stage: Stage::Creating,
+            boot: Some(boot_of_clone(source, &source_dir, name)?),
+            mac: purlin_vmm::setup::random_mac(),
+            last_end: None,
+            snapshots: Vec::new(),
+            next_memory: None,
+            is_to_be_renewed: true,
+            ..source.clone()
+        };
+        let dir = self.dir_of(&record);
+        let backing = boot(&record)?.layers[0].clone();
+        let disk = dir.join(&boot(&record)?.disk);
+        let entry = self.insert(record)?;
+        let _busy = entry.busy.lock().await;
+        let made = make_dir(&dir)
+            .and_then(|()| make_overlay(&disk, &backing, None))
+            .and_then(|()| self.change(&entry, |record| record.stage = Stage::Ready));
+        let made = match made {
+            Ok(()) if *origin != vm::Origin::Boot => self.start_clone(&entry, source, origin.clone(), progress).await,
+            other => other,
+        };
+        if let Err(error) = &made {
+            tracing::warn!("the clone '{name}': {error}");
+            self.stop(&entry, true, None).await?;
+            self.change(&entry, |record| record.stage = Stage::Deleting)?;
+            self.remove(&entry).await?;
+        }
+        made
+    }
+
+    /// Nobody asks the clone's guest anything before it is another one. If it has no agent it goes on as it is.
+    async fn start_clone(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        source: &Record,
+        origin: vm::Origin,
+        progress: &Progress,
+    ) -> Result<(), ErrorBody> {
+        entry.is_renewing.store(true, Ordering::SeqCst);
+        let started = self.start(entry, origin).await;
+        let renewed = match &started {
+            Ok(()) => self.renew(entry, Some(source.mac), AGENT).await,
+            Err(_) => Ok(()),
+        };
+        entry.is_renewing.store(false, Ordering::SeqCst);
+        if let Err(error) = renewed {
+            let name = entry.record().name;
+            progress.note(&format!("'{name}' still thinks that it is '{}': {error}", source.name));
+            self.renew_when_up(entry);
+        }
+        started
+    }
+
+    /// Makes the guest of a clone that boots another one, when it is up.
+    pub(super) fn renew_when_up(self: &Arc<Self>, entry: &Arc<Entry>) {
+        let (instances, entry) = (self.clone(), entry.clone());
+        tokio::spawn(async move {
+            if let Err(error) = instances.renew(&entry, None, BOOT).await {
+                tracing::warn!("'{}' still thinks that it is what it was cloned of: {error}", entry.record().name);
+            }
+        });
+    }
+
+    /// Has the guest's agent give it a name, machine ID, host keys, randomness and, where its card had the address
+    /// `old_mac`, a new one.
+    async fn renew(&self, entry: &Entry, old_mac: Option<[u8; 6]>, patience: Duration) -> Result<(), ErrorBody> {
+        let record = entry.record();
+        let socket = self.dir_of(&record).join(vm::VSOCK);
+        let cards = old_mac.map(|old| Card { old: text(old), new: text(record.mac) });
+        let mut random_seed = vec![0; SEED];
+        let length = getrandom(&mut random_seed, GetRandomFlags::empty()).unwrap_or(0);
+        random_seed.truncate(length);
+        let renew = Renew {
+            host_name: record.name.clone(),
+            machine_id: String::new(),
+            random_seed,
+            remake_ssh_host_keys: true,
+            cards: cards.into_iter().collect(),
+            time_ns: now_ms() * 1_000_000,
+        };
+        let renewed = tokio::task::spawn_blocking(move || {
+            let address = Address::of(&socket).map_err(|e| e.to_string())?;
+            let client = connect_when_up(address.path(), patience).map_err(|e| e.to_string())?;
+            client.renew(renew).map(|(renewed, _)| renewed).map_err(|e| e.to_string())
+        });
+        let renewed = renewed.await.map_err(failed)?.map_err(failed)?;
+        for problem in renewed.problems {
+            tracing::warn!("'{}': {problem}", record.name);
+        }
+        self.change(entry, |record| record.is_to_be_renewed = false)
+    }
+}
+
+/// It boots what the other one does, from there, and has a disk of its own on the frozen one.
+fn boot_of_clone(source: &Record, dir: &Path, name: &str) -> Result<Boot, ErrorBody> {
+    let from = boot(source)?;
+    let there = |path: &std::path::PathBuf| dir.join(path);
+    let old = format!("systemd.hostname={}", source.name);
+    let words =
+        from.cmdline.split(' ').map(|word| if word == old { format!("systemd.hostname={name}") } else { word.into() });
+    Ok(Boot {
+        kernel: there(&from.kernel),
+        initrds: from.initrds.iter().map(there).collect(),
+        cmdline: words.collect::<Vec<_>>().join(" "),
+        disk: "disk.qcow2".into(),
+        layers: from.layers.iter().map(there).collect(),
+        next_disk: None,
+        overlays: 0,
+        seed: there(&from.seed),
+    })
+}
+
+fn text(mac: [u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}

@@ -1,0 +1,158 @@
+//! Snapshots of instances: taken, gone back to, and deleted.
+
+use std::{path::PathBuf, sync::Arc};
+
+use purlin_api::{
+    ErrorBody, NewSnapshot, Operation, Reason, Snapshot, check_name,
+    vm::{self, TakeSnapshot},
+};
+use purlin_vmm::snapshots::Chain;
+
+use super::{
+    Entry, Instances, conflict,
+    disks::{boot, make_overlay},
+    failed, ready,
+};
+use crate::{
+    events::now_ms,
+    record::{MEMORY, Record, SnapshotRecord},
+};
+
+impl Instances {
+    /// The snapshots of an instance, in the order in which they were taken.
+    pub fn snapshots(&self, name: &str) -> Result<Vec<Snapshot>, ErrorBody> {
+        Ok(self.get(name)?.record().snapshots.into_iter().map(|snapshot| snapshot.shown).collect())
+    }
+
+    /// Begins to take a snapshot.
+    pub fn take_snapshot(self: &Arc<Self>, name: &str, new: NewSnapshot) -> Result<Operation, ErrorBody> {
+        check_name(&new.name).map_err(|e| ErrorBody::new(Reason::BadRequest, e))?;
+        let entry = self.get(name)?;
+        check_free(&entry.record(), &new.name)?;
+        let instances = self.clone();
+        Ok(self.operations.begin(format!("snapshot {name}"), name, |_| async move {
+            let _busy = entry.busy.lock().await;
+            check_free(&entry.record(), &new.name)?;
+            instances.take(&entry, new.name).await
+        }))
+    }
+
+    async fn take(&self, entry: &Entry, name: String) -> Result<(), ErrorBody> {
+        let before = entry.record();
+        let shown = Snapshot { name, created: now_ms() / 1000, running: false, bytes: 0, pause_us: 0 };
+        let (shown, memory) = if entry.vm().is_some() {
+            self.take_running(entry, shown).await?
+        } else {
+            self.freeze_disk(entry)?;
+            (shown, Vec::new())
+        };
+        let now = entry.record();
+        // What was on top is what is below now.
+        let [disk, layers @ ..] = boot(&now)?.layers.as_slice() else { return Err(failed("the disk was not frozen")) };
+        let snapshot =
+            SnapshotRecord { shown, disk: disk.clone(), layers: layers.to_vec(), memory, machine: before.machine };
+        self.change(entry, |record| {
+            record.next_memory = None;
+            record.snapshots.push(snapshot);
+        })
+    }
+
+    async fn take_running(&self, entry: &Entry, shown: Snapshot) -> Result<(Snapshot, Vec<PathBuf>), ErrorBody> {
+        let vm = entry.running_vm()?;
+        let file = PathBuf::from(format!("{MEMORY}-{}.snapshot", uuid::Uuid::new_v4()));
+        self.change(entry, |record| record.next_memory = Some(file.clone()))?;
+        let overlay = self.begin_overlay(entry)?;
+        let taken = vm.take_snapshot(&TakeSnapshot { file: file.clone(), overlay }).await;
+        self.settle_disk(entry).await?;
+        let taken = match taken {
+            Ok(taken) => taken,
+            Err(error) => {
+                self.change(entry, |record| record.next_memory = None)?;
+                self.sweep()?;
+                return Err(error);
+            }
+        };
+        let record = entry.record();
+        let below = taken.parent.map(|parent| files_of(&record, parent)).unwrap_or_default();
+        let memory = [file].into_iter().chain(below).collect();
+        Ok((Snapshot { running: true, bytes: taken.bytes, pause_us: taken.pause_us, ..shown }, memory))
+    }
+
+    /// Begins to go back to a snapshot: what has happened since is gone.
+    pub fn restore_snapshot(self: &Arc<Self>, name: &str, snapshot: &str) -> Result<Operation, ErrorBody> {
+        let entry = self.get(name)?;
+        ready(&entry.record())?;
+        find(&entry.record(), snapshot)?;
+        let (instances, snapshot) = (self.clone(), snapshot.to_owned());
+        Ok(self.operations.begin(format!("restore {name}"), name, |_| async move {
+            let _busy = entry.busy.lock().await;
+            instances.restore(&entry, &snapshot).await
+        }))
+    }
+
+    async fn restore(self: &Arc<Self>, entry: &Arc<Entry>, snapshot: &str) -> Result<(), ErrorBody> {
+        let record = entry.record();
+        let snapshot = find(&record, snapshot)?;
+        let dir = self.dir_of(&record);
+        let memory = snapshot.memory.first().map(|file| dir.join(file));
+        if let Some(file) = memory.clone() {
+            // Before anything is given up.
+            let checked = tokio::task::spawn_blocking(move || Chain::open(&file)?.verify()).await;
+            checked.map_err(failed)?.map_err(failed)?;
+        }
+        self.stop(entry, true, None).await?;
+        self.settle_disk(entry).await?;
+        let overlay = boot(&entry.record())?.overlay_name();
+        make_overlay(&dir.join(&overlay), &dir.join(&snapshot.disk), None)?;
+        self.change(entry, |record| {
+            record.machine = snapshot.machine.clone();
+            if let Some(boot) = &mut record.boot {
+                boot.disk = overlay;
+                boot.layers = [snapshot.disk.clone()].into_iter().chain(snapshot.layers.clone()).collect();
+                boot.overlays += 1;
+            }
+        })?;
+        self.sweep()?;
+        match memory {
+            Some(file) => self.start(entry, vm::Origin::Snapshot { file }).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Deletes a snapshot. Files of it that others stand on stay as long as those.
+    pub async fn delete_snapshot(&self, name: &str, snapshot: &str) -> Result<(), ErrorBody> {
+        let entry = self.get(name)?;
+        let _busy = entry.busy.lock().await;
+        ready(&entry.record())?;
+        find(&entry.record(), snapshot)?;
+        self.change(&entry, |record| record.snapshots.retain(|s| s.shown.name != snapshot))?;
+        self.sweep()
+    }
+}
+
+fn find(record: &Record, snapshot: &str) -> Result<SnapshotRecord, ErrorBody> {
+    let found = record.snapshots.iter().find(|s| s.shown.name == snapshot).cloned();
+    found.ok_or_else(|| {
+        let (name, snapshot) = (&record.name, snapshot.chars().take(80).collect::<String>());
+        let message = format!("'{name}' has no snapshot '{}': 'purlin snapshot list {name}'", snapshot.escape_debug());
+        ErrorBody::new(Reason::NotFound, message)
+    })
+}
+
+fn check_free(record: &Record, snapshot: &str) -> Result<(), ErrorBody> {
+    ready(record)?;
+    if record.snapshots.iter().any(|s| s.shown.name == snapshot) {
+        return Err(conflict(format!("'{}' has a snapshot '{snapshot}' already", record.name)));
+    }
+    Ok(())
+}
+
+/// A snapshot's file and those that it stands on, by what is known of the others.
+fn files_of(record: &Record, file: PathBuf) -> Vec<PathBuf> {
+    let name = file.file_name().map_or_else(|| file.clone(), PathBuf::from);
+    let known = record.snapshots.iter().find_map(|s| {
+        let at = s.memory.iter().position(|f| *f == name)?;
+        Some(s.memory[at..].to_vec())
+    });
+    known.unwrap_or_else(|| vec![name])
+}
