@@ -234,7 +234,7 @@ fn patched(
 ) -> Result<Layer, MemoryError> {
     let (mut layer, mut at) = (mapped.clone(), 0);
     for range in dirty {
-        layer.put(range.clone(), file.clone(), at)?;
+        layer.insert(range.clone(), file.clone(), at);
         let bytes = still(mapping, range.clone())?;
         jobs.push(Job::new(bytes.as_ptr(), bytes.len(), file.clone(), at));
         at += bytes.len() as u64;

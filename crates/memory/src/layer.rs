@@ -96,9 +96,14 @@ impl Layer {
         if end.is_none_or(|end| end > length) {
             return Err(MemoryError::Layer(format!("a file of {length} bytes is to have more than that")));
         }
+        self.insert(pages, file, offset);
+        Ok(())
+    }
+
+    /// [`Layer::put`], without a check.
+    pub(crate) fn insert(&mut self, pages: Range<u64>, file: Arc<File>, offset: u64) {
         let delta = (offset as i64).wrapping_sub((pages.start * PAGE_SIZE) as i64);
         self.places.insert(pages, Place { file, delta });
-        Ok(())
     }
 
     /// Says that `pages` are zeroes.

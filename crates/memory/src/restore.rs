@@ -95,7 +95,7 @@ fn map_all(mapping: &Mapping, layer: &Layer, planned: &Planned) -> Result<Layer,
     let mut mapped = Layer::empty(layer.start(), layer.length());
     for (range, place) in planned {
         mapping.map(range.clone(), &place.file, place.offset(range.start), false).map_err(MemoryError::Host)?;
-        mapped.put(range.clone(), place.file.clone(), place.offset(range.start))?;
+        mapped.insert(range.clone(), place.file.clone(), place.offset(range.start));
     }
     Ok(mapped)
 }
