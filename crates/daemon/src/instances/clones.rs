@@ -47,9 +47,10 @@ impl Instances {
         ready(&source.record())?;
         self.check_clones(&new)?;
         let instances = self.clone();
+        let what = format!("clone {name}");
         Ok(self
             .operations
-            .begin(format!("clone {name}"), name, |_| async move { instances.make_clones(&source, &new.names).await }))
+            .begin(what, name, |progress| async move { instances.make_clones(&source, &new.names, &progress).await }))
     }
 
     fn check_clones(&self, new: &NewClones) -> Result<(), ErrorBody> {

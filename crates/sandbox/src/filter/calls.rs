@@ -171,7 +171,12 @@ pub(crate) const NEW_RINGS: &[libc::c_long] = &[libc::SYS_io_uring_register, lib
 /// machine.
 pub(crate) fn process() -> Filter {
     const EXEC: u32 = libc::PROT_EXEC.cast_unsigned();
+    // Which pages a machine that is frozen has written, of /proc/self/pagemap: it was opened before.
+    const PAGEMAP_SCAN: u32 = 0xc060_6610;
     let filter = control(basics())
+        .allow_if(libc::SYS_ioctl, &[Argument::Is(1, PAGEMAP_SCAN)])
+        // A copy of the process, with the same filters, that writes down what memory was at that moment.
+        .allow_if(libc::SYS_clone, &[Argument::Is(0, libc::CLONE_PIDFD.cast_unsigned())])
         .allow(TIMERS)
         .allow(NEW_RINGS)
         .allow(&[libc::SYS_io_uring_enter, libc::SYS_seccomp])
@@ -223,7 +228,8 @@ fn basics() -> Filter {
         .allow_if(libc::SYS_ioctl, &[Argument::Is(1, libc::FIONBIO as u32)])
         // Who stops a process that it has started before must not fail by that: here there is none.
         .refuse(&[libc::SYS_kill, libc::SYS_tkill], libc::EPERM)
-        .refuse(&[libc::SYS_wait4, libc::SYS_waitid], libc::ECHILD)
+        .refuse(&[libc::SYS_wait4], libc::ECHILD)
+        .allow(&[libc::SYS_waitid])
 }
 
 /// What serves the control socket, and starts threads.
