@@ -285,3 +285,137 @@ fn one_cycle(home: &Home, number: usize, known: Known) -> Known {
 fn says_there_is_none(output: &Output) -> bool {
     stderr(output).iter().any(|line| line.contains("there is no instance"))
 }
+
+/// The last line that the guest has echoed.
+fn echo(home: &Home, name: &str, text: &str) {
+    let mut console =
+        home.purlin().args(["console", name]).stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+    console.stdin.as_mut().unwrap().write_all(text.as_bytes()).unwrap();
+    wait_for("the echo", || home.ok(&format!("console --log {name}")).ends_with(text));
+    console.kill().unwrap();
+    console.wait().unwrap();
+}
+
+/// Files of an instance's directory whose names begin so.
+fn files(home: &Home, name: &str, prefix: &str) -> Vec<String> {
+    let id = info(home, name)["id"].as_str().unwrap().to_owned();
+    let dir = fs::read_dir(home.path().join("data/instances").join(id)).unwrap();
+    let mut names: Vec<_> = dir.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.retain(|name| name.starts_with(prefix));
+    names.sort();
+    names
+}
+
+#[test]
+fn snapshots_are_taken_gone_back_to_and_deleted() {
+    let home = Home::new();
+    home.ok("launch tiny a --memory 64M --engine translator");
+    echo(&home, "a", "one");
+    home.ok("snapshot create a s1");
+    echo(&home, "a", "two");
+    home.ok("snapshot create a s2");
+    let list: Value = serde_json::from_str(&home.ok("snapshot list a --json")).unwrap();
+    assert_eq!((&list[0]["name"], &list[1]["name"], &list[1]["running"]), (&"s1".into(), &"s2".into(), &true.into()));
+    assert!(list[1]["bytes"].as_u64() < list[0]["bytes"].as_u64(), "the second has only what has changed: {list}");
+    assert_eq!((files(&home, "a", "disk").len(), files(&home, "a", "memory").len()), (3, 2));
+
+    // Back to the first, of which the second has only what has changed since; and on to the second again.
+    for snapshot in ["s1", "s2", "s1"] {
+        home.ok(&format!("snapshot restore a {snapshot}"));
+        assert_eq!(status(&home, "a"), "running");
+        echo(&home, "a", snapshot);
+    }
+    home.ok("stop -f a");
+    home.ok("snapshot restore a s2");
+    assert_eq!(status(&home, "a"), "running");
+
+    // What the second stands on stays as long as it does.
+    home.ok("snapshot delete a s1");
+    assert_eq!(files(&home, "a", "memory").len(), 2);
+    home.ok("snapshot restore a s2");
+    echo(&home, "a", "again");
+    home.ok("snapshot delete a s2");
+    assert_eq!((files(&home, "a", "memory").len(), home.ok("snapshot list a --json").trim()), (0, "[]"));
+
+    // Without a guest that runs there is a disk only.
+    home.ok("stop -f a");
+    home.ok("snapshot create a off");
+    home.ok("start a");
+    home.ok("snapshot restore a off");
+    assert_eq!(status(&home, "a"), "stopped");
+    for (words, told) in [
+        ("snapshot create a off", "'off' already"),
+        ("snapshot restore a nope", "no snapshot 'nope'"),
+        ("snapshot delete a nope", "no snapshot 'nope'"),
+        ("snapshot create nope s", "no instance 'nope'"),
+    ] {
+        assert_one_line(&home.run(words), 1, &[told]);
+    }
+    assert_one_line(&home.run("snapshot create a A"), 2, &["'A' cannot be a name"]);
+    home.ok("delete a");
+    assert_eq!(directories(&home), 0);
+}
+
+#[test]
+fn a_damaged_snapshot_is_refused_and_the_machine_goes_on() {
+    let home = Home::new();
+    home.ok("launch tiny a --memory 64M --engine translator");
+    home.ok("snapshot create a s");
+    let id = info(&home, "a")["id"].as_str().unwrap().to_owned();
+    let path = home.path().join("data/instances").join(id).join(&files(&home, "a", "memory")[0]);
+    let whole = fs::read(&path).unwrap();
+    let pid = info(&home, "a")["process"]["pid"].clone();
+    // The header, memory, what is behind it, and the end.
+    for at in [0, 20, 5000, whole.len() / 2, whole.len() - 1] {
+        let mut damaged = whole.clone();
+        damaged[at] ^= 1;
+        fs::write(&path, damaged).unwrap();
+        assert_one_line(&home.run("snapshot restore a s"), 1, &["snapshot"]);
+    }
+    for length in [0, 100, 5000, whole.len() - 1] {
+        fs::write(&path, &whole[..length]).unwrap();
+        assert_one_line(&home.run("snapshot restore a s"), 1, &["snapshot"]);
+    }
+    fs::remove_file(&path).unwrap();
+    assert_eq!(home.run("snapshot restore a s").status.code(), Some(1));
+    assert_eq!((status(&home, "a"), &info(&home, "a")["process"]["pid"]), ("running".into(), &pid));
+    fs::write(&path, whole).unwrap();
+    home.ok("snapshot restore a s");
+    assert_ne!(info(&home, "a")["process"]["pid"], pid);
+}
+
+#[test]
+fn clones_go_on_by_themselves_and_outlive_what_they_were_made_of() {
+    let home = Home::new();
+    home.ok("launch tiny a --memory 64M --engine translator");
+    echo(&home, "a", "before");
+    let said = home.run("clone a b --count 2");
+    assert!(said.status.success());
+    // Its guest has no agent.
+    assert!(stderr(&said).iter().any(|line| line.contains("'b-1' still thinks that it is 'a'")), "{said:?}");
+    for name in ["a", "b-1", "b-2"] {
+        assert_eq!(status(&home, name), "running");
+        echo(&home, name, name);
+    }
+    assert_eq!(home.machines().len(), 3);
+    home.ok("clone b-1 c");
+    home.ok("delete -f a b-1");
+    // Two directories stay, of which only what the others stand on.
+    assert_eq!(directories(&home), 4);
+    echo(&home, "c", "c");
+    // A machine of that name can be there again; and a clone can boot.
+    home.ok("launch tiny a --memory 64M --no-start");
+    home.ok("restart -f c b-2");
+    wait_for("c", || home.ok("console --log c").ends_with("ready\n"));
+    kill(home.daemon().unwrap());
+    wait_for("a new daemon", || list(&home).iter().all(|i| i["status"] != "starting"));
+    assert_eq!((status(&home, "c"), directories(&home)), ("running".into(), 5));
+    home.ok("clone a d");
+    assert_eq!(status(&home, "d"), "stopped");
+    assert_one_line(&home.run("clone a c"), 1, &["'c' already"]);
+    assert_one_line(&home.run("clone nope e"), 1, &["no instance 'nope'"]);
+    assert_one_line(&home.run("clone a A"), 2, &["'A' cannot be a name"]);
+    home.ok("delete -f c b-2");
+    home.ok("delete a d");
+    assert_eq!((directories(&home), home.machines().len()), (0, 0));
+}
