@@ -201,3 +201,50 @@ impl Drop for Blocked {
         unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.0, ptr::null_mut()) };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Copies so many pages, of which every third is zeroes, to the file.
+    fn copy_to(file: File, pages: u64) -> io::Result<Option<Child>> {
+        let page = |number: u64| [u8::from(!number.is_multiple_of(3)); PAGE_SIZE as usize];
+        let bytes: Vec<u8> = (0..pages).flat_map(page).collect();
+        let file = Arc::new(file);
+        // In two jobs, the second one page behind the first.
+        let (first, second) = bytes.split_at(bytes.len() / 2);
+        let gap = first.len() as u64 + PAGE_SIZE;
+        let jobs = [(first, 0), (second, gap)].map(|(b, at)| Job::new(b.as_ptr(), b.len(), file.clone(), at));
+        // SAFETY: nobody else has the bytes.
+        let child = unsafe { copy(&jobs) }?;
+        // The child has bytes of its own.
+        drop(bytes);
+        Ok(child)
+    }
+
+    #[test]
+    fn few_and_many_pages_are_copied_without_zeroes() {
+        for (pages, by_child) in [(30, false), (LEAST_FOR_A_CHILD, true)] {
+            let file = tempfile::tempfile().unwrap();
+            let child = copy_to(file.try_clone().unwrap(), pages).unwrap();
+            assert_eq!(child.is_some(), by_child);
+            child.map(Child::wait).transpose().unwrap();
+            let mut page = vec![0; PAGE_SIZE as usize];
+            for number in 0..pages {
+                let at = number + u64::from(number >= pages / 2);
+                // The last one may be a hole at the file's end.
+                page.fill(0);
+                let _ = std::os::unix::fs::FileExt::read_exact_at(&file, &mut page, at * PAGE_SIZE);
+                assert!(page.iter().all(|byte| *byte == u8::from(number % 3 != 0)), "page {number} of {pages}");
+            }
+        }
+    }
+
+    #[test]
+    fn errors_are_heard_of_from_the_child_too() {
+        let full = || File::options().write(true).open("/dev/full").unwrap();
+        assert_eq!(copy_to(full(), 30).unwrap_err().raw_os_error(), Some(libc::ENOSPC));
+        let child = copy_to(full(), LEAST_FOR_A_CHILD).unwrap().expect("a child");
+        assert_eq!(child.wait().unwrap_err().raw_os_error(), Some(libc::ENOSPC));
+    }
+}

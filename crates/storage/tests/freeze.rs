@@ -137,3 +137,25 @@ fn a_freeze_that_fails_changes_nothing() {
     let disk = Disk::open(&spec.read_only()).unwrap();
     assert!(disk.overlay(&directory.path().join("b.qcow2")).unwrap_err().to_string().contains("read-only"));
 }
+
+/// Prints how long a machine stands still for a disk: `cargo test --release -p purlin-storage --test freeze -- --ignored
+/// --nocapture`.
+#[test]
+#[ignore = "it measures"]
+fn costs() {
+    let directory = tempfile::tempdir().unwrap();
+    for gib in [1] {
+        let path = directory.path().join(format!("{gib}.qcow2"));
+        NewImage::empty(&path, Format::Qcow2, gib << 30).create().unwrap();
+        let disk = Disk::open(&DiskSpec::new(&path)).unwrap();
+        // A sector in each cluster: all tables are there.
+        (0..gib << 14).for_each(|cluster| disk.write_at(&[1; 512], cluster << 16).unwrap());
+        for number in 0..3 {
+            let overlay = disk.overlay(&directory.path().join(format!("{gib}-{number}.qcow2"))).unwrap();
+            let start = std::time::Instant::now();
+            disk.switch(overlay).unwrap().make();
+            println!("{gib} GiB, {number} overlays: {:.2?}", start.elapsed());
+            disk.write_at(&[1; 512], 0).unwrap();
+        }
+    }
+}
