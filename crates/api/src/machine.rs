@@ -36,6 +36,16 @@ pub struct Machine {
     pub balloon: Option<Balloon>,
     /// What comes of a disk's request that the host cannot carry out.
     pub on_io_error: OnIoError,
+    /// Its weight against other machines that want the host's processors and disks at the same time: 1 to 10000; 100 if
+    /// left out. Twice the weight is twice the time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_shares: Option<u32>,
+    /// The most time of the host's processors, in percent of one: 150 is one and a half.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_cap: Option<u32>,
+    /// The most memory of the host's, in bytes: the guest's and some more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_max: Option<u64>,
 }
 
 impl Machine {

@@ -87,6 +87,9 @@ pub struct Process {
     #[serde(default)]
     #[schema(value_type = Vec<String>)]
     pub disks: Vec<PathBuf>,
+    /// How its shares of the host are enforced.
+    #[serde(default)]
+    pub shares: String,
     /// What its sandbox lacks on this host, a sentence for each.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub sandbox_lacks: Vec<String>,
@@ -173,6 +176,15 @@ pub struct Freeze {
 pub struct Frozen {
     /// For how long it stood still, in microseconds.
     pub pause_us: u64,
+}
+
+/// A cap that the process is to keep itself, where the host has no control groups.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Cap {
+    /// In percent of one processor; none if left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub percent: Option<u32>,
 }
 
 /// How a run ended.

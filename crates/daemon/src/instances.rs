@@ -3,6 +3,7 @@
 mod clones;
 mod create;
 mod disks;
+mod shares;
 mod snapshots;
 
 use std::{
@@ -135,7 +136,10 @@ impl Instances {
         let found = process::find(&self.dir_of(&record)).await;
         match found {
             Ok(Some(vm)) => self.has_started(&entry, vm),
-            Ok(None) => self.note_end(&entry),
+            Ok(None) => {
+                shares::forget(record.clone()).await;
+                self.note_end(&entry);
+            }
             Err(error) => tracing::warn!("'{}': {error}", record.name),
         }
         if let Err(error) = self.settle_disk(&entry).await {
@@ -257,6 +261,7 @@ impl Instances {
         let (instances, entry) = (self.clone(), entry.clone());
         tokio::spawn(async move {
             let end = vm.end().await;
+            shares::forget(entry.record()).await;
             let status = if end.crashed { Status::Crashed } else { Status::Stopped };
             let message = end.message.clone();
             let changed = instances.change(&entry, |record| record.last_end = Some(end));
@@ -318,6 +323,7 @@ impl Instances {
     /// those, and so does the record, with no name that others could not have.
     async fn remove(&self, entry: &Entry) -> Result<(), ErrorBody> {
         let record = entry.record();
+        shares::forget(record.clone()).await;
         let mut entries = lock(&self.entries);
         if entries.get(&record.name).is_some_and(|now| std::ptr::eq(&**now, entry)) {
             entries.remove(&record.name);
@@ -346,8 +352,9 @@ impl Instances {
         Ok(())
     }
 
-    /// Changes the hardware of an instance, by a JSON merge patch (RFC 7396); it is so from its next start on.
-    pub fn change_machine(&self, name: &str, patch: &serde_json::Value) -> Result<(), ErrorBody> {
+    /// Changes the hardware of an instance, by a JSON merge patch (RFC 7396): its shares at once, the rest from its next
+    /// start on.
+    pub async fn change_machine(&self, name: &str, patch: &serde_json::Value) -> Result<(), ErrorBody> {
         let entry = self.get(name)?;
         let record = entry.record();
         ready(&record)?;
@@ -355,6 +362,9 @@ impl Instances {
         merge(&mut machine, patch);
         let machine = serde_json::from_value(machine).map_err(|e| ErrorBody::new(Reason::BadRequest, e))?;
         create::check_machine(&machine)?;
+        if let Some(vm) = entry.vm() {
+            shares::change(&record, &machine, &vm).await?;
+        }
         self.change(&entry, |record| record.machine = machine)
     }
 

@@ -13,7 +13,7 @@ use purlin_api::{
     ErrorBody, InstanceProcess, Reason, Usage,
     client::{Client, ClientError, WebSocket},
     unix::Address,
-    vm::{self, Act, Action, Freeze, Ready, SnapshotTaken, TakeSnapshot},
+    vm::{self, Act, Action, Cap, Freeze, Ready, SnapshotTaken, TakeSnapshot},
 };
 use purlin_vmm::process::VERB;
 use rustix::{
@@ -163,6 +163,16 @@ impl Vm {
             Ok(Err(error)) => Err(refused(error)),
             Err(_) => Err(ErrorBody::new(Reason::Unavailable, "the machine's process does not answer")),
         }
+    }
+
+    /// Has it keep another cap, where it does that itself.
+    pub async fn set_cap(&self, percent: Option<u32>) -> Result<(), ErrorBody> {
+        self.client.put::<vm::Process>("/1.0/cap", &Cap { percent }).await.map(drop).map_err(refused)
+    }
+
+    /// Its process's number.
+    pub fn pid(&self) -> u32 {
+        self.pid
     }
 
     /// Has it take a snapshot.

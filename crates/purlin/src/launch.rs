@@ -5,7 +5,12 @@ use clap::Args;
 use purlin_api::{Instance, Machine, Network, NewInstance, check_name};
 use purlin_images::{seed::read_user_data, ssh};
 
-use crate::{client::Api, exit::Ended, machine::MachineArgs, terminal};
+use crate::{
+    client::Api,
+    exit::Ended,
+    machine::{MachineArgs, parse_size},
+    terminal,
+};
 
 /// Make a machine of an image, start it, and keep it
 #[derive(Args)]
@@ -19,6 +24,19 @@ pub struct LaunchArgs {
 
     #[command(flatten)]
     machine: MachineArgs,
+
+    /// Its weight against other machines that want the host's processors and disks at the same time, 1 to 10000: twice the
+    /// weight is twice the time [default: 100]
+    #[arg(long, value_name = "N")]
+    cpu_shares: Option<u32>,
+
+    /// The most time of the host's processors, in percent of one: 150 is one and a half
+    #[arg(long, value_name = "PERCENT")]
+    cpu_cap: Option<u32>,
+
+    /// The most memory of the host's that it may take: the guest's and some more
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    memory_max: Option<u64>,
 
     /// Words for the kernel's command line, behind those of the image
     #[arg(long, value_name = "TEXT")]
@@ -34,6 +52,7 @@ Examples:
   purlin launch debian web
   purlin launch debian db --cpus 2 --memory 2G --disk-size 20G --user-data setup.yaml
   purlin launch debian proxy --publish 8080:80
+  purlin launch debian batch --cpus 4 --cpu-shares 50 --cpu-cap 200
   purlin exec web -- apt-get update
   purlin shell web";
 
@@ -50,7 +69,12 @@ pub fn launch(args: &LaunchArgs) -> Result<Ended> {
     let new = NewInstance {
         name: args.name.clone(),
         image: args.image.clone(),
-        machine: args.machine.hardware(Machine::MEMORY, Network::default()),
+        machine: Machine {
+            cpu_shares: args.cpu_shares,
+            cpu_cap: args.cpu_cap,
+            memory_max: args.memory_max,
+            ..args.machine.hardware(Machine::MEMORY, Network::default())
+        },
         disk_size: args.machine.disk_size,
         user_data,
         cmdline: args.cmdline.clone(),

@@ -78,12 +78,16 @@ fn lines(instance: &Instance) -> Vec<(&'static str, String)> {
         ("memory", in_units(machine.memory())),
         ("network", network(&machine.network)),
     ];
+    lines.extend(machine.cpu_shares.iter().map(|weight| ("cpu shares", weight.to_string())));
+    lines.extend(machine.cpu_cap.iter().map(|cap| ("cpu cap", format!("{cap} %"))));
+    lines.extend(machine.memory_max.iter().map(|most| ("memory max", in_units(*most))));
     lines.extend(machine.disks.iter().map(|disk| ("disk", disk.path.display().to_string())));
     if let Some(process) = &instance.process {
         let (said, usage) = (&process.said, &process.usage);
         lines.push(("process", process.pid.to_string()));
         lines.push(("up", age(Duration::from_millis(said.started))));
         lines.push(("engine", said.engine.clone()));
+        lines.push(("shares", said.shares.clone()));
         lines.extend(said.sandbox_lacks.iter().map(|lacks| ("sandbox", lacks.clone())));
         lines.extend(said.ssh.iter().map(|ssh| ("ssh", ssh.to_string())));
         lines.extend(said.published.iter().map(|published| ("published", published.clone())));

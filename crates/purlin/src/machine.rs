@@ -91,6 +91,9 @@ impl MachineArgs {
             publish: self.publish.clone(),
             balloon: self.balloon,
             on_io_error: self.on_io_error,
+            cpu_shares: None,
+            cpu_cap: None,
+            memory_max: None,
         }
     }
 }

@@ -13,7 +13,7 @@ use std::{
 
 use purlin_arch::x86_64::state::VcpuState;
 use purlin_engine::{
-    Vcpu,
+    Kick, Vcpu,
     memory::{self, GuestRam, Layer},
 };
 use purlin_machine::{
@@ -29,7 +29,7 @@ use purlin_storage::{Disk, OpenError};
 use crate::{
     config::{OnIoError, Outcome, RunConfig},
     lifecycle::{Control, LifecycleError, Message, StartError, Supervisor},
-    vcpu::VcpuThread,
+    vcpu::{Gate, VcpuThread},
 };
 
 /// Starts runs.
@@ -135,6 +135,27 @@ pub struct Running {
     supervisor: Option<JoinHandle<()>>,
     /// The snapshot that the next one can stand on.
     last_snapshot: Mutex<Option<Parent>>,
+    brake: Brake,
+}
+
+/// Stops the vCPUs of a machine for a while, and lets them go on, without its being paused.
+#[derive(Clone)]
+pub struct Brake {
+    gate: Arc<Gate>,
+    kicks: Vec<Arc<dyn Kick>>,
+}
+
+impl Brake {
+    /// Stops them, soon.
+    pub fn stop(&self) {
+        self.gate.set_closed(true);
+        self.kicks.iter().for_each(|kick| kick.kick());
+    }
+
+    /// Lets them go on.
+    pub fn release(&self) {
+        self.gate.set_closed(false);
+    }
 }
 
 /// How the run ended, once it has.
@@ -173,11 +194,12 @@ impl Running {
     ) -> Result<Self, StartError> {
         // For freezes, in case a sandbox closes /proc. Without it they say so.
         let _ = memory::prepare();
-        let machine = Arc::new(machine);
+        let (machine, gate) = (Arc::new(machine), Arc::new(Gate::default()));
         let threads = (0..).zip(vcpus).map(|(index, vcpu)| {
-            VcpuThread::start(index, vcpu, machine.clone(), control.clone()).map_err(StartError::Thread)
+            VcpuThread::start(index, vcpu, machine.clone(), gate.clone(), control.clone()).map_err(StartError::Thread)
         });
         let threads = threads.collect::<Result<Vec<_>, _>>()?;
+        let brake = Brake { gate, kicks: threads.iter().map(VcpuThread::kicker).collect() };
         let (weak, balloon) = (Arc::downgrade(&machine), machine.balloon().cloned());
         let [serial, console] = [InputPort::Serial, InputPort::Console].map(|port| machine.input(port));
         let supervisor = Supervisor::new(machine, threads, config.no_reboot, inbox);
@@ -193,7 +215,7 @@ impl Running {
         });
         let supervisor = Some(thread.map_err(StartError::Thread)?);
         let last_snapshot = Mutex::default();
-        Ok(Self { machine: weak, serial, console, balloon, control, is_paused, end, supervisor, last_snapshot })
+        Ok(Self { machine: weak, serial, console, balloon, control, is_paused, end, supervisor, last_snapshot, brake })
     }
 
     /// Where input for the guest's serial port goes.
@@ -236,6 +258,11 @@ impl Running {
     /// The images of its disks, as they are now: a freeze changes them.
     pub fn disk_paths(&self) -> Vec<std::path::PathBuf> {
         self.machine().map(|machine| machine.disks().iter().map(|disk| disk.path()).collect()).unwrap_or_default()
+    }
+
+    /// What stops its vCPUs where they use too much of the host's time.
+    pub fn brake(&self) -> Brake {
+        self.brake.clone()
     }
 
     /// Whether the machine is paused, by whomever.

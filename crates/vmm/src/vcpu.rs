@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Condvar, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
         mpsc::{self, Receiver, Sender},
     },
@@ -55,6 +55,7 @@ pub(crate) enum Reason {
 
 /// A vCPU's thread. It ends when this is dropped, which must be while the vCPU is stopped.
 pub(crate) struct VcpuThread {
+    gate: Arc<Gate>,
     /// `None` while it is being dropped.
     commands: Option<Sender<Command>>,
     thread: Option<JoinHandle<()>>,
@@ -68,17 +69,19 @@ impl VcpuThread {
         index: u32,
         vcpu: Box<dyn Vcpu>,
         machine: Arc<Machine>,
+        gate: Arc<Gate>,
         reports: Sender<Message>,
     ) -> std::io::Result<Self> {
         let (commands, inbox) = mpsc::channel();
         let stop = Arc::new(AtomicBool::new(false));
         let kick = machine.vm().kicker(index);
-        let body = Body { vcpu, machine, stop: stop.clone(), reports: Reports { index, to: reports } };
+        let body =
+            Body { vcpu, machine, gate: gate.clone(), stop: stop.clone(), reports: Reports { index, to: reports } };
         let thread = thread::Builder::new().name(format!("vcpu{index}")).spawn(move || {
             take_role(Role::Vcpu);
             body.serve(&inbox);
         })?;
-        Ok(Self { commands: Some(commands), thread: Some(thread), stop, kick })
+        Ok(Self { gate, commands: Some(commands), thread: Some(thread), stop, kick })
     }
 
     /// Has a stopped vCPU take over a state; [`Report::Restored`] follows.
@@ -96,6 +99,12 @@ impl VcpuThread {
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Release);
         self.kick.kick();
+        self.gate.look_again();
+    }
+
+    /// Makes it leave the guest, which it enters again if nobody wants anything.
+    pub fn kicker(&self) -> Arc<dyn Kick> {
+        self.kick.clone()
     }
 
     /// Asks a stopped vCPU for its state; [`Report::Saved`] follows.
@@ -128,9 +137,40 @@ fn take_role(role: Role) {
     }
 }
 
+/// Where vCPUs stand that are to use less of the host's time. Closed, it lets none enter its guest; the machine is not
+/// paused by that, and can be.
+#[derive(Default)]
+pub(crate) struct Gate {
+    closed: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Gate {
+    /// Opens or closes it.
+    pub fn set_closed(&self, closed: bool) {
+        *self.closed.lock().unwrap_or_else(PoisonError::into_inner) = closed;
+        self.changed.notify_all();
+    }
+
+    /// Waits until it is open, or the vCPU is told to stop.
+    fn wait(&self, stop: &AtomicBool) {
+        let closed = self.closed.lock().unwrap_or_else(PoisonError::into_inner);
+        let wait = |closed: &mut bool| *closed && !stop.load(Ordering::Acquire);
+        drop(self.changed.wait_while(closed, wait).unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// A vCPU has been told to stop.
+    fn look_again(&self) {
+        // Whoever has seen the old value waits by the time the lock is free.
+        drop(self.closed.lock().unwrap_or_else(PoisonError::into_inner));
+        self.changed.notify_all();
+    }
+}
+
 struct Body {
     vcpu: Box<dyn Vcpu>,
     machine: Arc<Machine>,
+    gate: Arc<Gate>,
     stop: Arc<AtomicBool>,
     reports: Reports,
 }
@@ -149,6 +189,7 @@ impl Body {
 
     fn run(&mut self) -> Reason {
         loop {
+            self.gate.wait(&self.stop);
             if self.stop.load(Ordering::Acquire) {
                 return Reason::Told;
             }

@@ -48,7 +48,8 @@ pub async fn get(State(Shared(shared)): State<Shared>, Segment(name): Segment) -
     Ok(Json(shared.instances.describe(&entry).await))
 }
 
-/// Changes the hardware of an instance from its next start on, by a JSON merge patch (RFC 7396) of `machine`.
+/// Changes the hardware of an instance, by a JSON merge patch (RFC 7396) of `machine`: `cpu_shares`, `cpu_cap` and
+/// `memory_max` at once, the rest from its next start on.
 #[utoipa::path(patch, path = "/1.0/instances/{name}", params(("name" = String, Path)), request_body = Object, responses(
     (status = 200, body = Instance),
     (status = 400, body = ErrorBody),
@@ -62,7 +63,7 @@ pub async fn change(
     Segment(name): Segment,
     Body(patch): Body<serde_json::Map<String, serde_json::Value>>,
 ) -> Result<Json<Instance>, Refusal> {
-    state.0.0.instances.change_machine(&name, &patch.into())?;
+    state.0.0.instances.change_machine(&name, &patch.into()).await?;
     get(state, Segment(name)).await
 }
 

@@ -9,6 +9,7 @@ use purlin_images::{
     prepare::{Files, Request, prepare_in},
 };
 use purlin_network::nat::Publish;
+use purlin_shares::Shares;
 
 use super::{Entry, Instances, failed, lock, taken};
 use crate::{
@@ -148,6 +149,19 @@ pub fn check_machine(machine: &Machine) -> Result<(), ErrorBody> {
     let zero = |value: Option<u64>| value == Some(0);
     if machine.disks.iter().any(|disk| zero(disk.iops) || zero(disk.bytes_per_second)) {
         return bad(&"a disk's limits are at least 1");
+    }
+    if machine.cpu_shares.is_some_and(|weight| !(1..=Shares::MAX_WEIGHT).contains(&weight)) {
+        return bad(&format!(
+            "CPU shares are from 1 to {}; everybody has {}",
+            Shares::MAX_WEIGHT,
+            Shares::DEFAULT_WEIGHT
+        ));
+    }
+    if machine.cpu_cap == Some(0) {
+        return bad(&"a CPU cap is at least 1 percent; 100 is one whole CPU");
+    }
+    if machine.memory_max.is_some_and(|most| most < machine.memory()) {
+        return bad(&"the most memory is less than the guest's own: it is the guest's and some more");
     }
     purlin_vmm::setup::check(machine).or_else(|error| bad(&error))
 }

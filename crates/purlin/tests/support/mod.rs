@@ -198,6 +198,14 @@ impl Home {
 
 impl Drop for Home {
     fn drop(&mut self) {
+        // Control groups of machines go with them.
+        if !thread::panicking() {
+            let listed = self.run("list --json").stdout;
+            let listed: serde_json::Value = serde_json::from_slice(&listed).unwrap_or_default();
+            for instance in listed.as_array().into_iter().flatten() {
+                self.run(&format!("delete -f {}", instance["name"].as_str().unwrap_or_default()));
+            }
+        }
         for (pid, _) in self.processes() {
             kill(pid);
         }

@@ -15,8 +15,9 @@ use axum::{
 use purlin_api::{
     ErrorBody, Reason,
     server::{self, Body, Refusal, Segment},
-    vm::{self, Act, Action, Freeze, SnapshotTaken, TakeSnapshot},
+    vm::{self, Act, Action, Cap, Freeze, SnapshotTaken, TakeSnapshot},
 };
+use purlin_shares::throttle::Governor;
 use tokio::{
     net::UnixListener,
     sync::{broadcast::error::RecvError, mpsc, watch},
@@ -43,6 +44,8 @@ pub struct About {
     pub started: u64,
     /// Its engine, and why.
     pub engine: String,
+    /// How its shares are enforced.
+    pub shares: String,
     /// What its sandbox lacks.
     pub sandbox_lacks: Vec<String>,
     /// Where ssh is led to it from.
@@ -60,6 +63,8 @@ pub struct Shared {
     pub console: Arc<Console>,
     /// What clones can be made of.
     pub freezer: Arc<Freezer>,
+    /// What keeps its cap, if the process does that itself.
+    pub governor: Option<Arc<Governor>>,
     /// What does not change.
     pub about: About,
     /// How the run ended, once it has.
@@ -69,10 +74,10 @@ pub struct Shared {
 impl Shared {
     /// What the process says of itself.
     pub fn process(&self) -> vm::Process {
-        let About { started, engine, sandbox_lacks, ssh, published } = self.about.clone();
+        let About { started, engine, shares, sandbox_lacks, ssh, published } = self.about.clone();
         let state = if self.running.is_paused() { vm::State::Paused } else { vm::State::Running };
         let disks = self.running.disk_paths();
-        vm::Process { started, state, engine, disks, sandbox_lacks, ssh, published }
+        vm::Process { started, state, engine, disks, shares, sandbox_lacks, ssh, published }
     }
 }
 
@@ -82,7 +87,7 @@ impl Shared {
         title = "Purlin's VM process",
         description = "Steers one virtual machine, over the Unix socket in its directory."
     ),
-    paths(process, act, console, end, snapshot, freeze, thaw),
+    paths(process, act, console, end, snapshot, cap, freeze, thaw),
     components(schemas(vm::Process, vm::State, Act, Action, vm::End, ErrorBody, Reason))
 )]
 struct Description;
@@ -100,6 +105,7 @@ pub async fn serve(listener: UnixListener, shared: Shared) {
         .route("/1.0/console", get(console))
         .route("/1.0/end", get(end))
         .route("/1.0/snapshot", post(snapshot))
+        .route("/1.0/cap", put(cap))
         .route("/1.0/freezes", post(freeze))
         .route("/1.0/freezes/{freeze}", delete(thaw))
         .with_state(shared);
@@ -148,6 +154,16 @@ async fn snapshot(
 ) -> Result<Json<SnapshotTaken>, Refusal> {
     let taken = task::spawn_blocking(move || freezer::snapshot(&shared.running, &wanted)).await;
     Ok(Json(taken.unwrap_or_else(|e| Err(ErrorBody::new(Reason::Failed, e)))?))
+}
+
+/// Changes the cap that the process keeps itself; where a control group does that, nothing.
+#[utoipa::path(put, path = "/1.0/cap", request_body = Cap, responses(
+    (status = 200, body = vm::Process),
+    (status = 400, body = ErrorBody),
+))]
+async fn cap(State(shared): State<Shared>, Body(Cap { percent }): Body<Cap>) -> Json<vm::Process> {
+    shared.governor.iter().for_each(|governor| governor.set(percent));
+    Json(shared.process())
 }
 
 /// Freezes the machine for clones: it stands still for a moment.

@@ -9,6 +9,7 @@ mod console;
 mod control;
 mod freezer;
 mod sandbox;
+mod shares;
 mod start;
 
 use std::{
@@ -27,11 +28,11 @@ use tokio::{
     sync::watch,
 };
 
-pub use self::control::description;
 use self::{
     control::Shared,
     start::{Started, start},
 };
+pub use self::{control::description, shares::shares};
 use crate::config::Outcome;
 
 /// The hidden verb by which the program becomes a VM's process: it then calls [`main`] with the argument behind.
@@ -71,10 +72,10 @@ fn run(dir: &Path) -> Result<(), purlin_api::ErrorBody> {
 
 /// Serves the control socket until the run is over, and says how it ended.
 async fn serve(started: Started) -> vm::End {
-    let Started { running, console, control, freezer, network, about } = started;
+    let Started { running, console, control, freezer, governor, network, about } = started;
     let running = Arc::new(running);
     let (ended, end) = watch::channel(None);
-    let shared = Shared { running: running.clone(), console, freezer, about, end: end.clone() };
+    let shared = Shared { running: running.clone(), console, freezer, governor, about, end: end.clone() };
     say(&Ready::Started(shared.process()));
     let listening = UnixListener::from_std(control).map(|listener| tokio::spawn(control::serve(listener, shared)));
     tokio::spawn(obey_signals(running.clone()));

@@ -11,6 +11,7 @@ use std::{
 use purlin_api::{ErrorBody, Reason, vm};
 use purlin_engine::Engine;
 use purlin_network::nat::Publish;
+use purlin_shares::throttle::Governor;
 use rustix::{
     fs::{FlockOperation, Mode, OFlags, flock, open},
     io::Errno,
@@ -20,7 +21,7 @@ use super::{
     console::Console,
     control::About,
     freezer::{self, Freezer, Given},
-    now, sandbox,
+    now, sandbox, shares,
 };
 use crate::{
     OnIoError, OptionalDevice, Pages, RunConfig, Running, Vmm, engines, setup,
@@ -41,6 +42,8 @@ pub struct Started {
     pub control: UnixListener,
     /// What clones can be made of.
     pub freezer: Arc<Freezer>,
+    /// What keeps its cap, if the process does that itself.
+    pub governor: Option<Arc<Governor>>,
     /// Its network lives as long as this.
     pub network: Connected,
     /// What it says of itself.
@@ -65,6 +68,7 @@ pub fn enter(dir: &Path) -> Result<OwnedFd, ErrorBody> {
 pub fn start(dir: &Path) -> Result<Started, ErrorBody> {
     let spec = read_spec(dir)?;
     let _ = fs::remove_file(vm::END);
+    let how = shares::enter(dir, &spec.machine)?;
     let vsock = HostSocket::bind(Path::new(vm::VSOCK)).map_err(failed)?;
     let chosen = engines::choose(setup::engine(spec.machine.engine)).map_err(failed)?;
     let publish = spec.machine.publish.iter().map(|p| p.parse::<Publish>()).collect::<Result<Vec<_>, _>>();
@@ -85,6 +89,7 @@ pub fn start(dir: &Path) -> Result<Started, ErrorBody> {
     let about = About {
         started: now(),
         engine: chosen.why.trim_start_matches("engine: ").to_owned(),
+        shares: how.to_string(),
         sandbox_lacks: report.missing.iter().map(ToString::to_string).collect(),
         ssh: network.ssh,
         published: published(&publish, &network),
@@ -97,8 +102,9 @@ pub fn start(dir: &Path) -> Result<Started, ErrorBody> {
     let running = begin(config, &spec.origin, given, Box::new(console.writer()))?;
     sandbox::seal()?;
     console.connect(running.serial_input());
+    let governor = shares::govern(&running, &spec.machine, how)?;
     let freezer = Freezer::open().map_err(|e| failed(format!("cannot listen at {}: {e}", vm::FROZEN)))?;
-    Ok(Started { running, console, control, freezer, network, about })
+    Ok(Started { running, console, control, freezer, governor, network, about })
 }
 
 /// Begins the run; one that goes on from somewhere is a copy of what was there, and is told so.
