@@ -163,6 +163,11 @@ fn check_renewal(agent: &Agent, guest: &Debian<'_>) -> Result<()> {
     ensure!(guest.ssh("hostname")?.trim() == NAME);
     let new_key = agent.sh(key_file)?;
     ensure!(new_key != old_key && offered_key(guest)? == new_key, "sshd does not offer its new key");
+    ensure!(
+        agent
+            .sh("logger -t purlin-test it goes on; journalctl --sync; journalctl -q -t purlin-test")?
+            .contains("it goes on")
+    );
     ensure!(agent.sh("systemctl --failed --no-legend --plain")?.is_empty(), "units have failed");
     Ok(())
 }

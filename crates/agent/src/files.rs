@@ -48,13 +48,7 @@ pub fn push(link: &mut Link, push: &Push) -> Result<(), End> {
 pub fn pull(link: &mut Link, pull: &Pull) -> Result<(), End> {
     let path = absolute(&pull.path)?;
     let failed = |error: io::Error| End::from(failure("read", path, &error));
-    // A FIFO that nobody writes to must not be waited for.
-    let file = OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(path);
-    let (mut file, metadata) =
-        file.and_then(|file| file.metadata().map(|metadata| (file, metadata))).map_err(failed)?;
-    if !metadata.is_file() {
-        return Err(no_file(path, &metadata).into());
-    }
+    let (mut file, metadata) = open_regular(path)?;
     link.send(AgentMessage::File(protocol::File {
         size: metadata.size(),
         mode: metadata.mode() & 0o7777,
@@ -73,10 +67,21 @@ pub fn pull(link: &mut Link, pull: &Pull) -> Result<(), End> {
     }
 }
 
+/// Opens a regular file. To open others may do something already, or wait: what it is is seen before, and afterwards.
+fn open_regular(path: &Path) -> Result<(File, Metadata), Failed> {
+    let failed = |error: io::Error| failure("read", path, &error);
+    let regular = |metadata: Metadata| if metadata.is_file() { Ok(metadata) } else { Err(no_file(path, &metadata)) };
+    fs::metadata(path).map_err(failed).and_then(regular)?;
+    let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
+    let file = OpenOptions::new().read(true).custom_flags(flags.bits() as i32).open(path).map_err(failed)?;
+    let metadata = file.metadata().map_err(failed).and_then(regular)?;
+    Ok((file, metadata))
+}
+
 /// What is being written.
 struct Target {
     file: File,
-    /// Where it is until it is complete; `None` where there is no such place, of devices and FIFOs.
+    /// Where it is until it is complete; a device has no such place.
     temporary: Option<Temporary>,
 }
 
@@ -89,8 +94,9 @@ impl Target {
             Err(error) => return Err(failed(error)),
         };
         match &existing {
-            Some(metadata) if metadata.is_dir() => return Err(no_file(path, metadata)),
-            Some(metadata) if !metadata.is_file() => return Self::open_special(path, metadata).map_err(failed),
+            Some(metadata) if is_device(metadata) => return Self::open_device(path).map_err(failed),
+            // To write to a FIFO that nobody reads would take for ever.
+            Some(metadata) if !metadata.is_file() => return Err(no_file(path, metadata)),
             None if path.as_os_str().as_bytes().ends_with(b"/") => {
                 return Err(Failed::new(
                     FailureKind::IsADirectory,
@@ -114,17 +120,20 @@ impl Target {
         Ok(Self { file, temporary: Some(temporary) })
     }
 
-    fn open_special(path: &Path, metadata: &Metadata) -> io::Result<Self> {
-        if metadata.file_type().is_socket() {
-            return Err(io::Error::other("it is a socket"));
-        }
-        Ok(Self { file: OpenOptions::new().write(true).open(path)?, temporary: None })
+    fn open_device(path: &Path) -> io::Result<Self> {
+        // A terminal must not become the agent's own.
+        let flags = OFlags::NOCTTY.bits() as i32;
+        Ok(Self { file: OpenOptions::new().write(true).custom_flags(flags).open(path)?, temporary: None })
     }
 
     /// Puts it into its place.
     fn finish(self) -> io::Result<()> {
         self.temporary.map_or(Ok(()), Temporary::persist)
     }
+}
+
+fn is_device(metadata: &Metadata) -> bool {
+    metadata.file_type().is_char_device() || metadata.file_type().is_block_device()
 }
 
 /// The numbers of the owner and the group.

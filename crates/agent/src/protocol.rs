@@ -325,7 +325,7 @@ impl Exited {
 }
 
 /// Writes a file. It is in its place once it is complete, or not at all; where there is one, that is replaced, and a
-/// symbolic link followed. A device or a FIFO is written to.
+/// symbolic link followed. A device is written to.
 #[derive(Clone, PartialEq, Eq, Message)]
 pub struct Push {
     /// Absolute.

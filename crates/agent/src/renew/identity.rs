@@ -8,7 +8,7 @@ use rustix::{
     system::sethostname,
 };
 
-use super::{Problems, note};
+use super::{Problems, note, run_program};
 use crate::files::replace;
 
 /// Whether the wanted ones can be.
@@ -52,6 +52,14 @@ pub fn renew(renew: &Renew, problems: &mut Problems) -> String {
         problems.push(format!("/etc/machine-id: {error}"));
         String::new()
     })
+}
+
+/// The journal is kept by machine ID: journalctl(1) does not find what is still written under the old one.
+pub fn settle(problems: &mut Problems) {
+    if Path::new("/run/systemd/system").exists() {
+        let restarted = run_program("systemctl", &["try-restart", "systemd-journald.service"], "");
+        note(problems, "the journal", restarted.map(drop));
+    }
 }
 
 fn rewrite_hosts(name: &str) -> io::Result<()> {

@@ -38,6 +38,7 @@ pub fn run(link: &mut Link, renew: &Renew) -> Result<(), End> {
     if let Some(keys) = keys {
         keys.bring_up(&mut problems);
     }
+    identity::settle(&mut problems);
     answered?;
     link.send(AgentMessage::RenewEnded(RenewEnded { problems }))
 }

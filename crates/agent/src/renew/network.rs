@@ -49,14 +49,11 @@ pub fn bring_up(cards: Cards, problems: &mut Problems) {
         return;
     }
     // While they are down: it must not give the leases back that are the other machine's. It is restarted, for it goes
-    // on by the machine ID with which it was started. Others see the links go down and up.
-    let networkd = run_program("systemctl", &["try-restart", "systemd-networkd.service"], "");
+    // on by the machine ID with which it was started. Others see the links go down and up. (And not `networkctl
+    // reconfigure` as well: networkd would then take a lease's address away that it has just got anew.)
+    let _ = run_program("systemctl", &["try-restart", "systemd-networkd.service"], "");
     for name in &names {
         note(problems, &format!("the network card {name}"), ip(&format!("link set dev {name} up\n")));
-        if networkd.is_ok() {
-            // Where another program has the network it says so.
-            let _ = run_program("networkctl", &["reconfigure", name], "");
-        }
     }
 }
 

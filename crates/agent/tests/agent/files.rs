@@ -115,6 +115,10 @@ fn links_are_followed_and_special_files_written_to() {
     agent.client().push(push(Path::new("/dev/null")), &b"x"[..]).unwrap();
     assert!(fs::metadata("/dev/null").unwrap().file_type().is_char_device());
     assert_eq!(kind(pull(agent.client(), Path::new("/dev/zero"))), FailureKind::Other);
+    let fifo = agent.path("fifo");
+    assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    assert_eq!(kind(agent.client().push(push(&fifo), &b"x"[..])), FailureKind::Other);
+    assert_eq!(kind(pull(agent.client(), &fifo)), FailureKind::Other);
     let (file, data) = pull(agent.client(), Path::new("/proc/self/status")).unwrap();
     assert_eq!(file.size, 0);
     assert!(data.starts_with(b"Name:\tpurlin-agent\n"));
