@@ -239,7 +239,8 @@ fn nothing_acknowledged_is_lost_when_anything_is_killed_at_any_moment() {
             round += 1;
             known[number] = one_cycle(&home, number, known[number]);
         }
-        // Calm again: what is there is what is known.
+        // Calm again, once a daemon that may have been killed just now is gone: what is there is what is known.
+        wait_for("calm", || home.run("list").status.success());
         let names: Vec<String> = list(&home).iter().map(|i| i["name"].as_str().unwrap().to_owned()).collect();
         for (number, known) in known.iter().enumerate() {
             let there = names.contains(&format!("m{number}"));
