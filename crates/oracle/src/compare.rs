@@ -47,7 +47,7 @@ pub fn open(case: &Case, steps: &[Step], trapped: bool) -> Open {
         if leaves_flags(&insn, step) {
             continue;
         }
-        let undefined = status(insn.rflags_undefined()) | undefined_by_count(&insn, step);
+        let undefined = status(insn.rflags_undefined()) | undefined_by_count(&insn, step) | by_chance(&insn);
         open.flags = open.flags & !status(insn.rflags_modified()) | undefined;
     }
     open
@@ -115,6 +115,11 @@ fn undefined_by_count(insn: &Instruction, step: &Step) -> u64 {
         Mnemonic::Rol | Mnemonic::Ror | Mnemonic::Rcl | Mnemonic::Rcr if count != 1 => rflags::OF,
         _ => 0,
     }
+}
+
+/// CF of RDRAND and RDSEED: whether there was a number. A loop of RDSEEDs soon finds none.
+fn by_chance(insn: &Instruction) -> u64 {
+    if matches!(insn.mnemonic(), Mnemonic::Rdrand | Mnemonic::Rdseed) { rflags::CF } else { 0 }
 }
 
 /// What may be left out of a comparison.
@@ -333,6 +338,8 @@ mod tests {
         let step = |offset, rcx| Step {
             bits: 64,
             rip: 0x2000_1000u64 + offset,
+            rflags: 0,
+            bases: [0; 6],
             gpr: std::array::from_fn(|i| if i == 1 { rcx } else { 7 }),
         };
         // imul eax, eax: SF, ZF, AF and PF; then an end.
@@ -342,6 +349,9 @@ mod tests {
         // shl eax, cl: by 0 nothing changes; by 3 AF and OF are undefined, the others are written.
         assert_eq!(open(&imul, &[step(0, 0), step(3, 0), step(5, 0)], false).flags, undefined);
         assert_eq!(open(&imul, &[step(0, 3), step(3, 3), step(5, 3)], false).flags, rflags::AF | rflags::OF);
+        // rdseed ecx: CF by chance.
+        let random = case(&[0x0f, 0xc7, 0xf9, 0x90]);
+        assert_eq!(open(&random, &[step(0, 0), step(3, 0)], false).flags, rflags::CF);
         // jz reads ZF.
         let jump = case(&[0x0f, 0xaf, 0xc0, 0x74, 0x00]);
         assert!(open(&jump, &[step(0, 0), step(3, 0), step(5, 0)], false).consumed);
