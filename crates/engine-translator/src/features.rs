@@ -21,6 +21,8 @@ pub struct Features {
     pub pages_1g: bool,
     /// The vendor is AMD (or Hygon): SYSENTER, SYSRET and a few more follow the APM.
     pub amd: bool,
+    /// CMPS reads ES:RDI before RSI: AMD's processors before Zen 5.
+    pub cmps_right_first: bool,
     /// INVPCID.
     pub invpcid: bool,
     /// RDTSCP, and with it TSC_AUX.
@@ -86,6 +88,7 @@ impl Features {
             },
             pages_1g: bit(amd_features.edx, 26),
             amd,
+            cmps_right_first: amd && family(features.eax) < ZEN_5,
             invpcid: bit(extended.ebx, 10),
             rdtscp: bit(amd_features.edx, 27),
             sysenter: bit(features.edx, 11),
@@ -106,10 +109,38 @@ impl Features {
     }
 }
 
+/// The family of AMD's Zen 5.
+const ZEN_5: u32 = 0x1a;
+
+/// The family that CPUID's leaf 1 tells in EAX (APM vol. 3, appendix E.3.2).
+fn family(signature: u32) -> u32 {
+    match signature >> 8 & 0xf {
+        0xf => 0xf + (signature >> 20 & 0xff),
+        base => base,
+    }
+}
+
 impl Cpu {
     /// Gives the processor its CPUID leaves; [`Features`] follow from them.
     pub fn set_cpuid(&mut self, leaves: Arc<Vec<CpuidEntry>>) {
         self.features = Features::new(&leaves);
         self.cpuid = leaves;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn processors_before_zen_5_compare_the_target_first() {
+        let first = |vendor: &[u8; 4], signature| {
+            let entry = |leaf, eax, ebx| CpuidEntry { leaf, eax, ebx, ..Default::default() };
+            Features::new(&[entry(0, 1, u32::from_le_bytes(*vendor)), entry(1, signature, 0)]).cmps_right_first
+        };
+        assert!(first(b"Auth", 0x00a2_0f12), "Zen 3");
+        assert!(first(b"Auth", 0x00a1_0f11), "Zen 4");
+        assert!(!first(b"Auth", 0x00b0_0f21), "Zen 5");
+        assert!(!first(b"Genu", 0x0008_06f8));
     }
 }
