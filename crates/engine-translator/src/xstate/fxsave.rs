@@ -1,6 +1,6 @@
 //! FXSAVE, FXRSTOR, LDMXCSR and STMXCSR (SDM vol. 1 10.5; APM vol. 2 11.4.4 for AMD's error pointers).
 
-use std::sync::OnceLock;
+use std::{ops::Range, sync::OnceLock};
 
 use iced_x86::{Instruction, Mnemonic};
 use purlin_arch::x86_64::{
@@ -8,7 +8,11 @@ use purlin_arch::x86_64::{
     regs::{cr0, cr4},
 };
 
-use super::{XState, checks, offset};
+use super::{
+    XState, checks,
+    memory::{Operand, UNIT, XMM_UNIT},
+    offset,
+};
 use crate::{cpu::Cpu, exception::Exception, mem::Access};
 
 /// Size of the image that FXSAVE writes and FXRSTOR reads.
@@ -132,13 +136,25 @@ fn xmm_bytes(cpu: &Cpu) -> usize {
     }
 }
 
-fn image_address(cpu: &mut Cpu, insn: &Instruction, access: Access) -> Result<u64, Exception> {
+fn image(cpu: &mut Cpu, insn: &Instruction, access: Access) -> Result<Operand, Exception> {
     if cpu.cr0 & (cr0::EM | cr0::TS) != 0 {
         return Err(Exception::NM);
     }
-    let (segment, offset) = cpu.effective_address(insn);
-    let address = cpu.linear(segment, offset, IMAGE, access)?;
-    if address & 15 != 0 { Err(Exception::GP0) } else { Ok(address) }
+    Operand::of(cpu, insn, IMAGE, 16, access)
+}
+
+/// The parts of an image, and the bytes that are accessed as one in each: x87, XMM registers, what is not the instruction's.
+fn parts(cpu: &Cpu) -> [(Range<usize>, usize); 3] {
+    let end = offset::XMM + xmm_bytes(cpu);
+    [(0..offset::XMM, UNIT), (offset::XMM..end, XMM_UNIT), (end..IMAGE, UNIT)]
+}
+
+fn read_image(cpu: &mut Cpu, operand: &Operand) -> Result<[u8; IMAGE], Exception> {
+    let mut image = [0; IMAGE];
+    for (part, unit) in parts(cpu) {
+        operand.read(cpu, part.start, unit, &mut image[part])?;
+    }
+    Ok(image)
 }
 
 fn pointers(insn: &Instruction) -> Pointers {
@@ -150,11 +166,11 @@ fn pointers(insn: &Instruction) -> Pointers {
 
 /// FXSAVE.
 pub fn fxsave(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
-    let address = image_address(cpu, insn, Access::Write)?;
-    let privilege = cpu.privilege();
-    cpu.probe(address, IMAGE, Access::Write, privilege)?;
-    let mut image = [0; IMAGE];
-    cpu.read_as(address, &mut image, privilege)?;
+    let operand = image(cpu, insn, Access::Write)?;
+    for (part, unit) in parts(cpu) {
+        operand.probe(cpu, part.start, unit, part.len())?;
+    }
+    let mut image = read_image(cpu, &operand)?;
 
     put_x87_control(cpu, &mut image, pointers(insn));
     image[offset::ST..offset::XMM].copy_from_slice(&cpu.xstate.area[offset::ST..offset::XMM]);
@@ -169,15 +185,14 @@ pub fn fxsave(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
             _ => image[range.clone()].copy_from_slice(&cpu.xstate.area[range]),
         }
     }
-    // The last 96 bytes are the system's own.
-    cpu.write_as(address, &image[..416], privilege)
+    let [x87, xmm, _] = parts(cpu);
+    [x87, xmm].into_iter().try_for_each(|(part, unit)| operand.write(cpu, part.start, unit, &image[part]))
 }
 
 /// FXRSTOR.
 pub fn fxrstor(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
-    let address = image_address(cpu, insn, Access::Read)?;
-    let mut image = [0; IMAGE];
-    cpu.read_as(address, &mut image, cpu.privilege())?;
+    let operand = image(cpu, insn, Access::Read)?;
+    let image = read_image(cpu, &operand)?;
 
     let xmm = xmm_bytes(cpu);
     let mxcsr = u32::from_le_bytes(image[offset::MXCSR..offset::MXCSR + 4].try_into().unwrap_or_default());
