@@ -9,7 +9,7 @@ use purlin_arch::x86_64::{
 
 use crate::{
     cpu::Cpu,
-    xstate::{IdlePointers, Layout, idle_pointers, mxcsr_mask},
+    xstate::{IdlePointers, Layout, idle_pointers, mxcsr_mask, pointer_sign_bits},
 };
 
 /// Facts drawn from the CPUID leaves once, because a search of the leaves at each page walk would cost too much.
@@ -41,6 +41,8 @@ pub struct Features {
     pub mxcsr: u32,
     /// What becomes of the x87's pointers while no exception waits.
     pub idle_pointers: IdlePointers,
+    /// Upper bits of the x87's pointers that repeat the one below: FXRSTOR makes them canonical.
+    pub pointer_sign_bits: u32,
     /// Bits that CR4 can have.
     pub cr4: u64,
     /// Bits that XCR0 can have.
@@ -98,6 +100,7 @@ impl Features {
             xsave_layout: Layout::of(leaves),
             mxcsr: mxcsr_mask(leaves),
             idle_pointers: idle_pointers(leaves),
+            pointer_sign_bits: pointer_sign_bits(),
             cr4: offered.iter().filter(|(_, on)| *on).fold(0, |bits, (b, _)| bits | b),
             xcr0: u64::from(xsave.eax) | u64::from(xsave.edx) << 32 | xcr0::X87,
         }

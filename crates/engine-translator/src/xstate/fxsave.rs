@@ -9,7 +9,7 @@ use purlin_arch::x86_64::{
 };
 
 use super::{
-    XState, checks,
+    MXCSR_INIT, XState, checks,
     memory::{Operand, UNIT, XMM_UNIT},
     offset,
 };
@@ -42,6 +42,45 @@ fn host_mxcsr_mask() -> u32 {
         match u32::from_le_bytes([image.0[at], image.0[at + 1], image.0[at + 2], image.0[at + 3]]) {
             0 => 0xffbf,
             mask => mask,
+        }
+    })
+}
+
+/// The upper bits of FIP and FDP that the host's FXRSTOR makes canonical: 16, or 7 where addresses could have 57 bits (which CPUID
+/// does not tell if a hypervisor has hidden LA57).
+#[allow(unsafe_code)]
+pub fn pointer_sign_bits() -> u32 {
+    static BITS: OnceLock<u32> = OnceLock::new();
+    *BITS.get_or_init(|| {
+        #[repr(align(16))]
+        struct Image([u8; IMAGE]);
+        let [mut saved, mut probe, mut found] = [const { Image([0; IMAGE]) }; 3];
+        let (sign48, sign57) = (1u64 << 47, 1u64 << 56);
+        // An unmasked exception waits: without one, AMD's processors save no pointers.
+        let words =
+            [(offset::FCW, 0x37e), (offset::FSW, u64::from(FSW_ES) | 1), (offset::MXCSR, u64::from(MXCSR_INIT))];
+        for (at, value) in words.into_iter().chain([(offset::FIP, sign48), (offset::FDP, sign57)]) {
+            let size = if at < offset::FIP { 2 } else { 8 };
+            probe.0[at..at + size].copy_from_slice(&value.to_le_bytes()[..size]);
+        }
+        // SAFETY: images of the right size and alignment; the registers are the same behind it as before.
+        unsafe {
+            std::arch::asm!(
+                "fxsave64 [{saved}]",
+                "fxrstor64 [{probe}]",
+                "fxsave64 [{found}]",
+                "fxrstor64 [{saved}]",
+                saved = in(reg) saved.0.as_mut_ptr(),
+                probe = in(reg) probe.0.as_ptr(),
+                found = in(reg) found.0.as_mut_ptr(),
+                options(nostack, preserves_flags),
+            );
+        }
+        let number = |at: usize| u64::from_le_bytes(found.0[at..at + 8].try_into().unwrap_or_default());
+        match (number(offset::FIP), number(offset::FDP)) {
+            (fip, _) if fip != sign48 => 16,
+            (_, fdp) if fdp != sign57 => 7,
+            _ => 0,
         }
     })
 }
@@ -109,7 +148,9 @@ pub(super) fn take_x87(cpu: &mut Cpu, image: &[u8], pointers: Pointers) {
         return;
     }
     let number = |at: usize| u64::from_le_bytes(image[at..at + 8].try_into().unwrap_or_default());
-    let (fip, fdp) = (number(offset::FIP), number(offset::FDP));
+    let unused = cpu.features.pointer_sign_bits;
+    let canonical = |pointer: u64| ((pointer << unused) as i64 >> unused) as u64;
+    let (fip, fdp) = (canonical(number(offset::FIP)), canonical(number(offset::FDP)));
     state.fop = number(offset::FOP) & u64::from(FOP_MASK);
     (state.fip, state.fdp, state.fcs, state.fds) = match pointers {
         Pointers::Bits64 => (fip, fdp, 0, 0),

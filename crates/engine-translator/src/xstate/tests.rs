@@ -278,6 +278,25 @@ fn xrstor_loads_what_the_host_loads_from_both_formats() {
 }
 
 #[test]
+fn pointers_are_made_canonical_as_on_the_host() {
+    for pointer in [1 << 47, 1 << 56, 1 << 63, 0xbeef_1234_5678_9abc, 0x0123_8000_0000_0000, u64::MAX >> 1] {
+        let mut image = state_with_exception(3, true);
+        image.set(offset::FIP, pointer);
+        image.set(offset::FDP, !pointer);
+        let mut wanted = Image([0; AREA]);
+        on_host!(image, 3, "fxsave64", wanted);
+        let mut cpu = loaded(&image);
+        put(&cpu, &Image([0; AREA]));
+        request(&mut cpu, 0);
+        step(&mut cpu, &by_rcx(FXSAVE64)).unwrap();
+        let got = get(&cpu);
+        for at in [offset::FIP, offset::FDP] {
+            assert_eq!(got.words(at), wanted.words(at), "{pointer:#x}, at {at}");
+        }
+    }
+}
+
+#[test]
 fn xrstor_refuses_bad_headers() {
     let cases: [(&str, usize, u64); 9] = [
         ("a component that is not enabled", offset::XSTATE_BV, 1 << 9),
