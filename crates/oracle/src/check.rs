@@ -102,13 +102,7 @@ impl Oracle {
             let lines = vec!["the native side did not end".into()];
             return if open.consumed { Verdict::Open } else { different("native", lines) };
         };
-        use Mnemonic::{Fldenv, Frstor, Fxrstor, Fxrstor64, Xrstor, Xrstor64};
-        // FXRSTOR makes addresses canonical that it loads, to as many bits as the processor has.
-        let loads = |s: &Step| {
-            let insn = compare::decode(case, s.rip, s.bits);
-            insn.is_some_and(|i| matches!(i.mnemonic(), Fxrstor | Fxrstor64 | Xrstor | Xrstor64 | Fldenv | Frstor))
-        };
-        let pointers = !native.x87_exception_waits() || steps.iter().any(loads);
+        let pointers = !native.x87_exception_waits();
         let ignore = Ignore { flags: open.flags, pointers };
         match self.first_difference(case, &native, single, &steps, ignore) {
             Some(Verdict::Known { lines }) => Verdict::Known { lines },
