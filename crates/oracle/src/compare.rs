@@ -134,7 +134,7 @@ pub struct Ignore {
 /// Whether it is one of the differences that are known, and left so. AMD's processors have instructions of many accesses
 /// whose order, and what they leave behind at a fault, is in no manual:
 /// - POPA loads registers before it faults, PUSHA stores before it looks at the limit;
-/// - ENTER, MASKMOV and compressed and expanded moves check alignment or not;
+/// - ENTER, compressed and expanded moves, and MASKMOV before Zen 5, check alignment or not;
 /// - gathers and scatters are single-stepped by the element, AVX-512 gathers clear what is above their result or do not;
 /// - FXSAVE and FXRSTOR, FNSAVE and FRSTOR, XSAVE and XRSTOR begin in the middle or at the end; FNSAVE, FRSTOR and the like
 ///   check alignment or not, and go on at the other end of a segment of 4 GiB;
@@ -143,7 +143,7 @@ pub struct Ignore {
 /// - far CALL from 64-bit code to other code has a stack of 32 bits already, and pushes before it checks RIP;
 /// - XSAVE tries all of its area, even where nothing is to be saved;
 /// - XSAVE and XRSTOR check their own alignment before the segment's limit and #AC's;
-/// - which of CMPS's two operands faults first depends on the processor's generation.
+/// - which of CMPS's two operands faults first depends on the processor's generation: of REPE CMPSB, before Zen 5.
 pub fn known(case: &Case, native: &Outcome, translated: &Outcome) -> bool {
     use Mnemonic::*;
     let place = |o: &Outcome| (o.rip, o.fault.vector, o.fault.address);
