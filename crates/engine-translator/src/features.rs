@@ -9,7 +9,7 @@ use purlin_arch::x86_64::{
 
 use crate::{
     cpu::Cpu,
-    xstate::{IdlePointers, Layout, idle_pointers, mxcsr_mask},
+    xstate::{IdlePointers, Layout, idle_pointers, mxcsr_mask, pointer_sign_bits},
 };
 
 /// Facts drawn from the CPUID leaves once, because a search of the leaves at each page walk would cost too much.
@@ -21,6 +21,8 @@ pub struct Features {
     pub pages_1g: bool,
     /// The vendor is AMD (or Hygon): SYSENTER, SYSRET and a few more follow the APM.
     pub amd: bool,
+    /// CMPS reads ES:RDI before RSI: AMD's processors before Zen 5.
+    pub cmps_right_first: bool,
     /// INVPCID.
     pub invpcid: bool,
     /// RDTSCP, and with it TSC_AUX.
@@ -39,6 +41,8 @@ pub struct Features {
     pub mxcsr: u32,
     /// What becomes of the x87's pointers while no exception waits.
     pub idle_pointers: IdlePointers,
+    /// Upper bits of the x87's pointers that repeat the one below: FXRSTOR makes them canonical.
+    pub pointer_sign_bits: u32,
     /// Bits that CR4 can have.
     pub cr4: u64,
     /// Bits that XCR0 can have.
@@ -86,6 +90,7 @@ impl Features {
             },
             pages_1g: bit(amd_features.edx, 26),
             amd,
+            cmps_right_first: amd && family(features.eax) < ZEN_5,
             invpcid: bit(extended.ebx, 10),
             rdtscp: bit(amd_features.edx, 27),
             sysenter: bit(features.edx, 11),
@@ -95,6 +100,7 @@ impl Features {
             xsave_layout: Layout::of(leaves),
             mxcsr: mxcsr_mask(leaves),
             idle_pointers: idle_pointers(leaves),
+            pointer_sign_bits: pointer_sign_bits(),
             cr4: offered.iter().filter(|(_, on)| *on).fold(0, |bits, (b, _)| bits | b),
             xcr0: u64::from(xsave.eax) | u64::from(xsave.edx) << 32 | xcr0::X87,
         }
@@ -106,10 +112,38 @@ impl Features {
     }
 }
 
+/// The family of AMD's Zen 5.
+const ZEN_5: u32 = 0x1a;
+
+/// The family that CPUID's leaf 1 tells in EAX (APM vol. 3, appendix E.3.2).
+fn family(signature: u32) -> u32 {
+    match signature >> 8 & 0xf {
+        0xf => 0xf + (signature >> 20 & 0xff),
+        base => base,
+    }
+}
+
 impl Cpu {
     /// Gives the processor its CPUID leaves; [`Features`] follow from them.
     pub fn set_cpuid(&mut self, leaves: Arc<Vec<CpuidEntry>>) {
         self.features = Features::new(&leaves);
         self.cpuid = leaves;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn processors_before_zen_5_compare_the_target_first() {
+        let first = |vendor: &[u8; 4], signature| {
+            let entry = |leaf, eax, ebx| CpuidEntry { leaf, eax, ebx, ..Default::default() };
+            Features::new(&[entry(0, 1, u32::from_le_bytes(*vendor)), entry(1, signature, 0)]).cmps_right_first
+        };
+        assert!(first(b"Auth", 0x00a2_0f12), "Zen 3");
+        assert!(first(b"Auth", 0x00a1_0f11), "Zen 4");
+        assert!(!first(b"Auth", 0x00b0_0f21), "Zen 5");
+        assert!(!first(b"Genu", 0x0008_06f8));
     }
 }

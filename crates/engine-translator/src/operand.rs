@@ -79,7 +79,7 @@ impl Cpu {
     }
 
     /// The size in bytes of the addresses of the instruction's memory operand.
-    fn address_size(&self, insn: &Instruction) -> usize {
+    pub fn address_size(&self, insn: &Instruction) -> usize {
         let (base, index) = (insn.memory_base(), insn.memory_index());
         match (base, index) {
             (Register::None, Register::None) => match insn.memory_displ_size() {

@@ -81,6 +81,24 @@ impl Cpu {
         Ok(address)
     }
 
+    /// Linear address of `size` bytes that are accessed by themselves, `by` bytes into an operand at `offset`: an element
+    /// under a mask. An operand does not go round the address space: what is accessed of it beyond 4 GiB is beyond the
+    /// segment. (The SDM leaves that open, vol. 3A 5.3; AMD's processors do so.)
+    pub fn element_linear(
+        &mut self,
+        seg: usize,
+        offset: u64,
+        by: usize,
+        size: usize,
+        access: Access,
+    ) -> Result<u64, Exception> {
+        let at = offset.wrapping_add(by as u64);
+        if !self.code64() && at > u64::from(u32::MAX) {
+            return Err(if seg == SS { Exception::SS0 } else { Exception::GP0 });
+        }
+        self.linear(seg, at, size, access)
+    }
+
     /// What an instruction's own data accesses are subject to beside segmentation and paging: the alignment check
     /// and data breakpoints.
     pub fn check_explicit(

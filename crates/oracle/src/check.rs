@@ -8,9 +8,9 @@ use crate::{
     compare::{self, Ignore, STATUS, differences, ran_through},
     host::is_amd,
     native::{BATCH, Native},
+    saved,
     segments::DATA32,
     translated::{Run, Step, Translated},
-    xsave::{at, components},
 };
 
 /// What a comparison came to.
@@ -27,10 +27,13 @@ pub enum Verdict {
     },
     /// It does not end: not a case.
     Endless,
-    /// It differs, but only after an instruction has read a flag that is undefined.
+    /// It differs, but only after an instruction has read a flag that is undefined, or what XSAVE was free to store.
     Open,
     /// It differs in a way that is known and documented: see [`compare::known`].
-    Known,
+    Known {
+        /// The differences, a line each.
+        lines: Vec<String>,
+    },
     /// It differs.
     Different {
         /// Under which run.
@@ -71,7 +74,9 @@ impl Oracle {
             let single: Vec<_> = batch.iter().map(|case| self.translated.run(case, Run::Single)).collect();
             let mut single: Vec<_> = single;
             for (case, single) in batch.iter().zip(&mut single) {
-                if matches!(single, Ok(Some((end, steps))) if is_not_for_linux(case, end, steps)) {
+                let Ok(Some((end, steps))) = &single else { continue };
+                let faults_there = end.fault.vector == PAGE_FAULT && self.native.owns(end.fault.address);
+                if faults_there || is_not_for_linux(case, end, steps) {
                     *single = Ok(None);
                 }
             }
@@ -99,43 +104,11 @@ impl Oracle {
             let lines = vec!["the native side did not end".into()];
             return if open.consumed { Verdict::Open } else { different("native", lines) };
         };
-        use Mnemonic::{Fldenv, Frstor, Fxrstor, Fxrstor64, Xrstor, Xrstor64};
-        // FXRSTOR makes addresses canonical that it loads, to as many bits as the processor has.
-        let loads = |s: &Step| {
-            let insn = compare::decode(case, s.rip, s.bits);
-            insn.is_some_and(|i| matches!(i.mnemonic(), Fxrstor | Fxrstor64 | Xrstor | Xrstor64 | Fldenv | Frstor))
-        };
-        let pointers = !native.x87_exception_waits() || steps.iter().any(loads);
+        let pointers = !native.x87_exception_waits();
         let ignore = Ignore { flags: open.flags, pointers };
-        let mut result = None;
-        let lines = differences(case, &native, &single, ignore);
-        if !lines.is_empty() {
-            if compare::known(case, &native, &single) || saves_differently(case, &native, &steps, &lines) {
-                return Verdict::Known;
-            }
-            result = Some(different("single", lines));
-        }
-        for (run, name) in [(Run::Cold, "cold"), (Run::Warm, "warm")] {
-            if result.is_some() {
-                break;
-            }
-            // At an exception in the middle of a block, flags that nobody would have read are lost.
-            let ignore = if ran_through(case, &native) { ignore } else { Ignore { flags: STATUS, ..ignore } };
-            let lines = match self.translated.run(case, run) {
-                Ok(Some((outcome, _))) => differences(case, &native, &outcome, ignore),
-                Ok(None) => vec!["it does not end".into()],
-                Err(error) => vec![format!("{error:#}")],
-            };
-            if !lines.is_empty() {
-                result = Some(different(name, lines));
-            }
-        }
-        match result {
-            Some(_) if open.consumed => Verdict::Open,
-            Some(Verdict::Different { run, mut lines }) => {
-                lines.push(compare::ending(&native));
-                Verdict::Different { run, lines }
-            }
+        match self.first_difference(case, &native, single, &steps, ignore) {
+            Some(Verdict::Known { lines }) => Verdict::Known { lines },
+            Some(_) if open.consumed || saved::is_read(case, &native, &steps) => Verdict::Open,
             Some(other) => other,
             None => {
                 let last = steps.last().map(|step| (step.rip.wrapping_sub(case.entry), step.bits));
@@ -145,35 +118,54 @@ impl Oracle {
             }
         }
     }
+
+    /// Each way to run it under the translator, held against `native`: the first difference, known or not.
+    fn first_difference(
+        &mut self,
+        case: &Case,
+        native: &Outcome,
+        single: Outcome,
+        steps: &[Step],
+        ignore: Ignore,
+    ) -> Option<Verdict> {
+        let (mut single, mut known) = (Some(single), None);
+        for (run, name) in [(Run::Single, "single"), (Run::Cold, "cold"), (Run::Warm, "warm")] {
+            // At an exception in the middle of a block, flags that nobody would have read are lost.
+            let whole = run == Run::Single || ran_through(case, native);
+            let ignore = if whole { ignore } else { Ignore { flags: STATUS, ..ignore } };
+            let outcome = match single.take() {
+                Some(outcome) => outcome,
+                None => match self.translated.run(case, run) {
+                    Ok(Some((outcome, _))) => outcome,
+                    Ok(None) => return Some(different(name, vec!["it does not end".into()])),
+                    Err(error) => return Some(different(name, vec![format!("{error:#}")])),
+                },
+            };
+            let mut lines = differences(case, native, &outcome, ignore);
+            if lines.is_empty() {
+                continue;
+            }
+            let stored = lines.len() == 1 && saved::differently(case, native, &outcome, steps);
+            lines.push(compare::ending(native));
+            if run == Run::Single && compare::known(case, native, &outcome) {
+                return Some(Verdict::Known { lines });
+            }
+            if !stored {
+                return Some(different(name, lines));
+            }
+            known = Some(Verdict::Known { lines });
+        }
+        known
+    }
 }
 
 fn different(run: &'static str, lines: Vec<String>) -> Verdict {
     Verdict::Different { run, lines }
 }
 
-/// Whether all that differs may be what XSAVE and FXSAVE store:
-/// - XSAVE tells of components in their initial state that they are in use or not (SDM vol. 1 13.6 leaves it open), and
-///   XSAVEC and XSAVEOPT save them or not;
-/// - without REX.W the selectors that belong to the x87's pointers are stored, while an exception waits. Processors have
-///   stopped keeping them (CPUID.7.0:EBX bit 13), and the translator does not.
-fn saves_differently(case: &Case, native: &Outcome, steps: &[Step], lines: &[String]) -> bool {
-    use Mnemonic::{
-        Fxsave, Vzeroall, Vzeroupper, Xrstor, Xrstor64, Xsave, Xsave64, Xsavec, Xsavec64, Xsaveopt, Xsaveopt64,
-    };
-    let executed = |wanted: fn(Mnemonic) -> bool| {
-        let of_step = |s: &Step| compare::decode(case, s.rip, s.bits).is_some_and(|insn| wanted(insn.mnemonic()));
-        steps.iter().any(of_step)
-    };
-    let initial = components() & !case.area().u64(at::HEADER) != 0
-        || executed(|m| matches!(m, Vzeroupper | Vzeroall | Xrstor | Xrstor64));
-    let in_use = || initial && executed(|m| matches!(m, Xsave64 | Xsavec64 | Xsaveopt64 | Xsave | Xsavec | Xsaveopt));
-    let selectors = || native.x87_exception_waits() && executed(|m| matches!(m, Fxsave | Xsave | Xsavec | Xsaveopt));
-    lines.len() == 1 && lines[0].starts_with("data+") && (in_use() || selectors())
-}
-
 /// Whether the case cannot be run natively for what its last instruction does (or the one before, if that has left):
-/// - it would be answered by the host's kernel, as a call of user code. None is generated, but code that is entered in the
-///   middle or in another mode may be anything;
+/// - it would be answered by the host's kernel, as a call of user code, or by a hypervisor, as INT1, which comes back from there as a
+///   fault. None is generated, but code that is entered in the middle or in another mode may be anything;
 /// - it is a far CALL that pushes to addresses of Linux's own, for there is no end to the page faults then: 64-bit code is
 ///   called with all of RSP, whose upper half is Linux's off a stack of 16 bits (ESPFIX), and -2 for an ESP of 2.
 fn is_not_for_linux(case: &Case, end: &Outcome, steps: &[Step]) -> bool {
@@ -181,14 +173,14 @@ fn is_not_for_linux(case: &Case, end: &Outcome, steps: &[Step]) -> bool {
     let decode = |s: &Step| compare::decode(case, s.rip, s.bits);
     let narrow = end.selectors[2] != DATA32;
     let in_the_kernel = end.fault.vector == PAGE_FAULT && end.fault.address >> 63 != 0;
-    steps.iter().rev().take(2).filter_map(decode).any(|insn| is_for_the_kernel(&insn))
+    steps.iter().rev().take(2).filter_map(decode).any(|insn| is_for_others(&insn))
         || (narrow || in_the_kernel) && steps.iter().filter_map(decode).any(calls_far)
 }
 
 /// See [`is_not_for_linux`].
-fn is_for_the_kernel(insn: &Instruction) -> bool {
+fn is_for_others(insn: &Instruction) -> bool {
     match insn.mnemonic() {
-        Mnemonic::Syscall => true,
+        Mnemonic::Syscall | Mnemonic::Int1 => true,
         // An AMD processor has none in long mode.
         Mnemonic::Sysenter => !is_amd(),
         Mnemonic::Int => insn.op0_kind() == OpKind::Immediate8 && insn.immediate8() == LINUX,

@@ -44,6 +44,7 @@ pub fn guests_have(code: Code) -> bool {
                 | SMX
                 | SGX1
                 | CET_SS
+                | AVX512_VP2INTERSECT
                 | D3NOW
                 | D3NOWEXT
                 | XOP

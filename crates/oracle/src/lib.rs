@@ -14,6 +14,7 @@ pub mod layout;
 pub mod native;
 pub mod reduce;
 pub mod rng;
+pub mod saved;
 pub mod segments;
 pub mod translated;
 pub mod xsave;

@@ -107,7 +107,7 @@ fn run(args: &RunArgs) -> Result<()> {
                 }
                 Verdict::Endless => tally.endless += 1,
                 Verdict::Open => tally.open += 1,
-                Verdict::Known => tally.known += 1,
+                Verdict::Known { .. } => tally.known += 1,
                 Verdict::Different { .. } => {
                     tally.different += 1;
                     report(&mut oracle, *seed, generated, args)?;
@@ -174,6 +174,10 @@ fn show(case: &Case, verdict: &Verdict) {
     match verdict {
         Verdict::Different { run, lines } => {
             println!("{run}:");
+            lines.iter().take(16).for_each(|l| println!("  {l}"));
+        }
+        Verdict::Known { lines } => {
+            println!("known:");
             lines.iter().take(16).for_each(|l| println!("  {l}"));
         }
         other => println!("{other:?}"),

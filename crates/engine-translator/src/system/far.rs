@@ -105,15 +105,20 @@ fn check_offset(cpu: &Cpu, code: &Descriptor, offset: u64) -> Result<(), Excepti
     if inside { Ok(()) } else { Err(Exception::GP0) }
 }
 
+/// The stack in `segment` at `pointer`, with the addresses of the mode that `code` is of.
+fn stack_of(cpu: &Cpu, code: &Descriptor, segment: Segment, pointer: u64, cpl: u8) -> Stack {
+    if cpu.long_mode() && code.is_code64() {
+        Stack::new64(cpu, pointer, cpl, Exception::SS0)
+    } else {
+        Stack::in_segment(cpu, segment, pointer, cpl, Exception::SS0)
+    }
+}
+
 /// Goes to `code` at the same privilege level, whether named directly or by a gate.
 fn go(cpu: &mut Cpu, kind: Kind, code: Descriptor, selector: u16, offset: u64, size: usize, next: u64) -> Done {
     let offset = truncate(offset, size);
     // A CALL that changes the mode pushes with the stack addresses of the mode it goes to (seen on AMD, and in Bochs).
-    let mut stack = if cpu.long_mode() && code.is_code64() {
-        Stack::new64(cpu, cpu.gpr[RSP], cpu.cpl, Exception::SS0)
-    } else {
-        Stack::in_segment(cpu, cpu.seg[SS], cpu.gpr[RSP], cpu.cpl, Exception::SS0)
-    };
+    let mut stack = stack_of(cpu, &code, cpu.seg[SS], cpu.gpr[RSP], cpu.cpl);
     check_offset(cpu, &code, offset)?;
     if kind == Kind::Call {
         stack.push(cpu, size, u64::from(cpu.seg[CS].selector))?;
@@ -254,9 +259,9 @@ pub fn ret(cpu: &mut Cpu, insn: &Instruction) -> Done {
     let mut stack = Stack::current(cpu);
     let rip = stack.pop(cpu, size)?;
     let selector = stack.pop(cpu, size)? as u16;
-    stack.skip(release);
     if !cpu.protected() || cpu.v86() {
         cpu.check_target(rip)?;
+        stack.skip(release);
         stack.commit(cpu);
         cpu.seg[CS] = cpu.real_segment(CS, selector);
         cpu.rip = rip;
@@ -264,9 +269,10 @@ pub fn ret(cpu: &mut Cpu, insn: &Instruction) -> Done {
     }
     let code = return_target(cpu, selector)?;
     if rpl(selector) == cpu.cpl {
-        return_here(cpu, &code, selector, rip, &stack)?;
+        return_here(cpu, &code, selector, rip, 2 * size as u64 + release)?;
         return Ok(Flow::Set);
     }
+    stack.skip(release);
     let outer = OuterStack::pop(cpu, &mut stack, &code, selector, size)?;
     return_outward(cpu, &code, selector, rip, outer, release)?;
     Ok(Flow::Set)
@@ -322,11 +328,7 @@ pub fn return_outward(
     check_offset(cpu, code, rip)?;
     let cpl = rpl(selector);
     let outward = cpl > cpu.cpl;
-    let mut stack = if cpu.long_mode() && code.is_code64() {
-        Stack::new64(cpu, outer.pointer, cpl, Exception::SS0)
-    } else {
-        Stack::in_segment(cpu, outer.segment, outer.pointer, cpl, Exception::SS0)
-    };
+    let mut stack = stack_of(cpu, code, outer.segment, outer.pointer, cpl);
     stack.skip(release);
     stack.commit(cpu);
     cpu.seg[SS] = outer.segment;
@@ -338,9 +340,12 @@ pub fn return_outward(
     Ok(())
 }
 
-/// The same, at the same level and on the same stack.
-pub fn return_here(cpu: &mut Cpu, code: &Descriptor, selector: u16, rip: u64, stack: &Stack) -> Result<(), Exception> {
+/// The same, at the same level and on the same stack, of which `popped` bytes go: a return that changes the mode moves the
+/// stack pointer as wide as it is in the mode it goes to (seen on AMD, and in Bochs).
+pub fn return_here(cpu: &mut Cpu, code: &Descriptor, selector: u16, rip: u64, popped: u64) -> Result<(), Exception> {
     check_offset(cpu, code, rip)?;
+    let mut stack = stack_of(cpu, code, cpu.seg[SS], cpu.gpr[RSP], cpu.cpl);
+    stack.skip(popped);
     stack.commit(cpu);
     cpu.set_cs(code, selector, cpu.cpl);
     cpu.rip = rip;

@@ -133,7 +133,7 @@ fn iret_protected(cpu: &mut Cpu, size: usize) -> Result<(), Exception> {
         let outer = OuterStack::pop(cpu, &mut stack, &code, selector, size)?;
         return_outward(cpu, &code, selector, rip, outer, 0)?;
     } else {
-        return_here(cpu, &code, selector, rip, &stack)?;
+        return_here(cpu, &code, selector, rip, 3 * size as u64)?;
     }
     set_flags(cpu, flags, mask, size);
     Ok(())

@@ -193,9 +193,9 @@ fn step(cpu: &mut Cpu, shape: &Shape, operation: Operation, count: u64) -> Resul
         Operation::Compare => {
             let find_left = |cpu: &mut Cpu, most| Span::find(cpu, shape, shape.segment, RSI, Access::Read, most);
             let find_right = |cpu: &mut Cpu, most| Span::find(cpu, shape, seg::ES, RDI, Access::Read, most);
-            // Which of two page faults comes first is not in the manuals. AMD's processors read ES:RDI first, but for REPE
-            // CMPSB, which some of them treat by itself.
-            let right_first = cpu.features.amd && (size, shape.repeat) != (1, Repeat::Equal);
+            // Which of two faults comes first is not in the manuals. AMD's processors before Zen 5 read ES:RDI first, but for
+            // REPE CMPSB, which some of them treat by itself.
+            let right_first = cpu.features.cmps_right_first && (size, shape.repeat) != (1, Repeat::Equal);
             let (left, right) = if right_first {
                 let right = find_right(cpu, count)?;
                 (find_left(cpu, right.count)?, right)

@@ -130,7 +130,7 @@ pub fn inlined(insn: &Instruction, mode: Mode) -> Option<Class> {
         Code::Cld | Code::Std => Own::Direction,
         Mov_r64_cr if mode.kernel() && control_field(insn.op1_register()).is_some() => Own::ReadControl,
         _ if is_plain_string(insn) && mode.flat(seg::DS) => Own::String,
-        _ if Form::of(insn.mnemonic()).is_some() => Own::ExtendedState,
+        _ if Form::of(insn.mnemonic()).is_some() && !has_short_address(insn) => Own::ExtendedState,
         _ => return None,
     };
     Some(Class::Own(own))
@@ -143,6 +143,11 @@ pub fn fills_returns(code: &[u8]) -> bool {
     const SLOT: &[u8] = &[0xe8, 1, 0, 0, 0, 0xcc];
     const ADD_RSP: &[u8] = &[0x48, 0x83, 0xc4];
     code.strip_prefix(SLOT).is_some_and(|behind| behind.starts_with(SLOT) || behind.starts_with(ADD_RSP))
+}
+
+/// Whether the memory operand of 64-bit code has an address of 32 bits.
+fn has_short_address(insn: &Instruction) -> bool {
+    [insn.memory_base().size(), insn.memory_index().size(), insn.memory_displ_size() as usize].contains(&4)
 }
 
 /// MOVS or STOS with addresses of 64 bits in flat segments.

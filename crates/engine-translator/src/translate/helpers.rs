@@ -242,12 +242,7 @@ impl Cpu {
         let mut data = [0; 64];
         for (offset, size) in desc.masking.pieces(mask, size) {
             self.check_aligned(start, desc)?;
-            let at = first.wrapping_add(offset as u64);
-            // An operand does not go round the address space: what is accessed of it beyond is beyond the segment.
-            if !self.code64() && at > u64::from(u32::MAX) {
-                return Err(if usize::from(desc.segment) == seg::SS { Exception::SS0 } else { Exception::GP0 });
-            }
-            let linear = self.linear(desc.segment.into(), at, size, access)?;
+            let linear = self.element_linear(desc.segment.into(), first, offset, size, access)?;
             self.probe(linear, size, access, privilege)?;
             if desc.flags & AccessDesc::READ != 0 {
                 self.read_as(linear, &mut data[offset..offset + size], privilege)?;

@@ -1,6 +1,6 @@
 //! FXSAVE, FXRSTOR, LDMXCSR and STMXCSR (SDM vol. 1 10.5; APM vol. 2 11.4.4 for AMD's error pointers).
 
-use std::sync::OnceLock;
+use std::{ops::Range, sync::OnceLock};
 
 use iced_x86::{Instruction, Mnemonic};
 use purlin_arch::x86_64::{
@@ -8,7 +8,11 @@ use purlin_arch::x86_64::{
     regs::{cr0, cr4},
 };
 
-use super::{XState, checks, offset};
+use super::{
+    MXCSR_INIT, XState, checks,
+    memory::{Operand, UNIT, XMM_UNIT},
+    offset,
+};
 use crate::{cpu::Cpu, exception::Exception, mem::Access};
 
 /// Size of the image that FXSAVE writes and FXRSTOR reads.
@@ -38,6 +42,45 @@ fn host_mxcsr_mask() -> u32 {
         match u32::from_le_bytes([image.0[at], image.0[at + 1], image.0[at + 2], image.0[at + 3]]) {
             0 => 0xffbf,
             mask => mask,
+        }
+    })
+}
+
+/// The upper bits of FIP and FDP that the host's FXRSTOR makes canonical: 16, or 7 where addresses could have 57 bits (which CPUID
+/// does not tell if a hypervisor has hidden LA57).
+#[allow(unsafe_code)]
+pub fn pointer_sign_bits() -> u32 {
+    static BITS: OnceLock<u32> = OnceLock::new();
+    *BITS.get_or_init(|| {
+        #[repr(align(16))]
+        struct Image([u8; IMAGE]);
+        let [mut saved, mut probe, mut found] = [const { Image([0; IMAGE]) }; 3];
+        let (sign48, sign57) = (1u64 << 47, 1u64 << 56);
+        // An unmasked exception waits: without one, AMD's processors save no pointers.
+        let words =
+            [(offset::FCW, 0x37e), (offset::FSW, u64::from(FSW_ES) | 1), (offset::MXCSR, u64::from(MXCSR_INIT))];
+        for (at, value) in words.into_iter().chain([(offset::FIP, sign48), (offset::FDP, sign57)]) {
+            let size = if at < offset::FIP { 2 } else { 8 };
+            probe.0[at..at + size].copy_from_slice(&value.to_le_bytes()[..size]);
+        }
+        // SAFETY: images of the right size and alignment; the registers are the same behind it as before.
+        unsafe {
+            std::arch::asm!(
+                "fxsave64 [{saved}]",
+                "fxrstor64 [{probe}]",
+                "fxsave64 [{found}]",
+                "fxrstor64 [{saved}]",
+                saved = in(reg) saved.0.as_mut_ptr(),
+                probe = in(reg) probe.0.as_ptr(),
+                found = in(reg) found.0.as_mut_ptr(),
+                options(nostack, preserves_flags),
+            );
+        }
+        let number = |at: usize| u64::from_le_bytes(found.0[at..at + 8].try_into().unwrap_or_default());
+        match (number(offset::FIP), number(offset::FDP)) {
+            (fip, _) if fip != sign48 => 16,
+            (_, fdp) if fdp != sign57 => 7,
+            _ => 0,
         }
     })
 }
@@ -105,7 +148,9 @@ pub(super) fn take_x87(cpu: &mut Cpu, image: &[u8], pointers: Pointers) {
         return;
     }
     let number = |at: usize| u64::from_le_bytes(image[at..at + 8].try_into().unwrap_or_default());
-    let (fip, fdp) = (number(offset::FIP), number(offset::FDP));
+    let unused = cpu.features.pointer_sign_bits;
+    let canonical = |pointer: u64| ((pointer << unused) as i64 >> unused) as u64;
+    let (fip, fdp) = (canonical(number(offset::FIP)), canonical(number(offset::FDP)));
     state.fop = number(offset::FOP) & u64::from(FOP_MASK);
     (state.fip, state.fdp, state.fcs, state.fds) = match pointers {
         Pointers::Bits64 => (fip, fdp, 0, 0),
@@ -132,13 +177,25 @@ fn xmm_bytes(cpu: &Cpu) -> usize {
     }
 }
 
-fn image_address(cpu: &mut Cpu, insn: &Instruction, access: Access) -> Result<u64, Exception> {
+fn image(cpu: &mut Cpu, insn: &Instruction, access: Access) -> Result<Operand, Exception> {
     if cpu.cr0 & (cr0::EM | cr0::TS) != 0 {
         return Err(Exception::NM);
     }
-    let (segment, offset) = cpu.effective_address(insn);
-    let address = cpu.linear(segment, offset, IMAGE, access)?;
-    if address & 15 != 0 { Err(Exception::GP0) } else { Ok(address) }
+    Operand::of(cpu, insn, IMAGE, 16, access)
+}
+
+/// The parts of an image, and the bytes that are accessed as one in each: x87, XMM registers, what is not the instruction's.
+fn parts(cpu: &Cpu) -> [(Range<usize>, usize); 3] {
+    let end = offset::XMM + xmm_bytes(cpu);
+    [(0..offset::XMM, UNIT), (offset::XMM..end, XMM_UNIT), (end..IMAGE, UNIT)]
+}
+
+fn read_image(cpu: &mut Cpu, operand: &Operand) -> Result<[u8; IMAGE], Exception> {
+    let mut image = [0; IMAGE];
+    for (part, unit) in parts(cpu) {
+        operand.read(cpu, part.start, unit, &mut image[part])?;
+    }
+    Ok(image)
 }
 
 fn pointers(insn: &Instruction) -> Pointers {
@@ -150,11 +207,11 @@ fn pointers(insn: &Instruction) -> Pointers {
 
 /// FXSAVE.
 pub fn fxsave(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
-    let address = image_address(cpu, insn, Access::Write)?;
-    let privilege = cpu.privilege();
-    cpu.probe(address, IMAGE, Access::Write, privilege)?;
-    let mut image = [0; IMAGE];
-    cpu.read_as(address, &mut image, privilege)?;
+    let operand = image(cpu, insn, Access::Write)?;
+    for (part, unit) in parts(cpu) {
+        operand.probe(cpu, part.start, unit, part.len())?;
+    }
+    let mut image = read_image(cpu, &operand)?;
 
     put_x87_control(cpu, &mut image, pointers(insn));
     image[offset::ST..offset::XMM].copy_from_slice(&cpu.xstate.area[offset::ST..offset::XMM]);
@@ -169,15 +226,14 @@ pub fn fxsave(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
             _ => image[range.clone()].copy_from_slice(&cpu.xstate.area[range]),
         }
     }
-    // The last 96 bytes are the system's own.
-    cpu.write_as(address, &image[..416], privilege)
+    let [x87, xmm, _] = parts(cpu);
+    [x87, xmm].into_iter().try_for_each(|(part, unit)| operand.write(cpu, part.start, unit, &image[part]))
 }
 
 /// FXRSTOR.
 pub fn fxrstor(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
-    let address = image_address(cpu, insn, Access::Read)?;
-    let mut image = [0; IMAGE];
-    cpu.read_as(address, &mut image, cpu.privilege())?;
+    let operand = image(cpu, insn, Access::Read)?;
+    let image = read_image(cpu, &operand)?;
 
     let xmm = xmm_bytes(cpu);
     let mxcsr = u32::from_le_bytes(image[offset::MXCSR..offset::MXCSR + 4].try_into().unwrap_or_default());

@@ -48,7 +48,7 @@ fn load(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
     let (segment, offset) = cpu.effective_address(insn);
     let mut value = [0; 64];
     for i in active(bits, length / size) {
-        let at = element_linear(cpu, segment, wrap(cpu, insn, offset, i * size), size, Access::Read)?;
+        let at = element_linear(cpu, segment, offset, i * size, size, Access::Read)?;
         let bytes = &mut value[i * size..(i + 1) * size];
         bytes.copy_from_slice(&cpu.read_sized(at, size)?.to_le_bytes()[..size]);
     }
@@ -64,7 +64,7 @@ fn store(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
     let bits = sign_bits(&mask, size, length / size);
     let (segment, offset) = cpu.effective_address(insn);
     store_active(cpu, &value, bits, size, length / size, |cpu, i| {
-        element_linear(cpu, segment, wrap(cpu, insn, offset, i * size), size, Access::Write)
+        element_linear(cpu, segment, offset, i * size, size, Access::Write)
     })
 }
 
@@ -92,16 +92,24 @@ fn store_bytes(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
     if mmx {
         cpu.xstate.enter_mmx();
     }
-    // The whole operand is checked, whatever the mask: the SDM leaves that open (vol. 2, "MASKMOVDQU").
-    let linear = match insn.encoding() {
-        EncodingKind::VEX => element_linear(cpu, segment, truncate(start, width), length, Access::Write)?,
-        _ => cpu.linear(segment, truncate(start, width), length, Access::Write)?,
-    };
-    cpu.probe(linear, length, Access::Write, cpu.privilege())?;
-    store_active(cpu, &value, bits, 1, length, |cpu, i| {
-        cpu.linear(segment, truncate(start.wrapping_add(i as u64), width), 1, Access::Write)
-    })
+    // The whole operand is checked, whatever the mask: the SDM leaves that open (vol. 2, "MASKMOVDQU"). AMD's processors
+    // access it by halves, each aligned and with an address of its own.
+    let unit = if cpu.features.amd { HALF } else { length };
+    let aligned = cpu.features.amd || insn.encoding() != EncodingKind::VEX;
+    let mut units = [0; 2];
+    for (linear, by) in units.iter_mut().zip((0..length).step_by(unit)) {
+        let offset = truncate(start.wrapping_add(by as u64), width);
+        *linear = match aligned {
+            true => cpu.linear(segment, offset, unit, Access::Write)?,
+            false => element_linear(cpu, segment, offset, 0, unit, Access::Write)?,
+        };
+        cpu.probe(*linear, unit, Access::Write, cpu.privilege())?;
+    }
+    store_active(cpu, &value, bits, 1, length, |_, i| Ok(units[i / unit].wrapping_add((i % unit) as u64)))
 }
+
+/// Bytes of an XMM register's half.
+const HALF: usize = 8;
 
 fn store_active(
     cpu: &mut Cpu,
@@ -122,11 +130,18 @@ fn store_active(
     Ok(())
 }
 
-/// The linear address of an element, whose alignment is not checked.
-fn element_linear(cpu: &mut Cpu, segment: usize, offset: u64, size: usize, access: Access) -> Result<u64, Exception> {
+/// The linear address of the element `by` bytes into an operand at `offset`. Its alignment is not checked.
+fn element_linear(
+    cpu: &mut Cpu,
+    segment: usize,
+    offset: u64,
+    by: usize,
+    size: usize,
+    access: Access,
+) -> Result<u64, Exception> {
     let checked = cpu.rflags;
     cpu.rflags &= !rflags::AC;
-    let linear = cpu.linear(segment, offset, size, access);
+    let linear = cpu.element_linear(segment, offset, by, size, access);
     cpu.rflags = checked;
     linear
 }
@@ -169,7 +184,7 @@ impl Vector {
             _ => u64::from_le_bytes(bytes.try_into().unwrap_or_default()),
         };
         let offset = truncate(self.base.wrapping_add(index.wrapping_mul(self.scale)), self.width);
-        element_linear(cpu, self.segment, offset, size, access)
+        element_linear(cpu, self.segment, offset, 0, size, access)
     }
 }
 
@@ -287,14 +302,4 @@ fn element_size(insn: &Instruction) -> usize {
         Vmaskmovpd | Vpmaskmovq => 8,
         _ => insn.memory_size().element_size().clamp(4, 8),
     }
-}
-
-/// The offset of an element `distance` bytes on, wrapped at the address size.
-fn wrap(cpu: &Cpu, insn: &Instruction, offset: u64, distance: usize) -> u64 {
-    let width = match (insn.memory_base(), insn.memory_displ_size()) {
-        (Register::None, size @ (2 | 4 | 8)) => size as usize,
-        (Register::None, _) => cpu.code_size(),
-        (base, _) => base.size(),
-    };
-    truncate(offset.wrapping_add(distance as u64), width)
 }

@@ -1,5 +1,7 @@
-//! The memory that an XSAVE area is in.
+//! The memory that an XSAVE area or an FXSAVE image is in.
 #![allow(unsafe_code)]
+
+use std::ops::Range;
 
 use iced_x86::Instruction;
 
@@ -8,34 +10,125 @@ use crate::{
     cpu::Cpu,
     exception::Exception,
     mem::{Access, Target, copy_from_guest, copy_to_guest, page_rest},
+    operand::truncate,
     segment::is_canonical,
     tlb::Privilege,
 };
 
 /// An area, as the instruction finds it.
-pub(super) enum Memory<'a> {
+pub(super) enum Memory {
     /// What an operand says: each access has all checks.
-    Linear {
-        /// Linear address of the area.
-        address: u64,
-        /// The instruction.
-        insn: &'a Instruction,
-        /// What it does with the area.
-        access: Access,
-        /// On whose behalf.
-        privilege: Privilege,
-    },
+    Operand(Operand),
     /// Memory whose checks are made.
     Host(HostMemory),
 }
 
-impl Memory<'_> {
-    /// Reads `data` from byte `offset` of the area on.
-    pub fn read(&self, cpu: &mut Cpu, offset: usize, data: &mut [u8]) -> Result<(), Exception> {
+/// A memory operand that is accessed in many units. Where addresses end within it, at 4 GiB or 64 KiB, each unit of AMD's
+/// processors has an address of its own, cut to its size and held against the segment's limit by itself: the area goes on at the
+/// beginning of the segment. (The SDM leaves that open, vol. 3A 5.3.)
+pub(super) struct Operand {
+    segment: usize,
+    offset: u64,
+    /// Bytes of an address.
+    width: usize,
+    /// Linear address of the first byte.
+    linear: u64,
+    access: Access,
+    privilege: Privilege,
+}
+
+impl Operand {
+    /// That of `insn`, the first `size` bytes of which have to be within the segment, at a linear address that is a multiple of
+    /// `alignment`.
+    pub fn of(
+        cpu: &mut Cpu,
+        insn: &Instruction,
+        size: usize,
+        alignment: u64,
+        access: Access,
+    ) -> Result<Self, Exception> {
+        let (segment, offset) = cpu.effective_address(insn);
+        let (width, privilege) = (cpu.address_size(insn), cpu.privilege());
+        let mut operand = Self { segment, offset, width, linear: 0, access, privilege };
+        let size = if operand.goes_round(cpu, size) { UNIT } else { size };
+        operand.linear = cpu.linear(segment, offset, size, access)?;
+        if operand.linear & (alignment - 1) != 0 {
+            return Err(Exception::GP0);
+        }
+        Ok(operand)
+    }
+
+    /// Reads `data`, units of `unit` bytes, from byte `at` on.
+    pub fn read(&self, cpu: &mut Cpu, at: usize, unit: usize, data: &mut [u8]) -> Result<(), Exception> {
+        self.each(cpu, at, data.len(), unit, |cpu, linear, part| cpu.read_as(linear, &mut data[part], self.privilege))
+    }
+
+    /// Writes `data`; its place has been probed.
+    pub fn write(&self, cpu: &mut Cpu, at: usize, unit: usize, data: &[u8]) -> Result<(), Exception> {
+        self.each(cpu, at, data.len(), unit, |cpu, linear, part| cpu.write_as(linear, &data[part], self.privilege))
+    }
+
+    /// Checks that an access to `size` bytes would not fault.
+    pub fn probe(&self, cpu: &mut Cpu, at: usize, unit: usize, size: usize) -> Result<(), Exception> {
+        self.each(cpu, at, size, unit, |cpu, linear, part| cpu.probe(linear, part.len(), self.access, self.privilege))
+    }
+
+    /// Checks that the segment holds all up to byte `end`, if addresses do not end before.
+    fn check_end(&self, cpu: &mut Cpu, end: usize) -> Result<(), Exception> {
+        match self.goes_round(cpu, end) {
+            true => Ok(()),
+            false => cpu.linear(self.segment, self.offset, end, self.access).map(drop),
+        }
+    }
+
+    /// Whether addresses end within its first `size` bytes, and it goes on at their beginning. (Those of 64 bits end where no
+    /// address is canonical.)
+    fn goes_round(&self, cpu: &Cpu, size: usize) -> bool {
+        cpu.features.amd && self.width < 8 && self.offset + size as u64 > 1 << (8 * self.width)
+    }
+
+    /// Calls `act` with the linear address of each part of the `size` bytes from `at` on that is accessed by itself.
+    fn each(
+        &self,
+        cpu: &mut Cpu,
+        at: usize,
+        size: usize,
+        unit: usize,
+        mut act: impl FnMut(&mut Cpu, u64, Range<usize>) -> Result<(), Exception>,
+    ) -> Result<(), Exception> {
+        if !self.goes_round(cpu, at + size) {
+            return act(cpu, self.linear.wrapping_add(at as u64), 0..size);
+        }
+        for start in (0..size).step_by(unit) {
+            let part = start..size.min(start + unit);
+            let offset = truncate(self.offset.wrapping_add((at + start) as u64), self.width);
+            let linear = cpu.linear(self.segment, offset, part.len(), self.access)?;
+            act(cpu, linear, part)?;
+        }
+        Ok(())
+    }
+}
+
+/// Bytes of a unit, but of vector registers.
+pub(super) const UNIT: usize = 8;
+/// Bytes of a unit of XMM registers.
+pub(super) const XMM_UNIT: usize = 16;
+
+/// Bytes of a unit of component `component`.
+pub(super) fn unit(component: u32) -> usize {
+    match component {
+        1 | 2 => XMM_UNIT,
+        6 => 32,
+        7 => 64,
+        _ => UNIT,
+    }
+}
+
+impl Memory {
+    /// Reads `data`, units of `unit` bytes, from byte `offset` of the area on.
+    pub fn read(&self, cpu: &mut Cpu, offset: usize, unit: usize, data: &mut [u8]) -> Result<(), Exception> {
         match self {
-            Self::Linear { address, privilege, .. } => {
-                cpu.read_as(address.wrapping_add(offset as u64), data, *privilege)
-            }
+            Self::Operand(operand) => operand.read(cpu, offset, unit, data),
             Self::Host(host) => {
                 host.read(offset, data);
                 Ok(())
@@ -44,11 +137,9 @@ impl Memory<'_> {
     }
 
     /// Writes `data`; its place has been probed.
-    pub fn write(&self, cpu: &mut Cpu, offset: usize, data: &[u8]) -> Result<(), Exception> {
+    pub fn write(&self, cpu: &mut Cpu, offset: usize, unit: usize, data: &[u8]) -> Result<(), Exception> {
         match self {
-            Self::Linear { address, privilege, .. } => {
-                cpu.write_as(address.wrapping_add(offset as u64), data, *privilege)
-            }
+            Self::Operand(operand) => operand.write(cpu, offset, unit, data),
             Self::Host(host) => {
                 host.write(offset, data);
                 Ok(())
@@ -59,20 +150,15 @@ impl Memory<'_> {
     /// Checks that the segment holds the area up to byte `end`.
     pub fn check_end(&self, cpu: &mut Cpu, end: usize) -> Result<(), Exception> {
         match self {
-            Self::Linear { insn, access, .. } => {
-                let (segment, at) = cpu.effective_address(insn);
-                cpu.linear(segment, at, end, *access).map(drop)
-            }
+            Self::Operand(operand) => operand.check_end(cpu, end),
             Self::Host(_) => Ok(()),
         }
     }
 
     /// Checks that an access to `size` bytes would not fault.
-    pub fn probe(&self, cpu: &mut Cpu, offset: usize, size: usize) -> Result<(), Exception> {
+    pub fn probe(&self, cpu: &mut Cpu, offset: usize, unit: usize, size: usize) -> Result<(), Exception> {
         match self {
-            Self::Linear { address, access, privilege, .. } => {
-                cpu.probe(address.wrapping_add(offset as u64), size, *access, *privilege)
-            }
+            Self::Operand(operand) => operand.probe(cpu, offset, unit, size),
             Self::Host(_) => Ok(()),
         }
     }

@@ -13,7 +13,7 @@ mod xsave;
 
 pub use checks::{check_avx, check_fpu, check_mmx, check_pending_x87, check_sse, check_x87};
 pub use environment::execute as environment;
-pub use fxsave::{IdlePointers, fxrstor, fxsave, idle_pointers, ldmxcsr, mxcsr_mask, stmxcsr};
+pub use fxsave::{IdlePointers, fxrstor, fxsave, idle_pointers, ldmxcsr, mxcsr_mask, pointer_sign_bits, stmxcsr};
 use iced_x86::{Instruction, Mnemonic};
 pub use layout::Layout;
 pub use masked::execute as masked;

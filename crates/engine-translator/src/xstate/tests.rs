@@ -9,6 +9,7 @@ use purlin_arch::x86_64::regs::{
     cr0, cr4,
     gpr::{RAX, RCX, RDI, RDX},
     rflags,
+    seg::DS,
 };
 
 use super::{layout::COMPONENTS, *};
@@ -277,6 +278,25 @@ fn xrstor_loads_what_the_host_loads_from_both_formats() {
 }
 
 #[test]
+fn pointers_are_made_canonical_as_on_the_host() {
+    for pointer in [1 << 47, 1 << 56, 1 << 63, 0xbeef_1234_5678_9abc, 0x0123_8000_0000_0000, u64::MAX >> 1] {
+        let mut image = state_with_exception(3, true);
+        image.set(offset::FIP, pointer);
+        image.set(offset::FDP, !pointer);
+        let mut wanted = Image([0; AREA]);
+        on_host!(image, 3, "fxsave64", wanted);
+        let mut cpu = loaded(&image);
+        put(&cpu, &Image([0; AREA]));
+        request(&mut cpu, 0);
+        step(&mut cpu, &by_rcx(FXSAVE64)).unwrap();
+        let got = get(&cpu);
+        for at in [offset::FIP, offset::FDP] {
+            assert_eq!(got.words(at), wanted.words(at), "{pointer:#x}, at {at}");
+        }
+    }
+}
+
+#[test]
 fn xrstor_refuses_bad_headers() {
     let cases: [(&str, usize, u64); 9] = [
         ("a component that is not enabled", offset::XSTATE_BV, 1 << 9),
@@ -307,6 +327,73 @@ fn xrstor_refuses_bad_headers() {
         request(&mut cpu, 3);
         assert_eq!(step(&mut cpu, &by_rcx(XRSTOR)), wanted);
     }
+}
+
+/// A processor in compatibility mode, where DS is such that an area of which `before` bytes are below 4 GiB is at [`AT`].
+fn at_the_end_of_addresses(before: u64) -> Box<Cpu> {
+    let mut cpu = processor(Mode::Compatibility(0));
+    cpu.features.amd = true;
+    cpu.seg[DS].base = AT + before;
+    (0..8).for_each(|i| cpu.xstate.set_vector(i, &[0x50 + i as u8; 16]));
+    request(&mut cpu, 3);
+    cpu.gpr[RCX] = (1 << 32) - before;
+    cpu
+}
+
+#[test]
+fn areas_go_round_where_addresses_end_but_not_within_a_register() {
+    let plain = |instruction: &[u8]| {
+        let mut cpu = at_the_end_of_addresses(0);
+        cpu.gpr[RCX] = 0;
+        put(&cpu, &Image([0; AREA]));
+        step(&mut cpu, &by_rcx(instruction)).unwrap();
+        get(&cpu)
+    };
+    const OF_32_BITS: [&[u8]; 2] = [&[0x0f, 0xae, 0x20], &[0x0f, 0xae, 0x00]];
+    for save in OF_32_BITS {
+        for (before, wanted) in [(72, Ok(())), (176, Ok(())), (168, Err(Exception::GP0))] {
+            let mut cpu = at_the_end_of_addresses(before);
+            put(&cpu, &Image([0; AREA]));
+            assert_eq!(step(&mut cpu, &by_rcx(save)), wanted, "{save:02x?}, {before} bytes");
+            let expected = if wanted.is_ok() { plain(save) } else { Image([0; AREA]) };
+            compare(&get(&cpu), &expected, "saved");
+        }
+    }
+    for restore in [&[0x0f, 0xae, 0x28], &[0x0f, 0xae, 0x08]] {
+        for (before, wanted) in [(72, Ok(())), (168, Err(Exception::GP0))] {
+            let mut cpu = at_the_end_of_addresses(before);
+            let mut image = state(3);
+            image.set(offset::XMM, 0x1234);
+            put(&cpu, &image);
+            assert_eq!(step(&mut cpu, &by_rcx(restore)), wanted, "{restore:02x?}, {before} bytes");
+            assert_eq!(cpu.xstate.vector(0, 8)[..2] == [0x34, 0x12], wanted.is_ok());
+        }
+    }
+    // Only what is asked for is accessed; and only AMD's processors go round.
+    let mut cpu = at_the_end_of_addresses(168);
+    cpu.gpr[RAX] = 1;
+    assert_eq!(step(&mut cpu, &by_rcx(OF_32_BITS[0])), Ok(()));
+    cpu.features.amd = false;
+    assert_eq!(step(&mut cpu, &by_rcx(OF_32_BITS[0])), Err(Exception::GP0));
+}
+
+#[test]
+fn masked_elements_do_not_go_round() {
+    let mut cpu = at_the_end_of_addresses(8);
+    poke(&cpu, AT, 0x2222_2222_1111_1111u64);
+    let load = [0xc4, 0xe2, 0x69, 0x2c, 0x09]; // vmaskmovps xmm1, xmm2, [ecx]
+    cpu.xstate.set_vector(2, &[[0x80; 8], [0; 8]].concat());
+    step(&mut cpu, &load).unwrap();
+    assert_eq!(cpu.xstate.vector(1, 8)[..8], 0x2222_2222_1111_1111u64.to_le_bytes());
+    cpu.xstate.set_vector(2, &[[0; 8], [0x80; 8]].concat());
+    assert_eq!(step(&mut cpu, &load), Err(Exception::GP0));
+    // maskmovdqu xmm1, xmm2, which is in two halves, does; but not within one.
+    cpu.xstate.set_vector(1, &[0x77; 16]);
+    cpu.gpr[RDI] = 0xffff_fff8;
+    step(&mut cpu, &[0x66, 0x0f, 0xf7, 0xca]).unwrap();
+    assert_eq!(peek(&cpu, AT + 8), 0x7777_7777_7777_7777);
+    cpu.gpr[RDI] = 0xffff_fff4;
+    assert_eq!(step(&mut cpu, &[0x66, 0x0f, 0xf7, 0xca]), Err(Exception::GP0));
 }
 
 #[test]

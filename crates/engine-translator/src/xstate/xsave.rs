@@ -11,7 +11,7 @@ use super::{
     Layout, MXCSR_INIT, checks, fxsave,
     fxsave::Pointers,
     layout::COMPONENTS,
-    memory::{HostMemory, Memory},
+    memory::{HostMemory, Memory, Operand, UNIT, unit},
     offset::{self, HEADER_END, LEGACY_END, XSTATE_BV},
 };
 use crate::{cpu::Cpu, exception::Exception, mem::Access};
@@ -85,13 +85,6 @@ fn check_enabled(cpu: &Cpu, form: Form) -> Result<(), Exception> {
     checks::check_task_switched(cpu)
 }
 
-/// Address of the area, whose legacy region and header are checked.
-fn operand(cpu: &mut Cpu, insn: &Instruction, access: Access) -> Result<u64, Exception> {
-    let (segment, at) = cpu.effective_address(insn);
-    let address = cpu.linear(segment, at, HEADER_END, access)?;
-    if address & 63 != 0 { Err(Exception::GP0) } else { Ok(address) }
-}
-
 /// The components that EDX:EAX asks for, of those that the system has enabled.
 fn requested(cpu: &Cpu) -> u64 {
     cpu.xcr0 & (cpu.gpr[RAX] & 0xffff_ffff | cpu.gpr[RDX] << 32)
@@ -112,6 +105,8 @@ fn visible(cpu: &Cpu, component: u32, size: usize) -> usize {
 struct Piece {
     offset: usize,
     size: usize,
+    /// Bytes that are accessed as one.
+    unit: usize,
     source: Source,
 }
 
@@ -127,13 +122,13 @@ enum Source {
 
 impl Piece {
     fn area(offset: usize, from: usize, size: usize) -> Self {
-        Self { offset, size, source: Source::Area(from) }
+        Self { offset, size, unit: UNIT, source: Source::Area(from) }
     }
 
     fn bytes(offset: usize, data: &[u8]) -> Self {
         let mut bytes = [0; offset::MXCSR];
         bytes[..data.len()].copy_from_slice(data);
-        Self { offset, size: data.len(), source: Source::Bytes(bytes) }
+        Self { offset, size: data.len(), unit: UNIT, source: Source::Bytes(bytes) }
     }
 
     /// Writes it into the area; its pages have been checked.
@@ -148,12 +143,12 @@ impl Piece {
                 for done in (0..self.size).step_by(buffer.len()) {
                     let part = &mut buffer[..(self.size - done).min(256)];
                     part.copy_from_slice(&cpu.xstate.area[from + done..][..part.len()]);
-                    memory.write(cpu, self.offset + done, part)?;
+                    memory.write(cpu, self.offset + done, self.unit, part)?;
                 }
                 Ok(())
             }
-            (Source::Bytes(bytes), _) => memory.write(cpu, self.offset, &bytes[..self.size]),
-            (Source::Zeros, _) => memory.write(cpu, self.offset, &[0; LARGEST][..self.size]),
+            (Source::Bytes(bytes), _) => memory.write(cpu, self.offset, self.unit, &bytes[..self.size]),
+            (Source::Zeros, _) => memory.write(cpu, self.offset, self.unit, &[0; LARGEST][..self.size]),
         }
     }
 }
@@ -166,8 +161,7 @@ pub fn execute(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
     let form = Form::of(insn.mnemonic()).ok_or(Exception::UD)?;
     check_enabled(cpu, form)?;
     let access = form.access();
-    let address = operand(cpu, insn, access)?;
-    let memory = Memory::Linear { address, insn, access, privilege: cpu.privilege() };
+    let memory = Memory::Operand(Operand::of(cpu, insn, HEADER_END, 64, access)?);
     save_or_restore(cpu, form, &memory)
 }
 
@@ -201,7 +195,7 @@ fn save(cpu: &mut Cpu, Form { kind, pointers }: Form, memory: &Memory) -> Result
         }
         _ => {
             let mut old = [0; 8];
-            memory.read(cpu, XSTATE_BV, &mut old)?;
+            memory.read(cpu, XSTATE_BV, UNIT, &mut old)?;
             let new = u64::from_le_bytes(old) & !requested | in_use & requested;
             Piece::bytes(XSTATE_BV, &new.to_le_bytes())
         }
@@ -209,7 +203,7 @@ fn save(cpu: &mut Cpu, Form { kind, pointers }: Form, memory: &Memory) -> Result
     let end = pieces.all().map(|piece| piece.offset + piece.size).max().unwrap_or(0);
     memory.check_end(cpu, end)?;
     for piece in pieces.all() {
-        memory.probe(cpu, piece.offset, piece.size)?;
+        memory.probe(cpu, piece.offset, piece.unit, piece.size)?;
     }
     for piece in pieces.all() {
         piece.write(cpu, memory)?;
@@ -246,7 +240,7 @@ fn pieces(
     let mut pieces = Pieces::default();
     if saved & xcr0::X87 != 0 {
         let mut control = [0; offset::MXCSR];
-        memory.read(cpu, 0, &mut control)?;
+        memory.read(cpu, 0, UNIT, &mut control)?;
         fxsave::put_x87_control(cpu, &mut control, pointers);
         pieces.push(Piece::bytes(0, &control));
         pieces.push(Piece::area(offset::ST, offset::ST, offset::XMM - offset::ST));
@@ -271,7 +265,7 @@ fn pieces(
             0 => Source::Zeros,
             _ => Source::Area(source.start),
         };
-        pieces.push(Piece { offset: target.start, size, source });
+        pieces.push(Piece { offset: target.start, size, unit: unit(component), source });
     }
     Ok(pieces)
 }
@@ -280,7 +274,7 @@ fn pieces(
 fn restore(cpu: &mut Cpu, pointers: Pointers, memory: &Memory) -> Result<(), Exception> {
     let requested = requested(cpu);
     let mut header = [0; HEADER_END - LEGACY_END];
-    memory.read(cpu, LEGACY_END, &mut header)?;
+    memory.read(cpu, LEGACY_END, UNIT, &mut header)?;
     let word = |i: usize| u64::from_le_bytes(header[8 * i..8 * i + 8].try_into().unwrap_or_default());
     let (present, format) = (word(0), word(1));
     let compacted = format & COMPACTED != 0;
@@ -299,7 +293,7 @@ fn restore(cpu: &mut Cpu, pointers: Pointers, memory: &Memory) -> Result<(), Exc
     }
 
     let mut legacy = [0; LEGACY_END];
-    memory.read(cpu, 0, &mut legacy)?;
+    memory.read(cpu, 0, UNIT, &mut legacy)?;
     let mxcsr = match compacted {
         false if requested & WITH_MXCSR != 0 => Some(memory_mxcsr(&legacy)),
         true if requested & present & xcr0::SSE != 0 => Some(memory_mxcsr(&legacy)),
@@ -318,11 +312,11 @@ fn restore(cpu: &mut Cpu, pointers: Pointers, memory: &Memory) -> Result<(), Exc
         let Some(source) = source else { continue };
         let size = visible(cpu, component, source.len());
         memory.check_end(cpu, source.start + size)?;
-        memory.probe(cpu, source.start, size)?;
+        memory.probe(cpu, source.start, unit(component), size)?;
         loaded[component as usize] = Some((source.start, size));
     }
     let mut data = match memory {
-        Memory::Linear { .. } => Some(Loaded::read(cpu, memory, &loaded)?),
+        Memory::Operand(_) => Some(Loaded::read(cpu, memory, &loaded)?),
         // That cannot fault any more.
         Memory::Host(_) => None,
     };
@@ -366,8 +360,8 @@ impl Loaded {
     fn read(cpu: &mut Cpu, memory: &Memory, components: &[Option<(usize, usize)>]) -> Result<Self, Exception> {
         let mut loaded = Self { data: [0; LOADABLE], taken: 0 };
         let mut end = 0;
-        for &(at, size) in components.iter().flatten() {
-            memory.read(cpu, at, &mut loaded.data[end..end + size])?;
+        for (component, (at, size)) in (0..).zip(components).filter_map(|(i, piece)| Some((i, (*piece)?))) {
+            memory.read(cpu, at, unit(component), &mut loaded.data[end..end + size])?;
             end += size;
         }
         Ok(loaded)

@@ -8,7 +8,7 @@
 mod child;
 mod shared;
 
-use std::{io, time::Duration};
+use std::{fs, io, ops::Range, time::Duration};
 
 use anyhow::{Context, Result, bail};
 pub use child::bases_are_readable;
@@ -17,7 +17,7 @@ use shared::{Shared, Slot};
 
 use crate::{
     case::{Case, Fault, Outcome},
-    layout::{DATA_BYTES, FRAMES, PAGE},
+    layout::{DATA_BYTES, FRAMES, PAGE, mappings},
     xsave::{self, AREA},
 };
 
@@ -29,6 +29,8 @@ pub struct Native {
     shared: &'static Shared,
     frames: i32,
     child: libc::pid_t,
+    /// What is mapped in the child beside the layout: its program, its stack.
+    own: Vec<Range<u64>>,
     processor: Processor,
 }
 
@@ -73,7 +75,7 @@ impl Native {
             }
             &*pointer.cast::<Shared>()
         };
-        let mut native = Self { shared, frames, child: 0, processor: Processor::current() };
+        let mut native = Self { shared, frames, child: 0, own: Vec::new(), processor: Processor::current() };
         native.start()?;
         Ok(native)
     }
@@ -95,7 +97,14 @@ impl Native {
             self.stop();
             bail!("the native side does not start (step {})", self.shared.control.progress());
         }
+        self.own = own_mappings(self.child).context("cannot read what is mapped in the native side")?;
         Ok(())
+    }
+
+    /// Whether the child has something of its own at `address`, where a case has to find nothing: once in some millions of
+    /// random addresses.
+    pub fn owns(&self, address: u64) -> bool {
+        self.own.iter().any(|range| range.contains(&address))
     }
 
     fn stop(&mut self) {
@@ -142,6 +151,18 @@ impl Drop for Native {
         // SAFETY: ours, and not used after this.
         unsafe { libc::close(self.frames) };
     }
+}
+
+/// What is mapped in process `child`, but for the layout.
+fn own_mappings(child: libc::pid_t) -> io::Result<Vec<Range<u64>>> {
+    let maps = fs::read_to_string(format!("/proc/{child}/maps"))?;
+    let number = |text: &str| u64::from_str_radix(text, 16).ok();
+    let range = |line: &str| {
+        let (start, end) = line.split(' ').next()?.split_once('-')?;
+        Some(number(start)?..number(end)?)
+    };
+    let of_the_layout = |range: &Range<u64>| mappings().iter().any(|mapping| range.contains(&mapping.linear));
+    Ok(maps.lines().filter_map(range).filter(|range| !of_the_layout(range)).collect())
 }
 
 fn memory_file() -> io::Result<i32> {
@@ -191,3 +212,18 @@ impl Slot {
 }
 
 const _: () = assert!(DATA_BYTES.is_multiple_of(4096) && AREA.is_multiple_of(64));
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_child_knows_what_is_its_own() {
+        let native = Native::new().unwrap();
+        // It is a copy of this process.
+        let ours = &raw const *native.shared as u64;
+        assert!(native.owns(ours) && native.owns(Native::new as *const () as u64));
+        assert!(mappings().iter().all(|mapping| !native.owns(mapping.linear)));
+        assert!(!native.owns(0) && !native.owns(u64::MAX));
+    }
+}

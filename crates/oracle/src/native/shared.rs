@@ -6,13 +6,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{layout::DATA_BYTES, xsave::Area};
+use crate::{
+    layout::{CODE_BYTES, DATA_BYTES},
+    xsave::Area,
+};
 
 /// Cases in a batch at most.
 pub const BATCH: usize = 64;
 
-/// Bytes of code in a case at most.
-pub const MAX_CODE: usize = 512;
+/// Bytes of code in a case at most: all that there is room for.
+pub const MAX_CODE: usize = CODE_BYTES;
 
 /// A case on its way to the child, and its outcome on the way back: each value is replaced by what it was at the end.
 #[repr(C, align(64))]

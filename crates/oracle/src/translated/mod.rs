@@ -49,6 +49,10 @@ pub struct Step {
     pub rip: u64,
     /// With what.
     pub gpr: [u64; 16],
+    /// RFLAGS.
+    pub rflags: u64,
+    /// The segments' bases.
+    pub bases: [u64; 6],
     /// In code of this size.
     pub bits: u32,
 }
@@ -57,7 +61,7 @@ impl Step {
     fn of(cpu: &Cpu) -> Self {
         let wide = cpu.seg[seg::CS].access & access::DB != 0;
         let bits = if cpu.code64() { 64 } else { 16 << u32::from(wide) };
-        Self { rip: cpu.rip, gpr: cpu.gpr, bits }
+        Self { rip: cpu.rip, gpr: cpu.gpr, rflags: cpu.rflags, bases: cpu.seg.map(|segment| segment.base), bits }
     }
 }
 

@@ -122,6 +122,22 @@ fn a_fault_leaves_the_registers_at_the_element_that_faulted() {
 }
 
 #[test]
+fn which_operand_of_a_comparison_faults_first_is_the_processors() {
+    let cpu = &mut long();
+    with_small_pages(cpu, 0x21);
+    (cpu.gpr[RSI], cpu.gpr[RDI], cpu.gpr[RCX]) = (0x21000, 0x21800, 5);
+    let (source, target) = (Err(Exception::page_fault(0x21000, 0)), Err(Exception::page_fault(0x21800, 0)));
+    for right_first in [false, true] {
+        cpu.features.cmps_right_first = right_first;
+        let usual = if right_first { target } else { source };
+        for cmps in [&[0xa6][..], &[0xf2, 0xa6], &[0xa7], &[0xf3, 0xa7], &[0x48, 0xa7]] {
+            assert_eq!(run(cpu, cmps), usual, "{cmps:02x?}");
+        }
+        assert_eq!(run(cpu, &[0xf3, 0xa6]), source, "repe cmpsb");
+    }
+}
+
+#[test]
 fn stores_and_loads() {
     let cpu = &mut long();
     (cpu.gpr[RAX], cpu.gpr[RDI], cpu.gpr[RCX]) = (0x1122_3344_5566_7788, 0x30ffe, 0x800);

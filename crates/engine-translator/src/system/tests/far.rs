@@ -8,8 +8,8 @@ use crate::{
     descriptor::system_type::{CALL_GATE, CALL_GATE16},
     exception::Exception,
     testing::{
-        CODE, GDT, Mode, STACK, TSS, cpu, descriptor, gate, peek, poke, rights,
-        selector::{CODE16, CODE32, CODE64, CONFORMING, DATA, FREE, USER_CODE32, USER_CODE64, USER_DATA},
+        CODE, GDT, Mode, STACK, TSS, cpu, descriptor, gate, peek, poke, rights, segment,
+        selector::{CODE16, CODE32, CODE64, CONFORMING, DATA, DATA16, FREE, USER_CODE32, USER_CODE64, USER_DATA},
         set_descriptor, step,
     },
 };
@@ -132,6 +132,27 @@ fn into_and_out_of_64bit_mode() {
     step(&mut cpu, b"\xff\x2c\x25\x00\x50\x00\x00").unwrap();
     assert!(cpu.long_mode() && !cpu.code64());
     assert_eq!(cpu.rip, u64::from(TARGET));
+}
+
+#[test]
+fn a_return_into_another_mode_moves_the_stack_pointer_of_that_mode() {
+    // From the top of a stack of 4 GiB to 64-bit code.
+    let mut compatibility = cpu(Mode::Compatibility(0));
+    compatibility.seg[SS].base = STACK + 8;
+    compatibility.gpr[RSP] = 0xffff_fff8;
+    poke(&compatibility, STACK, u64::from(CODE64) << 32 | u64::from(TARGET));
+    step(&mut compatibility, b"\xca\x10\x00").unwrap();
+    assert!(compatibility.code64());
+    assert_eq!((compatibility.rip, compatibility.gpr[RSP]), (u64::from(TARGET), 0x1_0000_0010));
+
+    // From 64-bit code to other code on a stack of 16 bits.
+    let mut long = cpu(Mode::Long(0));
+    long.seg[SS] = segment(&long, DATA16);
+    long.gpr[RSP] = 0x1_fff8;
+    poke(&long, 0x1_fff8, u64::from(CODE32) << 32 | u64::from(TARGET));
+    step(&mut long, b"\xca\x10\x00").unwrap();
+    assert!(!long.code64());
+    assert_eq!((long.rip, long.gpr[RSP]), (u64::from(TARGET), 0x1_0010));
 }
 
 #[test]
