@@ -14,6 +14,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use purlin_images::{
     prepare::{Prepared, Request, prepare_run},
+    seed::read_user_data,
     store::Store,
 };
 
@@ -38,7 +39,9 @@ const SSH: u16 = 22;
 /// A machine of the image, with a disk of its own that has not booted yet.
 pub fn prepare(image: &str, user_data: Option<&Path>) -> Result<Prepared> {
     let disk_size = Some(13 << 30);
-    let request = Request { image, host_name: Some(HOST_NAME), user_data, disk_size, arguments: None };
+    let user_data = user_data.map(read_user_data).transpose()?;
+    let user_data = user_data.as_deref();
+    let request = Request { image, host_name: Some(HOST_NAME), user_data, disk_size, ..Request::default() };
     Ok(prepare_run(&Store::of_user()?, &request, &Printed("image"))?)
 }
 

@@ -14,6 +14,7 @@ mod guests;
 mod image;
 mod image_nested;
 mod import;
+mod kept;
 mod lane;
 mod lint;
 mod machine;
@@ -49,7 +50,7 @@ struct Xtask {
 
 #[derive(Subcommand)]
 enum Chore {
-    /// Install what the tests need, then run them all: lint, unit, piped, boot, image, midboot, nested
+    /// Install what the tests need, then run them all: lint, unit, piped, boot, image, kept, midboot, nested
     Test,
     /// Install what the tests need (Debian packages, with sudo if need be)
     Setup,
@@ -65,6 +66,8 @@ enum Chore {
     Boot(boot::BootArgs),
     /// Boot the image that `purlin image build debian` makes: set-up, ssh, the agent, a clean end
     Image(image::ImageArgs),
+    /// That image as a machine that is kept: commands, snapshots, clones
+    Kept(kept::KeptArgs),
     /// Import disks as other systems make them, and boot one
     Import(import::ImportArgs),
     /// The image's network: its throughput against QEMU's, its limits, a download, TAP
@@ -91,6 +94,7 @@ fn main() -> ExitCode {
         Chore::Nested(args) => nested::run(&args),
         Chore::Boot(args) => boot::run(&args),
         Chore::Image(args) => image::run(&args),
+        Chore::Kept(args) => kept::run(&args),
         Chore::Import(args) => import::run(&args),
         Chore::Net(args) => net::run(&args),
         Chore::Disk(args) => disk::run(&args),
@@ -130,6 +134,7 @@ fn test() -> Result<()> {
 fn test_translator() -> Result<()> {
     part("boot", || boot::run(&boot::BootArgs::on(Engine::Translator)))?;
     part("image", || image::run(&image::ImageArgs::default()))?;
+    part("kept", || kept::run(&kept::KeptArgs::default()))?;
     part("midboot", || midboot::run(&midboot::MidbootArgs::default()))
 }
 

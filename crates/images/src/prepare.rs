@@ -59,9 +59,22 @@ pub struct Files {
 /// A machine that is there for one run; its files are gone when this is dropped.
 #[derive(Debug)]
 pub struct Prepared {
-    /// The files.
-    pub files: Files,
+    files: Files,
     _dir: RunDir,
+}
+
+impl std::ops::Deref for Prepared {
+    type Target = Files;
+
+    fn deref(&self) -> &Files {
+        &self.files
+    }
+}
+
+impl std::ops::DerefMut for Prepared {
+    fn deref_mut(&mut self) -> &mut Files {
+        &mut self.files
+    }
 }
 
 /// Makes a machine of `request.image` ready for one run; the image is built first if need be.

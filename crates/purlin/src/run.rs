@@ -209,7 +209,7 @@ fn at_odds(args: &RunArgs, network: &api::Network) -> Option<&'static str> {
 /// Tells how to reach the guest.
 fn say_ssh(boot: &Boot, network: &Connected) {
     let (Some(machine), Some(ssh)) = (&boot.machine, network.ssh) else { return };
-    terminal::say(&format!("the guest's ssh: {}", ssh_command(machine.files.identity.as_deref(), ssh)));
+    terminal::say(&format!("the guest's ssh: {}", ssh_command(machine.identity.as_deref(), ssh)));
 }
 
 /// A command that works in each run: the guest makes its host keys anew, and the port is often that of the run before,

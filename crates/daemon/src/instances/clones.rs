@@ -1,14 +1,15 @@
 //! Clones of instances: of one that runs, memory and disk go on copy-on-write in both.
 
 use std::{
-    path::Path,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
 use futures_util::future::join_all;
 use purlin_agent::{
-    client::connect_when_up,
+    client::{Client, ClientError, connect_when_up},
     protocol::{Card, Renew},
 };
 use purlin_api::{
@@ -183,36 +184,72 @@ impl Instances {
     /// `old_mac`, a new one.
     async fn renew(&self, entry: &Entry, old_mac: Option<[u8; 6]>, patience: Duration) -> Result<(), ErrorBody> {
         let record = entry.record();
-        let socket = self.dir_of(&record).join(vm::VSOCK);
         let cards = old_mac.map(|old| Card { old: text(old), new: text(record.mac) });
-        let mut random_seed = vec![0; SEED];
-        let length = getrandom(&mut random_seed, GetRandomFlags::empty()).unwrap_or(0);
-        random_seed.truncate(length);
         let renew = Renew {
             host_name: record.name.clone(),
             machine_id: String::new(),
-            random_seed,
+            random_seed: random_seed(),
             remake_ssh_host_keys: true,
             cards: cards.into_iter().collect(),
-            time_ns: now_ms() * 1_000_000,
+            time_ns: 0,
         };
-        let renewed = tokio::task::spawn_blocking(move || {
-            let address = Address::of(&socket).map_err(|e| e.to_string())?;
-            let client = connect_when_up(address.path(), patience).map_err(|e| e.to_string())?;
-            client.renew(renew).map(|(renewed, _)| renewed).map_err(|e| e.to_string())
-        });
-        let renewed = renewed.await.map_err(failed)?.map_err(failed)?;
-        for problem in renewed.problems {
-            tracing::warn!("'{}': {problem}", record.name);
-        }
+        self.ask_to_renew(&record, renew, patience).await?;
         self.change(entry, |record| record.is_to_be_renewed = false)
     }
+
+    /// A guest that goes on from a snapshot thinks that it is still then, and has the randomness that it had: its agent, if
+    /// it has one, sets that right.
+    pub(super) fn bring_to_the_present(self: &Arc<Self>, entry: &Arc<Entry>) {
+        let (instances, record) = (self.clone(), entry.record());
+        tokio::spawn(async move {
+            let socket = instances.dir_of(&record).join(vm::VSOCK);
+            let info = ask(socket, AGENT, |client| client.info()).await;
+            let Ok(info) = info else { return };
+            let renew = Renew { machine_id: info.machine_id, random_seed: random_seed(), ..Renew::default() };
+            if let Err(error) = instances.ask_to_renew(&record, renew, AGENT).await {
+                tracing::warn!("the clock of '{}' was not set: {error}", record.name);
+            }
+        });
+    }
+
+    async fn ask_to_renew(&self, record: &Record, renew: Renew, patience: Duration) -> Result<(), ErrorBody> {
+        let socket = self.dir_of(record).join(vm::VSOCK);
+        let renewed = ask(socket, patience, move |client| {
+            // The time at which it is asked, not that at which somebody began to wait for it.
+            client.renew(Renew { time_ns: now_ms() * 1_000_000, ..renew }).map(|(renewed, _)| renewed)
+        });
+        for problem in renewed.await?.problems {
+            tracing::warn!("'{}': {problem}", record.name);
+        }
+        Ok(())
+    }
+}
+
+/// Asks the agent at a machine's vsock socket something, on a thread that may wait.
+async fn ask<T: Send + 'static>(
+    socket: PathBuf,
+    patience: Duration,
+    what: impl FnOnce(Client<UnixStream, UnixStream>) -> Result<T, ClientError> + Send + 'static,
+) -> Result<T, ErrorBody> {
+    let asked = tokio::task::spawn_blocking(move || {
+        let address = Address::of(&socket).map_err(|e| e.to_string())?;
+        let client = connect_when_up(address.path(), patience).map_err(|e| e.to_string())?;
+        what(client).map_err(|e| e.to_string())
+    });
+    asked.await.map_err(failed)?.map_err(failed)
+}
+
+fn random_seed() -> Vec<u8> {
+    let mut seed = vec![0; SEED];
+    let length = getrandom(&mut seed, GetRandomFlags::empty()).unwrap_or(0);
+    seed.truncate(length);
+    seed
 }
 
 /// It boots what the other one does, from there, and has a disk of its own on the frozen one.
 fn boot_of_clone(source: &Record, dir: &Path, name: &str) -> Result<Boot, ErrorBody> {
     let from = boot(source)?;
-    let there = |path: &std::path::PathBuf| dir.join(path);
+    let there = |path: &PathBuf| dir.join(path);
     let old = format!("systemd.hostname={}", source.name);
     let words =
         from.cmdline.split(' ').map(|word| if word == old { format!("systemd.hostname={name}") } else { word.into() });

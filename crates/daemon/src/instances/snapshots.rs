@@ -114,7 +114,11 @@ impl Instances {
         })?;
         self.sweep()?;
         match memory {
-            Some(file) => self.start(entry, vm::Origin::Snapshot { file }).await,
+            Some(file) => {
+                self.start(entry, vm::Origin::Snapshot { file }).await?;
+                self.bring_to_the_present(entry);
+                Ok(())
+            }
             None => Ok(()),
         }
     }

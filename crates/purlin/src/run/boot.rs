@@ -71,13 +71,12 @@ impl Boot {
         let user_data = args.machine.user_data.as_deref().map(read_user_data).transpose()?;
         let request = Request { arguments: Some(&arguments), user_data: user_data.as_deref(), ..request(image, args) };
         let machine = prepare_run(&Store::of_user()?, &request, &Shown::new(stop.clone()))?;
-        let files = &machine.files;
-        let disk = DiskSpec::new(&files.disk).format(Format::Qcow2);
-        let seed = DiskSpec::new(&files.seed).format(Format::Raw).read_only();
+        let disk = DiskSpec::new(&machine.disk).format(Format::Qcow2);
+        let seed = DiskSpec::new(&machine.seed).format(Format::Raw).read_only();
         Ok(Self {
-            kernel: files.kernel.clone(),
-            initrds: files.initrds.clone(),
-            cmdline: files.cmdline.clone(),
+            kernel: machine.kernel.clone(),
+            initrds: machine.initrds.clone(),
+            cmdline: machine.cmdline.clone(),
             disks: vec![disk, seed],
             machine: Some(machine),
         })

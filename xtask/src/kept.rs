@@ -1,0 +1,242 @@
+//! Debian as a machine that is kept: launched, asked, snapshotted, gone back and cloned, by the command as users have it; and
+//! how long that takes.
+
+use std::{
+    fs,
+    io::Write,
+    os::unix::fs::symlink,
+    path::PathBuf,
+    process::{Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use purlin_debian::home;
+use tempfile::TempDir;
+
+use crate::{
+    figures::median,
+    machine::{self, program},
+};
+
+/// What to do with it.
+#[derive(Args)]
+pub struct KeptArgs {
+    /// The image
+    #[arg(long, default_value = "debian")]
+    image: String,
+    /// The machine's memory
+    #[arg(long, default_value = "512M")]
+    memory: String,
+    /// So many clones at once
+    #[arg(long, default_value_t = 3)]
+    clones: u16,
+    /// Measure the clone of one so many times
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+}
+
+impl Default for KeptArgs {
+    fn default() -> Self {
+        Self { image: "debian".into(), memory: "512M".into(), clones: 3, rounds: 3 }
+    }
+}
+
+/// How long things may take that come by themselves, also on a loaded host.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Counts, so that one sees that the guest has gone on and not begun anew.
+const COUNTER: &str = "systemd-run -q sh -c 'i=0; while :; do i=$((i+1)); echo $i > /run/count; sleep 0.05; done'";
+
+/// Does it all.
+pub fn run(args: &KeptArgs) -> Result<()> {
+    machine::build()?;
+    let mut home = Home::new()?;
+    home.purlin(&["image", "build", &args.image])?;
+    check_launch(&home, args)?;
+    check_commands(&home)?;
+    check_snapshots(&home)?;
+    measure_clone(&home, args.rounds)?;
+    check_clones(&home, args.clones)?;
+    home.end()
+}
+
+fn check_launch(home: &Home, args: &KeptArgs) -> Result<()> {
+    let begin = Instant::now();
+    home.purlin(&["launch", &args.image, "a", "--memory", &args.memory])?;
+    home.exec("a", "true")?;
+    println!("launch to the first exec: {:.1?}", begin.elapsed());
+    let state = home.exec("a", "systemctl is-system-running --wait")?;
+    ensure!(state.trim() == "running", "the guest is {state:?}");
+    println!("launch to systemd's 'running': {:.1?}", begin.elapsed());
+    Ok(())
+}
+
+/// What a command says, takes and ends with; files.
+fn check_commands(home: &Home) -> Result<()> {
+    ensure!(home.exec("a", "hostname; id -u")?.trim() == "a\n0");
+    let ended = home.command(&["exec", "a", "--", "sh", "-c", "exit 3"]).status()?;
+    ensure!(ended.code() == Some(3), "exit 3 became {ended}");
+    let data: Vec<u8> = (0..1 << 20).map(|i: u32| (i.wrapping_mul(2654435761) >> 24) as u8).collect();
+    let mut cat = home.command(&["exec", "a", "--", "cat"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    let mut stdin = cat.stdin.take().context("no stdin")?;
+    let input = data.clone();
+    let writer = thread::spawn(move || stdin.write_all(&input));
+    let output = cat.wait_with_output()?;
+    writer.join().expect("it does not panic")?;
+    ensure!(output.stdout == data, "1 MiB through cat is another");
+    let (there, back) = (home.path().join("there"), home.path().join("back"));
+    fs::write(&there, &data)?;
+    home.purlin(&["file", "push", "-p", &there.to_string_lossy(), "a/var/tmp/x/data"])?;
+    home.purlin(&["file", "pull", "a/var/tmp/x/data", &back.to_string_lossy()])?;
+    ensure!(fs::read(&back)? == data, "1 MiB there and back is another");
+    Ok(())
+}
+
+fn check_snapshots(home: &Home) -> Result<()> {
+    home.exec("a", COUNTER)?;
+    home.exec("a", "echo before > /root/file; sync")?;
+    home.purlin(&["snapshot", "create", "a", "s1"])?;
+    let counted = count(home, "a")?;
+    home.exec("a", "echo after > /root/file; rm /etc/hostname; sync")?;
+    thread::sleep(Duration::from_secs(3));
+    home.purlin(&["snapshot", "create", "a", "s2"])?;
+    let begin = Instant::now();
+    home.purlin(&["snapshot", "restore", "a", "s1"])?;
+    let said = home.exec("a", "cat /root/file /etc/hostname")?;
+    println!("restore to the first exec: {:.2?}", begin.elapsed());
+    ensure!(said == "before\na\n", "it is not as it was: {said:?}");
+    let now = count(home, "a")?;
+    ensure!(now < counted + 60, "{counted} became {now}: it has not gone back");
+    home.wait("a", "it counts on", |home| Ok(count(home, "a")? > now + 20))?;
+    // Its clock is set right.
+    home.wait("a", "the time is right", |home| {
+        let guest: i64 = home.exec("a", "date +%s")?.trim().parse()?;
+        let host = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs() as i64;
+        Ok((guest - host).abs() <= 1)
+    })?;
+    println!("{}", home.purlin(&["snapshot", "list", "a"])?.trim_end());
+    home.purlin(&["snapshot", "delete", "a", "s1"])?;
+    home.purlin(&["snapshot", "delete", "a", "s2"])?;
+    Ok(())
+}
+
+fn count(home: &Home, name: &str) -> Result<u64> {
+    Ok(home.exec(name, "cat /run/count")?.trim().parse()?)
+}
+
+fn measure_clone(home: &Home, rounds: usize) -> Result<()> {
+    let mut times = Vec::new();
+    for _ in 0..rounds {
+        let begin = Instant::now();
+        home.purlin(&["clone", "a", "b"])?;
+        let name = home.exec("b", "hostname")?;
+        times.push(begin.elapsed());
+        ensure!(name.trim() == "b", "it is called {name:?}");
+        home.purlin(&["delete", "-f", "b"])?;
+    }
+    if !times.is_empty() {
+        println!("clone to the first exec: median of {rounds}: {:.0?}", median(times));
+    }
+    Ok(())
+}
+
+/// Each has an identity of its own, goes on from where the other one was, and has a network.
+fn check_clones(home: &Home, clones: u16) -> Result<()> {
+    const WHO: &str = "cat /etc/machine-id /sys/class/net/eth0/address; hostname; head -c 16 /dev/urandom | base64";
+    let begin = Instant::now();
+    home.purlin(&["clone", "a", "c", "--count", &clones.to_string()])?;
+    println!("{clones} clones: {:.2?}", begin.elapsed());
+    let begin = Instant::now();
+    let listed = home.purlin(&["list"])?;
+    println!("list with {} machines: {:.0?}", listed.lines().count() - 1, begin.elapsed());
+    let names: Vec<String> = (1..=clones).map(|number| format!("c-{number}")).chain(["a".to_owned()]).collect();
+    let mut seen = std::collections::HashSet::new();
+    for name in &names {
+        let said = home.exec(name, WHO)?;
+        ensure!(said.lines().nth(2) == Some(name), "{name}: {said:?}");
+        ensure!(said.lines().all(|line| seen.insert(line.to_owned())), "{name} has something of another's: {said:?}");
+    }
+    for name in &names {
+        let before = count(home, name)?;
+        home.wait(name, "it counts on", |home| Ok(count(home, name)? > before))?;
+        home.wait(name, "it has an address", |home| {
+            Ok(home.exec(name, "ip -4 -br addr show eth0")?.contains("10.0.2."))
+        })?;
+        let key = || home.exec(name, "cat /etc/ssh/ssh_host_ed25519_key.pub");
+        home.wait(name, "it has host keys of its own", |_| Ok(key().is_ok()))?;
+        ensure!(seen.insert(key()?), "{name} has the host keys of another");
+    }
+    Ok(())
+}
+
+/// A home of its own, with the user's images.
+struct Home {
+    dir: TempDir,
+    ended: bool,
+}
+
+impl Home {
+    fn new() -> Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let images = home::data()?.join("images");
+        fs::create_dir_all(&images)?;
+        fs::create_dir_all(dir.path().join("data"))?;
+        symlink(images, dir.path().join("data/images"))?;
+        Ok(Self { dir, ended: false })
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.path().to_owned()
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(program());
+        command.args(arguments).env("PURLIN_HOME", self.dir.path()).stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a verb that succeeds; what it says.
+    fn purlin(&self, arguments: &[&str]) -> Result<String> {
+        let output = self.command(arguments).stderr(Stdio::inherit()).output()?;
+        ensure!(output.status.success(), "purlin {}: {}", arguments.join(" "), output.status);
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    fn exec(&self, name: &str, command: &str) -> Result<String> {
+        self.purlin(&["exec", name, "--", "sh", "-c", command])
+    }
+
+    fn wait(&self, name: &str, what: &str, is_so: impl Fn(&Self) -> Result<bool>) -> Result<()> {
+        let begin = Instant::now();
+        while !is_so(self)? {
+            ensure!(begin.elapsed() < PATIENCE, "{name}: in vain: {what}");
+            thread::sleep(Duration::from_millis(100));
+        }
+        Ok(())
+    }
+
+    /// Deletes everything: nothing is left of it.
+    fn end(&mut self) -> Result<()> {
+        self.ended = true;
+        let listed: serde_json::Value = serde_json::from_str(&self.purlin(&["list", "--json"])?)?;
+        for instance in listed.as_array().into_iter().flatten() {
+            self.purlin(&["delete", "-f", instance["name"].as_str().unwrap_or_default()])?;
+        }
+        let left = fs::read_dir(self.dir.path().join("data/instances"))?.count();
+        ensure!(left == 0, "{left} directories of instances are left");
+        self.purlin(&["daemon", "stop"])?;
+        Ok(())
+    }
+}
+
+impl Drop for Home {
+    fn drop(&mut self) {
+        // Where a check failed, machines would go on.
+        if !self.ended && self.end().is_err() {
+            println!("processes of {} may be left", self.dir.path().display());
+        }
+    }
+}
