@@ -7,6 +7,7 @@ use std::{
 
 use purlin_engine_kvm::probe;
 use purlin_engine_translator::TranslatorEngine;
+use purlin_sandbox::{Identity, Layer, Plan};
 use rustix::{
     fs::{MemfdFlags, memfd_create},
     process::{Resource, geteuid, getrlimit},
@@ -90,6 +91,7 @@ pub fn report() -> HostReport {
         open_files(),
         memfd(),
         huge_pages(&read(HUGE_PAGES)),
+        sandbox(),
         userfaultfd(),
         tun(),
     ]);
@@ -234,6 +236,22 @@ fn huge_pages(text: &str) -> Fact {
     let advice = (value == Value::Flag(false))
         .then(|| format!("Guests under KVM are faster with huge pages: `echo advise | sudo tee {HUGE_PAGES}`."));
     Fact { key: "huge_pages", label: "huge pages", value, advice }
+}
+
+/// What the processes of machines that are kept are shut in by. A user who is not root has machines of the same user.
+fn sandbox() -> Fact {
+    const SOMEBODY: u32 = 0x7000_0000;
+    let identity = geteuid().is_root().then_some(Identity { uid: SOMEBODY, gid: SOMEBODY });
+    let is_root = identity.is_some();
+    let (value, advice) = match purlin_sandbox::probe(&Plan { identity, ..Plan::default() }) {
+        Ok(report) => {
+            let missing = report.missing.iter().filter(|missing| is_root || missing.layer != Layer::Identity);
+            let missing: Vec<String> = missing.map(ToString::to_string).collect();
+            (Value::Flag(missing.is_empty()), (!missing.is_empty()).then(|| missing.join(" ")))
+        }
+        Err(_) => (Value::Unknown, None),
+    };
+    Fact { key: "sandbox", label: "whole sandbox for machines", value, advice }
 }
 
 /// Root may use userfaultfd(2) for faults of the kernel, too, as KVM and system calls make them; others only if a
