@@ -4,6 +4,7 @@
 mod agent;
 mod attach;
 mod client;
+mod completions;
 mod console;
 mod daemon;
 mod doctor;
@@ -14,6 +15,7 @@ mod image;
 mod launch;
 mod list;
 mod machine;
+mod man;
 mod monitor;
 mod progress;
 mod prompt;
@@ -77,6 +79,8 @@ enum Verb {
     Image(image::ImageArgs),
     Daemon(daemon::DaemonArgs),
     Doctor(doctor::DoctorArgs),
+    Completions(completions::CompletionsArgs),
+    Man(man::ManArgs),
 }
 
 const EXAMPLES: &str = "\
@@ -114,6 +118,8 @@ fn main() -> ExitCode {
         Verb::Image(args) => image::image(&args, signals),
         Verb::Doctor(args) => doctor::doctor(&args),
         Verb::Daemon(args) => daemon::daemon(&args, signals),
+        Verb::Completions(args) => completions::completions(&args),
+        Verb::Man(args) => man::man(&args),
         Verb::Exec(args) => client::ended(exec::exec(&args, signals)),
         Verb::Shell(args) => client::ended(exec::shell(&args, signals)),
         verb => {
@@ -148,5 +154,6 @@ fn ask(verb: Verb) -> Result<Ended> {
         Verb::Run(_) | Verb::Image(_) | Verb::Daemon(_) | Verb::Doctor(_) | Verb::Exec(_) | Verb::Shell(_) => {
             Ok(Ended::Well)
         }
+        Verb::Completions(_) | Verb::Man(_) => Ok(Ended::Well),
     }
 }
