@@ -27,6 +27,7 @@ mod state;
 mod stop;
 mod table;
 mod terminal;
+mod top;
 mod usage;
 
 use std::{env, path::Path, process::ExitCode};
@@ -75,6 +76,7 @@ enum Verb {
     Delete(state::DeleteArgs),
     /// Wait until a machine is stopped, or as you want it
     Wait(state::WaitArgs),
+    Top(top::TopArgs),
     Monitor(monitor::MonitorArgs),
     Image(image::ImageArgs),
     Daemon(daemon::DaemonArgs),
@@ -122,6 +124,7 @@ fn main() -> ExitCode {
         Verb::Man(args) => man::man(&args),
         Verb::Exec(args) => client::ended(exec::exec(&args, signals)),
         Verb::Shell(args) => client::ended(exec::shell(&args, signals)),
+        Verb::Top(args) => client::ended(top::top(&args, signals)),
         verb => {
             signals.unblock();
             client::ended(ask(verb))
@@ -154,6 +157,6 @@ fn ask(verb: Verb) -> Result<Ended> {
         Verb::Run(_) | Verb::Image(_) | Verb::Daemon(_) | Verb::Doctor(_) | Verb::Exec(_) | Verb::Shell(_) => {
             Ok(Ended::Well)
         }
-        Verb::Completions(_) | Verb::Man(_) => Ok(Ended::Well),
+        Verb::Top(_) | Verb::Completions(_) | Verb::Man(_) => Ok(Ended::Well),
     }
 }
