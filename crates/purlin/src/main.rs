@@ -17,6 +17,7 @@ mod list;
 mod machine;
 mod man;
 mod monitor;
+mod port_forward;
 mod progress;
 mod prompt;
 mod run;
@@ -67,6 +68,7 @@ enum Verb {
     Shell(exec::ShellArgs),
     File(file::FileArgs),
     Console(attach::ConsoleArgs),
+    PortForward(port_forward::PortForwardArgs),
     Snapshot(snapshot::SnapshotArgs),
     Clone(snapshot::CloneArgs),
     Set(set::SetArgs),
@@ -153,6 +155,7 @@ fn ask(verb: Verb) -> Result<Ended> {
         Verb::Wait(args) => state::wait(&args),
         Verb::Monitor(args) => monitor::monitor(&args),
         Verb::File(args) => file::file(&args),
+        Verb::PortForward(args) => port_forward::port_forward(&args),
         // These are no business of the daemon's, or need signals.
         Verb::Run(_) | Verb::Image(_) | Verb::Daemon(_) | Verb::Doctor(_) | Verb::Exec(_) | Verb::Shell(_) => {
             Ok(Ended::Well)

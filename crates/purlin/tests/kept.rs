@@ -138,6 +138,10 @@ fn what_makes_no_sense_is_told_and_changes_nothing() {
         ("set a cpu=x", 2, &["x"]),
         ("set a memory=1", 2, &["memory"]),
         ("wait nope", 1, &["no instance 'nope'"]),
+        ("port-forward nope 0:80", 1, &["no instance 'nope'"]),
+        ("port-forward a 0:80", 1, &["'a' is not running"]),
+        ("port-forward a 80", 2, &["[HOST:]PORT:GUESTPORT"]),
+        ("port-forward a 53:53/udp", 2, &["only TCP"]),
         ("wait a --for running --timeout 0", 1, &["'a' is stopped after 0 s"]),
     ] {
         let output = home.run(words);
