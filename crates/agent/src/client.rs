@@ -3,6 +3,8 @@
 
 mod command;
 mod connect;
+mod data;
+mod dial;
 mod files;
 
 use std::io::{self, Read, Write};
@@ -11,6 +13,7 @@ use std::path::PathBuf;
 
 pub use command::{Command, Event, Finished, Input, Output};
 pub use connect::{connect, connect_when_up, greeting};
+pub use dial::{Connection, ConnectionReader, ConnectionWriter};
 pub use files::Pulled;
 
 use crate::{

@@ -4,11 +4,13 @@
 //! One thread for each session, and one for each command that runs; nothing else. It is linked statically, so that one
 //! program does for every Linux.
 
+mod dial;
 mod exec;
 mod files;
 mod info;
 mod link;
 mod listen;
+mod pending;
 mod renew;
 mod session;
 mod users;

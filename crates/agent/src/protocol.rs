@@ -11,11 +11,13 @@
 //! | `Push` | once it is told `Ready`: `Data`, `DataEnd` | `Ready`, `Stored` |
 //! | `Pull` | | `File`, `Data`, `DataEnd` |
 //! | `Renew` | | `Renewed`, then `RenewEnded` |
+//! | `Dial` | once it is told `Dialed`: `Data`, `DataEnd` | `Dialed`, then `Data`, `DataEnd` |
 //!
 //! The stream's own flow control is the only one that is needed. A host that wants its signals to arrive while a command
 //! does not read its input sends no more input than [`STDIN_WINDOW`] bytes that the agent has not called taken.
 //!
-//! A host that ends the connection, or only its own direction, ends the session: a command gets SIGHUP.
+//! A host that ends the connection, or only its own direction, ends the session: a command gets SIGHUP. `DataEnd` is how
+//! one direction of a `Dial` ends and the other goes on.
 //!
 //! Fields and messages are only ever added. An agent that does not know a request answers so; [`VERSION`] is raised when
 //! what there is changes its meaning.
@@ -32,7 +34,7 @@ pub const STDIN_WINDOW: usize = 256 << 10;
 #[derive(Clone, PartialEq, Message)]
 pub struct HostFrame {
     /// `None` is a message of another version.
-    #[prost(oneof = "HostMessage", tags = "1, 2, 3, 4, 5, 16, 17, 18, 19, 20, 21")]
+    #[prost(oneof = "HostMessage", tags = "1, 2, 3, 4, 5, 6, 16, 17, 18, 19, 20, 21")]
     pub message: Option<HostMessage>,
 }
 
@@ -54,6 +56,9 @@ pub enum HostMessage {
     /// Makes a copied machine one of its own.
     #[prost(message, tag = "5")]
     Renew(Renew),
+    /// Connects to a port.
+    #[prost(message, tag = "6")]
+    Dial(Dial),
 
     /// Bytes for the command's standard input.
     #[prost(bytes = "vec", tag = "16")]
@@ -68,7 +73,7 @@ pub enum HostMessage {
     /// terminal, the command's process group.
     #[prost(int32, tag = "19")]
     Signal(i32),
-    /// Bytes of the file that is pushed.
+    /// Bytes of the file that is pushed, or for whoever was dialed.
     #[prost(bytes = "vec", tag = "20")]
     Data(Vec<u8>),
     /// That was all of it.
@@ -80,7 +85,7 @@ pub enum HostMessage {
 #[derive(Clone, PartialEq, Message)]
 pub struct AgentFrame {
     /// `None` is a message of another version.
-    #[prost(oneof = "AgentMessage", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15")]
+    #[prost(oneof = "AgentMessage", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16")]
     pub message: Option<AgentMessage>,
 }
 
@@ -120,7 +125,7 @@ pub enum AgentMessage {
     /// The file that is asked for; its data follows.
     #[prost(message, tag = "11")]
     File(File),
-    /// Bytes of it.
+    /// Bytes of it, or from whoever was dialed.
     #[prost(bytes = "vec", tag = "12")]
     Data(Vec<u8>),
     /// That was all of it.
@@ -132,6 +137,9 @@ pub enum AgentMessage {
     /// That is done, too.
     #[prost(message, tag = "15")]
     RenewEnded(RenewEnded),
+    /// Somebody listens at the port, and is connected.
+    #[prost(message, tag = "16")]
+    Dialed(Empty),
 }
 
 impl From<HostMessage> for HostFrame {
@@ -202,6 +210,10 @@ pub enum FailureKind {
     Permission = 11,
     /// There is no room.
     NoSpace = 12,
+    /// Nobody listens there.
+    Refused = 13,
+    /// There is no way there, or no answer.
+    Unreachable = 14,
 }
 
 impl Failed {
@@ -428,6 +440,17 @@ pub struct RenewEnded {
     pub problems: Vec<String>,
 }
 
+/// Connects to a TCP port, as a program in the guest does.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct Dial {
+    /// An IP address; if empty it is the guest itself: 127.0.0.1 or, if nobody listens there, ::1.
+    #[prost(string, tag = "1")]
+    pub host: String,
+    /// 1 to 65535.
+    #[prost(uint32, tag = "2")]
+    pub port: u32,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -448,6 +471,8 @@ mod tests {
         assert_eq!(frame.encode_to_vec(), b"\x12\x0c\x0a\x02id\x22\x04root\x30\x01");
         let frame = AgentFrame::from(AgentMessage::Exited(Exited { status: 3, signal: 0 }));
         assert_eq!(frame.encode_to_vec(), b"\x42\x02\x08\x03");
+        let frame = HostFrame::from(HostMessage::Dial(Dial { host: String::new(), port: 80 }));
+        assert_eq!(frame.encode_to_vec(), b"\x32\x02\x10\x50");
         // A request of a later version.
         assert_eq!(HostFrame::decode(&b"\x7a\x00"[..]).unwrap().message, None);
     }

@@ -5,7 +5,7 @@ use std::{net::Shutdown, os::unix::net::UnixStream, time::Duration};
 use purlin_agent::protocol::{AgentMessage, Failed, FailureKind, Hello, HostMessage, VERSION};
 
 use crate::{
-    exec, files, info,
+    dial, exec, files, info,
     link::{End, Link},
     renew,
 };
@@ -46,6 +46,7 @@ fn answer(link: &mut Link) -> Result<(), End> {
         HostMessage::Push(push) => files::push(link, &push),
         HostMessage::Pull(pull) => files::pull(link, &pull),
         HostMessage::Renew(renew) => renew::run(link, &renew),
+        HostMessage::Dial(dial) => dial::run(link, &dial),
         _ => Err(End::protocol("a session begins with a request")),
     }
 }

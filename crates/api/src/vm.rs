@@ -1,6 +1,9 @@
 //! The control API of a VM's process: what it is started with, and what it says of itself.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -9,14 +12,20 @@ use crate::{Disk, Machine};
 
 /// The socket in the machine's directory at which its clones are given what it was when it was frozen.
 pub const FROZEN: &str = "frozen.sock";
-/// The file in the machine's directory that says what to run.
-pub const SPEC: &str = "machine.json";
+/// The file that says what to run, beside the machine's directory, where its process cannot change it.
+pub fn spec_of(dir: &Path) -> PathBuf {
+    dir.with_added_extension("json")
+}
+
+/// The file beside the machine's directory that a process has locked as long as it lives.
+pub fn lock_of(dir: &Path) -> PathBuf {
+    dir.with_added_extension("lock")
+}
+
 /// The control socket in it.
 pub const CONTROL: &str = "control.sock";
 /// The socket that leads to the guest's sockets: a program says `CONNECT PORT` there.
 pub const VSOCK: &str = "vsock.sock";
-/// The file that a process has locked as long as it lives.
-pub const LOCK: &str = "lock";
 /// The file that says how the last run ended.
 pub const END: &str = "end.json";
 /// What the guest has written to its serial port.

@@ -41,6 +41,8 @@ const QUIT: Duration = Duration::from_secs(5);
 /// All instances.
 pub struct Instances {
     dir: PathBuf,
+    /// Where images of the store's have names for instances that stand on them.
+    bases: PathBuf,
     store: Store,
     database: Arc<Database>,
     events: Arc<Events>,
@@ -104,7 +106,8 @@ impl Instances {
             database.instances()?.into_iter().partition(|record| record.stage == Stage::Deleting);
         let entries = there.into_iter().map(|record| (record.name.clone(), Entry::new(record)));
         let (entries, deleted) = (Mutex::new(entries.collect()), Mutex::new(deleted));
-        Ok(Arc::new(Self { dir, store, database, events, operations, entries, deleted }))
+        let bases = dir.with_file_name("bases");
+        Ok(Arc::new(Self { dir, bases, store, database, events, operations, entries, deleted }))
     }
 
     /// Comes back to the truth: what was being made is taken back, what was being deleted is deleted, and the processes
@@ -138,6 +141,7 @@ impl Instances {
             Ok(Some(vm)) => self.has_started(&entry, vm),
             Ok(None) => {
                 shares::forget(record.clone()).await;
+                self.remove_half_written(&record);
                 self.note_end(&entry);
             }
             Err(error) => tracing::warn!("'{}': {error}", record.name),
@@ -262,6 +266,7 @@ impl Instances {
         tokio::spawn(async move {
             let end = vm.end().await;
             shares::forget(entry.record()).await;
+            instances.remove_half_written(&entry.record());
             let status = if end.crashed { Status::Crashed } else { Status::Stopped };
             let message = end.message.clone();
             let changed = instances.change(&entry, |record| record.last_end = Some(end));
@@ -335,7 +340,7 @@ impl Instances {
         swept
     }
 
-    /// Gives an instance another name. Its guest's host name stays until its next start.
+    /// Gives an instance another name. Its guest's host name stays.
     pub fn rename(&self, name: &str, to: &str) -> Result<(), ErrorBody> {
         check_name(to).map_err(|e| ErrorBody::new(Reason::BadRequest, e))?;
         let entry = self.get(name)?;
@@ -381,9 +386,18 @@ impl Instances {
     /// What its guest has last written to its serial port: nothing if it has never run.
     pub async fn console_log(&self, entry: &Entry) -> Result<Vec<u8>, ErrorBody> {
         let path = self.dir_of(&entry.record()).join(vm::CONSOLE_LOG);
-        match tokio::fs::read(&path).await {
+        match process::read_some(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
             read => read.map_err(|e| failed(format!("cannot read {}: {e}", path.display()))),
+        }
+    }
+
+    /// Snapshots that a process was writing when it was killed.
+    fn remove_half_written(&self, record: &Record) {
+        for entry in std::fs::read_dir(self.dir_of(record)).into_iter().flatten().flatten() {
+            if entry.file_name().to_string_lossy().starts_with(".purlin-snapshot-") {
+                let _ = std::fs::remove_file(entry.path());
+            }
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    io,
+    io::{self, Read},
     path::{Path, PathBuf},
     process::Stdio,
     sync::{Arc, Mutex, PoisonError},
@@ -17,7 +17,7 @@ use purlin_api::{
 };
 use purlin_vmm::process::VERB;
 use rustix::{
-    fs::{FlockOperation, flock},
+    fs::{FlockOperation, Mode, OFlags, flock},
     io::Errno,
     process::{Pid, Signal, kill_process},
 };
@@ -35,6 +35,8 @@ use crate::events::now_ms;
 const ANSWER: Duration = Duration::from_millis(200);
 /// How long it may take to do what it is asked.
 const ACTION: Duration = Duration::from_secs(10);
+/// Bytes that are read of a file of a VM's process: its console's log is shorter.
+const MOST_READ: u64 = 2 << 20;
 /// How often something is looked at that tells nobody when it changes.
 const LOOK: Duration = Duration::from_millis(10);
 /// Bytes of the longest line that says how a start went.
@@ -57,7 +59,7 @@ pub fn failed(message: impl std::fmt::Display) -> ErrorBody {
 
 /// Starts the machine in `dir`, and returns when its guest runs.
 pub async fn start(dir: &Path, spec: &vm::Spec) -> Result<Arc<Vm>, ErrorBody> {
-    write_spec(dir, spec).map_err(|e| failed(format!("cannot write {}: {e}", dir.join(vm::SPEC).display())))?;
+    write_spec(dir, spec).map_err(|e| failed(format!("cannot write {}: {e}", vm::spec_of(dir).display())))?;
     let mut child = spawn(dir).map_err(|e| failed(format!("cannot start the machine's process: {e}")))?;
     let ready = read_ready(&mut child, dir).await;
     // It is the daemon's child as long as there is this daemon; without anybody to wait for it, a zombie would stay.
@@ -71,7 +73,7 @@ pub async fn start(dir: &Path, spec: &vm::Spec) -> Result<Arc<Vm>, ErrorBody> {
 /// Finds the process again that runs the machine in `dir`; `None` if there is none.
 pub async fn find(dir: &Path) -> Result<Option<Arc<Vm>>, ErrorBody> {
     let client = Client::new(dir.join(vm::CONTROL));
-    while is_locked(dir).map_err(|e| failed(format!("cannot look at {}: {e}", dir.join(vm::LOCK).display())))? {
+    while is_locked(dir).map_err(|e| failed(format!("cannot look at {}: {e}", vm::lock_of(dir).display())))? {
         // One that is starting answers when its guest runs.
         match client.get::<vm::Process>("/1.0").await {
             Ok(said) => return Vm::connect(dir, said).await.map(Some).map_err(failed),
@@ -82,9 +84,9 @@ pub async fn find(dir: &Path) -> Result<Option<Arc<Vm>>, ErrorBody> {
 }
 
 fn write_spec(dir: &Path, spec: &vm::Spec) -> io::Result<()> {
-    let new = dir.join(format!("{}.new", vm::SPEC));
+    let new = dir.with_added_extension("new");
     fs::write(&new, serde_json::to_vec_pretty(spec)?)?;
-    fs::rename(new, dir.join(vm::SPEC))
+    fs::rename(new, vm::spec_of(dir))
 }
 
 fn spawn(dir: &Path) -> io::Result<Child> {
@@ -108,7 +110,7 @@ async fn read_ready(child: &mut Child, dir: &Path) -> Result<Ready, ErrorBody> {
 
 /// Whether a process runs the machine in `dir`.
 fn is_locked(dir: &Path) -> io::Result<bool> {
-    let lock = match File::open(dir.join(vm::LOCK)) {
+    let lock = match File::open(vm::lock_of(dir)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         other => other?,
     };
@@ -198,6 +200,20 @@ impl Vm {
         }
     }
 
+    /// What it is doing now, whenever it answers; `None` if it is gone.
+    pub async fn ask(&self) -> Option<vm::Process> {
+        loop {
+            match self.client.get::<vm::Process>("/1.0").await {
+                Ok(said) => {
+                    self.set_said(said.clone());
+                    return Some(said);
+                }
+                Err(_) if self.is_gone_within(LOOK).await => return None,
+                Err(_) => {}
+            }
+        }
+    }
+
     /// What it is doing now; where it does not answer soon, what it said last.
     pub async fn look(&self) -> vm::Process {
         if let Ok(Ok(said)) = timeout(ANSWER, self.client.get::<vm::Process>("/1.0")).await {
@@ -246,8 +262,8 @@ fn refused(error: ClientError) -> ErrorBody {
 
 /// How the last run in `dir` ended, if there was one. No process runs there.
 pub fn last_end(dir: &Path) -> Option<vm::End> {
-    let said = fs::read(dir.join(vm::END)).ok().and_then(|text| serde_json::from_slice(&text).ok());
-    if said.is_some() || !dir.join(vm::SPEC).exists() {
+    let said = read_some(&dir.join(vm::END)).ok().and_then(|text| serde_json::from_slice(&text).ok());
+    if said.is_some() || !vm::spec_of(dir).exists() {
         return said;
     }
     // It has been started, and has not lived to say how it ended. From now on that is known.
@@ -256,6 +272,15 @@ pub fn last_end(dir: &Path) -> Option<vm::End> {
         let _ = fs::write(dir.join(vm::END), text);
     }
     Some(end)
+}
+
+/// The beginning of a file that a VM's process writes: it may be anything, of any length, and no link is followed.
+pub fn read_some(path: &Path) -> io::Result<Vec<u8>> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
+    let mut text = Vec::new();
+    file.take(MOST_READ).read_to_end(&mut text)?;
+    Ok(text)
 }
 
 fn killed() -> vm::End {

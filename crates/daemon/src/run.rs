@@ -13,7 +13,7 @@ use std::{
 use purlin_api::server;
 use purlin_images::store::Store;
 use rustix::{
-    fs::{FlockOperation, flock},
+    fs::{FlockOperation, Mode, flock},
     io::Errno,
 };
 use tokio::{
@@ -47,6 +47,9 @@ pub struct Places {
 
 /// Runs the daemon until a signal or somebody at the API ends it; machines go on. `ready` is called once it answers.
 pub fn run(places: &Places, ready: impl FnOnce()) -> Result<(), StartError> {
+    let _ = rustix::thread::set_name(c"purlin-daemon");
+    // Machines' processes read what is in directories that nobody else can enter.
+    rustix::process::umask(Mode::WGRP | Mode::WOTH);
     let _lock = lock(places)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let runtime = runtime.map_err(StartError::host("start threads for", &places.socket))?;

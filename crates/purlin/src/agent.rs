@@ -68,11 +68,11 @@ async fn pass(socket: WebSocket, stream: UnixStream) -> io::Result<()> {
     let (mut to_guest, mut from_guest) = socket.split();
     let outward = async {
         let mut piece = vec![0; PIECE];
+        // A guest that takes no more may have said why: its end is seen where it is read from.
+        let mut takes = true;
         while let Ok(length @ 1..) = reader.read(&mut piece).await {
             let bytes = piece[..length].to_vec();
-            if to_guest.send(Message::Binary(bytes.into())).await.is_err() {
-                return;
-            }
+            takes = takes && to_guest.send(Message::Binary(bytes.into())).await.is_ok();
         }
         let _ = to_guest.close().await;
     };

@@ -51,6 +51,8 @@ impl Api {
         match self.runtime.block_on(self.client.get(path)) {
             Ok(answer) => Ok(Some(answer)),
             Err(ClientError::Connect { .. }) => Ok(None),
+            // It was about to end.
+            Err(ClientError::Broken { .. }) => Ok(None),
             Err(error) => Err(error.into()),
         }
     }

@@ -4,6 +4,7 @@
 mod agent;
 mod attach;
 mod client;
+mod completions;
 mod console;
 mod daemon;
 mod doctor;
@@ -14,7 +15,9 @@ mod image;
 mod launch;
 mod list;
 mod machine;
+mod man;
 mod monitor;
+mod port_forward;
 mod progress;
 mod prompt;
 mod run;
@@ -25,6 +28,7 @@ mod state;
 mod stop;
 mod table;
 mod terminal;
+mod top;
 mod usage;
 
 use std::{env, path::Path, process::ExitCode};
@@ -64,6 +68,7 @@ enum Verb {
     Shell(exec::ShellArgs),
     File(file::FileArgs),
     Console(attach::ConsoleArgs),
+    PortForward(port_forward::PortForwardArgs),
     Snapshot(snapshot::SnapshotArgs),
     Clone(snapshot::CloneArgs),
     Set(set::SetArgs),
@@ -73,10 +78,13 @@ enum Verb {
     Delete(state::DeleteArgs),
     /// Wait until a machine is stopped, or as you want it
     Wait(state::WaitArgs),
+    Top(top::TopArgs),
     Monitor(monitor::MonitorArgs),
     Image(image::ImageArgs),
     Daemon(daemon::DaemonArgs),
     Doctor(doctor::DoctorArgs),
+    Completions(completions::CompletionsArgs),
+    Man(man::ManArgs),
 }
 
 const EXAMPLES: &str = "\
@@ -114,8 +122,11 @@ fn main() -> ExitCode {
         Verb::Image(args) => image::image(&args, signals),
         Verb::Doctor(args) => doctor::doctor(&args),
         Verb::Daemon(args) => daemon::daemon(&args, signals),
+        Verb::Completions(args) => completions::completions(&args),
+        Verb::Man(args) => man::man(&args),
         Verb::Exec(args) => client::ended(exec::exec(&args, signals)),
         Verb::Shell(args) => client::ended(exec::shell(&args, signals)),
+        Verb::Top(args) => client::ended(top::top(&args, signals)),
         verb => {
             signals.unblock();
             client::ended(ask(verb))
@@ -144,9 +155,11 @@ fn ask(verb: Verb) -> Result<Ended> {
         Verb::Wait(args) => state::wait(&args),
         Verb::Monitor(args) => monitor::monitor(&args),
         Verb::File(args) => file::file(&args),
+        Verb::PortForward(args) => port_forward::port_forward(&args),
         // These are no business of the daemon's, or need signals.
         Verb::Run(_) | Verb::Image(_) | Verb::Daemon(_) | Verb::Doctor(_) | Verb::Exec(_) | Verb::Shell(_) => {
             Ok(Ended::Well)
         }
+        Verb::Top(_) | Verb::Completions(_) | Verb::Man(_) => Ok(Ended::Well),
     }
 }

@@ -134,18 +134,42 @@ impl Write for Lines {
 /// The terminal on standard input in raw mode, until dropped.
 pub struct Raw {
     modes: Modes,
+    has_screen: bool,
     keeper: Option<Child>,
 }
+
+/// Goes to a screen of its own, without a cursor (xterm's control sequences, private modes 1049 and 25).
+const ENTER_SCREEN: &[u8] = b"\x1b[?1049h\x1b[?25l";
+/// Goes back, to what was there before.
+const LEAVE_SCREEN: &[u8] = b"\x1b[?25h\x1b[?1049l";
 
 impl Raw {
     /// Makes it raw.
     pub fn enter() -> io::Result<Self> {
+        Self::begin(false)
+    }
+
+    /// Makes it raw, and shows a screen of its own meanwhile.
+    pub fn enter_screen() -> io::Result<Self> {
+        Self::begin(true)
+    }
+
+    fn begin(has_screen: bool) -> io::Result<Self> {
         let modes = Modes::of(stdin())?;
         // Should there be no keeper, `drop` still does its work at all ends but the violent ones.
-        let keeper = start_keeper().ok();
+        let keeper = start_keeper(has_screen).ok();
         tcsetattr(stdin(), OptionalActions::Now, &modes.raw)?;
         IS_RAW.store(true, Ordering::Relaxed);
-        Ok(Self { modes, keeper })
+        let raw = Self { modes, has_screen, keeper };
+        if has_screen {
+            raw.show(ENTER_SCREEN)?;
+        }
+        Ok(raw)
+    }
+
+    fn show(&self, sequence: &[u8]) -> io::Result<()> {
+        let mut stdout = io::stdout().lock();
+        stdout.write_all(sequence).and_then(|()| stdout.flush())
     }
 
     /// The modes, to make the terminal raw again after the process was stopped and continued.
@@ -156,6 +180,10 @@ impl Raw {
 
 impl Drop for Raw {
     fn drop(&mut self) {
+        if self.has_screen {
+            // A terminal that has gone away shows nothing.
+            let _ = self.show(LEAVE_SCREEN);
+        }
         self.modes.restore(stdin());
         IS_RAW.store(false, Ordering::Relaxed);
         if let Some(mut keeper) = self.keeper.take() {
@@ -187,26 +215,28 @@ impl Modes {
         let _ = tcsetattr(stdin(), OptionalActions::Now, &self.raw);
     }
 
-    /// Puts the terminal back, unless somebody else (a shell after the end of this process) has changed it since.
-    fn restore(&self, terminal: impl AsFd) {
+    /// Puts the terminal back, unless somebody else (a shell after the end of this process) has changed it since; whether
+    /// it did.
+    fn restore(&self, terminal: impl AsFd) -> bool {
         let ours = |now: Termios| {
             (now.local_modes, now.input_modes, now.output_modes)
                 == (self.raw.local_modes, self.raw.input_modes, self.raw.output_modes)
         };
-        if tcgetattr(&terminal).is_ok_and(ours) {
-            let _ = tcsetattr(&terminal, OptionalActions::Now, &self.found);
-        }
+        tcgetattr(&terminal).is_ok_and(ours) && tcsetattr(&terminal, OptionalActions::Now, &self.found).is_ok()
     }
 }
 
 /// The hidden verb of the keeper: the same program once more, waiting for the end of this process, to put the
 /// terminal back where that could not (SIGKILL, a fault in the engine, the kernel being out of memory).
 pub const KEEPER_VERB: &str = "__keep-terminal";
+/// Its argument where there is a screen to be left, too.
+const WITH_SCREEN: &str = "screen";
 
 /// Starts the keeper and waits until it has read the terminal's modes.
-fn start_keeper() -> io::Result<Child> {
+fn start_keeper(has_screen: bool) -> io::Result<Child> {
     let mut keeper = Command::new(env::current_exe()?)
         .arg(KEEPER_VERB)
+        .args(has_screen.then_some(WITH_SCREEN))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(stdin().try_clone_to_owned()?)
@@ -229,7 +259,9 @@ pub fn keep() -> ExitCode {
     }
     // Nothing is ever sent.
     let _ = io::stdin().read(&mut [0]);
-    modes.restore(stderr());
+    if modes.restore(stderr()) && env::args().nth(2).as_deref() == Some(WITH_SCREEN) {
+        let _ = io::stderr().write_all(LEAVE_SCREEN);
+    }
     ExitCode::SUCCESS
 }
 

@@ -41,7 +41,8 @@ fn wait_for(what: &str, mut is_so: impl FnMut() -> bool) {
 
 /// The directories of instances.
 fn directories(home: &Home) -> usize {
-    fs::read_dir(home.path().join("data/instances")).map_or(0, Iterator::count)
+    let there = fs::read_dir(home.path().join("data/instances"));
+    there.map_or(0, |entries| entries.flatten().filter(|entry| entry.path().is_dir()).count())
 }
 
 #[test]
@@ -138,6 +139,10 @@ fn what_makes_no_sense_is_told_and_changes_nothing() {
         ("set a cpu=x", 2, &["x"]),
         ("set a memory=1", 2, &["memory"]),
         ("wait nope", 1, &["no instance 'nope'"]),
+        ("port-forward nope 0:80", 1, &["no instance 'nope'"]),
+        ("port-forward a 0:80", 1, &["'a' is not running"]),
+        ("port-forward a 80", 2, &["[HOST:]PORT:GUESTPORT"]),
+        ("port-forward a 53:53/udp", 2, &["only TCP"]),
         ("wait a --for running --timeout 0", 1, &["'a' is stopped after 0 s"]),
     ] {
         let output = home.run(words);
@@ -189,11 +194,11 @@ fn machines_go_on_without_the_daemon_and_are_found_again() {
 
 /// By what only the machine's own process has open.
 fn pid_of(home: &Home, name: &str) -> u32 {
-    let id = fs::read_dir(home.path().join("data/instances")).unwrap().flatten().find(|entry| {
-        let spec = fs::read_to_string(entry.path().join("machine.json")).unwrap();
-        serde_json::from_str::<Value>(&spec).unwrap()["name"] == name
+    let spec = fs::read_dir(home.path().join("data/instances")).unwrap().flatten().find(|entry| {
+        let is_spec = entry.path().extension().is_some_and(|extension| extension == "json");
+        is_spec && serde_json::from_str::<Value>(&fs::read_to_string(entry.path()).unwrap()).unwrap()["name"] == name
     });
-    let id = id.unwrap().file_name().into_string().unwrap();
+    let id = spec.unwrap().path().file_stem().unwrap().to_str().unwrap().to_owned();
     home.processes().into_iter().find(|(_, command)| command.contains(&id)).unwrap().0
 }
 

@@ -3,99 +3,49 @@
 mod support;
 
 use std::{
-    fs::File,
-    io::{Read, Write},
-    os::fd::OwnedFd,
+    io::Read,
+    ops::{Deref, DerefMut},
     thread,
     time::{Duration, Instant},
 };
 
 use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
     process::{Pid, Signal, kill_process},
-    pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt},
     termios::{LocalModes, OutputModes, tcgetattr},
 };
-use support::{Kernel, Killed, command, wait};
+use support::{Kernel, command, terminal::OnTerminal};
 
-/// A run on a pseudo-terminal, whose guest has said that it is ready.
+/// A run on a terminal, whose guest has said that it is ready.
 struct Run {
-    terminal: File,
-    /// Keeps the terminal open after the run's end.
-    user: OwnedFd,
-    child: Killed,
-    seen: String,
+    on: OnTerminal,
     _kernel: Kernel,
+}
+
+impl Deref for Run {
+    type Target = OnTerminal;
+
+    fn deref(&self) -> &OnTerminal {
+        &self.on
+    }
+}
+
+impl DerefMut for Run {
+    fn deref_mut(&mut self) -> &mut OnTerminal {
+        &mut self.on
+    }
 }
 
 impl Run {
     fn start() -> Self {
-        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
-        let terminal = openpt(flags).unwrap();
-        grantpt(&terminal).unwrap();
-        unlockpt(&terminal).unwrap();
-        let user = ioctl_tiocgptpeer(&terminal, flags).unwrap();
         let kernel = Kernel::new();
-        let stream = || user.try_clone().unwrap();
-        let child = kernel.run().stdin(stream()).stdout(stream()).stderr(stream()).spawn().unwrap();
-        let child = Killed(child);
-        let mut run = Self { terminal: terminal.into(), user, child, seen: String::new(), _kernel: kernel };
+        let mut run = Self { on: OnTerminal::start(&mut kernel.run()), _kernel: kernel };
         run.expect("ready\n");
         assert!(run.is_raw());
         run
     }
 
-    /// Reads until `text` has come, and forgets what came before it.
-    fn expect(&mut self, text: &str) {
-        self.read_until(|seen| seen.contains(text), text);
-        let end = self.seen.find(text).unwrap() + text.len();
-        self.seen.drain(..end);
-    }
-
-    fn read_until(&mut self, has_come: impl Fn(&str) -> bool, text: &str) {
-        let start = Instant::now();
-        while !has_come(&self.seen) {
-            assert!(start.elapsed() < Duration::from_secs(60), "no '{text}' in: {}", self.seen);
-            let timeout = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
-            if poll(&mut [PollFd::new(&self.terminal, PollFlags::IN)], Some(&timeout)).unwrap() > 0 {
-                let mut buffer = [0; 4096];
-                let count = self.terminal.read(&mut buffer).unwrap();
-                self.seen.push_str(&String::from_utf8_lossy(&buffer[..count]));
-            }
-        }
-    }
-
-    /// Waits until `text` comes, and nothing before it.
-    fn expect_next(&mut self, text: &str) {
-        self.read_until(|seen| seen.len() >= text.len(), text);
-        assert!(self.seen.starts_with(text), "not '{text}' but {:?}", self.seen);
-        self.seen.drain(..text.len());
-    }
-
-    fn type_keys(&mut self, keys: &[u8]) {
-        self.terminal.write_all(keys).unwrap();
-    }
-
-    fn is_raw(&self) -> bool {
-        let modes = tcgetattr(&self.user).unwrap();
-        let cooked = LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG;
-        match (modes.local_modes.intersection(cooked), modes.output_modes.contains(OutputModes::OPOST)) {
-            (local, false) if local.is_empty() => true,
-            (local, true) if local == cooked => false,
-            other => panic!("neither raw nor cooked: {other:?}"),
-        }
-    }
-
-    /// Waits for the end, and for the terminal to be given back.
     fn end(mut self) -> Option<i32> {
-        let start = Instant::now();
-        let status = wait(&mut self.child.0);
-        // The keeper of a killed process may still be at it.
-        while self.is_raw() {
-            assert!(start.elapsed() < Duration::from_secs(60), "the terminal stays raw");
-            thread::sleep(Duration::from_millis(10));
-        }
-        status.code()
+        self.on.end().code()
     }
 }
 

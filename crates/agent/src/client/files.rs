@@ -2,7 +2,7 @@
 
 use std::io::{self, Read, Write};
 
-use super::{CHUNK, Client, ClientError, Receiver};
+use super::{CHUNK, Client, ClientError, data::DataReader};
 use crate::protocol::{AgentMessage, Empty, File, HostMessage, Pull, Push};
 
 impl<R: Read, W: Write> Client<R, W> {
@@ -38,11 +38,8 @@ impl<R: Read, W: Write> Client<R, W> {
         match self.receiver.next()? {
             AgentMessage::File(file) => Ok(Pulled {
                 file,
-                receiver: self.receiver,
+                data: DataReader::new(self.receiver, "the file's data"),
                 _writer: self.sender.writer,
-                data: Vec::new(),
-                at: 0,
-                ended: false,
             }),
             _ => Err(ClientError::Unexpected("the file")),
         }
@@ -54,26 +51,13 @@ impl<R: Read, W: Write> Client<R, W> {
 pub struct Pulled<R, W> {
     /// What it is.
     pub file: File,
-    receiver: Receiver<R>,
+    data: DataReader<R>,
     /// While it is there the session is.
     _writer: W,
-    data: Vec<u8>,
-    /// How much of `data` has been read.
-    at: usize,
-    ended: bool,
 }
 
 impl<R: Read, W> Read for Pulled<R, W> {
     fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
-        while self.at == self.data.len() && !self.ended {
-            match self.receiver.next().map_err(io::Error::other)? {
-                AgentMessage::Data(data) => (self.data, self.at) = (data, 0),
-                AgentMessage::DataEnd(_) => self.ended = true,
-                _ => return Err(io::Error::other(ClientError::Unexpected("the file's data"))),
-            }
-        }
-        let count = (&self.data[self.at..]).read(to)?;
-        self.at += count;
-        Ok(count)
+        self.data.read(to)
     }
 }

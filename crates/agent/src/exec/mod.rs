@@ -2,7 +2,6 @@
 
 mod child;
 mod environment;
-mod pending;
 mod relay;
 mod terminal;
 

@@ -22,10 +22,12 @@ use rustix::{
 
 use super::{
     child::{Child, Streams},
-    pending::Pending,
     terminal::Terminal,
 };
-use crate::link::{CHUNK, End, Link};
+use crate::{
+    link::{CHUNK, End, Link},
+    pending::Pending,
+};
 
 /// Bytes for the host above which the command has to wait.
 const MOST_OUTPUT: usize = 256 << 10;

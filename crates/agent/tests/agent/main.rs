@@ -2,6 +2,7 @@
 
 mod commands;
 mod connections;
+mod dial;
 mod files;
 mod hostile;
 mod terminals;

@@ -108,11 +108,11 @@ async fn pass_stream(socket: WebSocket, stream: BufReader<UnixStream>) {
         let _ = to_client.send(Message::Close(None)).await;
     };
     let inward = async {
+        // A guest that takes no more may have said why: its end is seen where it is read from.
+        let mut takes = true;
         while let Some(Ok(message)) = from_client.next().await {
-            if let Message::Binary(bytes) = message
-                && to_guest.write_all(&bytes).await.is_err()
-            {
-                return;
+            if let Message::Binary(bytes) = message {
+                takes = takes && to_guest.write_all(&bytes).await.is_ok();
             }
         }
     };

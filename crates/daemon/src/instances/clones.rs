@@ -13,11 +13,12 @@ use purlin_agent::{
     protocol::{Card, Renew},
 };
 use purlin_api::{
-    ErrorBody, NewClones, Operation, Reason, check_name,
+    ErrorBody, Machine, NewClones, Operation, Reason, check_name,
     unix::Address,
     vm::{self, Freeze},
 };
 use purlin_debian::Progress as _;
+use purlin_vmm::storage::Format;
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::{
@@ -124,6 +125,8 @@ impl Instances {
             snapshots: Vec::new(),
             next_memory: None,
             is_to_be_renewed: true,
+            // The source has those ports.
+            machine: Machine { publish: Vec::new(), ..source.machine.clone() },
             ..source.clone()
         };
         let dir = self.dir_of(&record);
@@ -132,7 +135,7 @@ impl Instances {
         let entry = self.insert(record)?;
         let _busy = entry.busy.lock().await;
         let made = make_dir(&dir)
-            .and_then(|()| make_overlay(&disk, &backing, None))
+            .and_then(|()| make_overlay(&disk, &backing, Format::Qcow2, None))
             .and_then(|()| self.change(&entry, |record| record.stage = Stage::Ready));
         let made = match made {
             Ok(()) if *origin != vm::Origin::Boot => self.start_clone(&entry, source, origin.clone(), progress).await,
@@ -250,9 +253,11 @@ fn random_seed() -> Vec<u8> {
 fn boot_of_clone(source: &Record, dir: &Path, name: &str) -> Result<Boot, ErrorBody> {
     let from = boot(source)?;
     let there = |path: &PathBuf| dir.join(path);
-    let old = format!("systemd.hostname={}", source.name);
-    let words =
-        from.cmdline.split(' ').map(|word| if word == old { format!("systemd.hostname={name}") } else { word.into() });
+    let word = |word: &str| match word.split_once('=') {
+        Some(("systemd.hostname", _)) => format!("systemd.hostname={name}"),
+        _ => word.to_owned(),
+    };
+    let words = from.cmdline.split(' ').map(word);
     Ok(Boot {
         kernel: there(&from.kernel),
         initrds: from.initrds.iter().map(there).collect(),

@@ -1,6 +1,11 @@
 //! A new instance: its files, made of an image.
 
-use std::{fs, os::unix::fs::DirBuilderExt, path::Path, sync::Arc};
+use std::{
+    fs,
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use purlin_api::{ErrorBody, Machine, NewInstance, Operation, Reason, Status, check_name, vm};
 use purlin_images::{
@@ -11,7 +16,7 @@ use purlin_images::{
 use purlin_network::nat::Publish;
 use purlin_shares::Shares;
 
-use super::{Entry, Instances, failed, lock, taken};
+use super::{Entry, Instances, disks::make_overlay, failed, lock, taken};
 use crate::{
     events::now_ms,
     operations::Progress,
@@ -99,7 +104,12 @@ impl Instances {
             ImageError::DiskSize { .. } | ImageError::Name(_) => ErrorBody::new(Reason::BadRequest, error),
             _ => failed(error),
         })?;
-        Ok(boot(dir, files))
+        let id = dir.file_name().unwrap_or_default().to_string_lossy();
+        let base = self.keep_base(&files.image.disk(), &id)?;
+        // The overlay is to name that, too.
+        fs::remove_file(&files.disk).map_err(|e| failed(format!("cannot write {}: {e}", files.disk.display())))?;
+        make_overlay(&files.disk, &base, files.image.format, new.disk_size)?;
+        Ok(boot(dir, files, base))
     }
 }
 
@@ -121,7 +131,7 @@ fn request(new: &NewInstance) -> Request<'_> {
 }
 
 /// What the files are to the record, which does not know where the directory is.
-fn boot(dir: &Path, files: Files) -> Boot {
+fn boot(dir: &Path, files: Files, base: PathBuf) -> Boot {
     let relative = |path: &Path| path.strip_prefix(dir).unwrap_or(path).to_owned();
     Boot {
         kernel: relative(&files.kernel),
@@ -129,7 +139,7 @@ fn boot(dir: &Path, files: Files) -> Boot {
         cmdline: files.cmdline,
         disk: relative(&files.disk),
         seed: relative(&files.seed),
-        layers: vec![files.image.disk()],
+        layers: vec![base],
         next_disk: None,
         overlays: 0,
     }

@@ -11,16 +11,33 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use purlin_api::ErrorBody;
+use purlin_api::{ErrorBody, vm};
 use purlin_vmm::storage::{Format, NewImage, open_read_only};
 
-use super::{Entry, Instances, failed, lock};
+use super::{Entry, Instances, conflict, failed, lock};
 use crate::record::{Boot, DISK, MEMORY, Record};
+
+/// The most images that a disk may stand on; storage opens a few more.
+const MOST_LAYERS: usize = 60;
 
 impl Instances {
     /// Notes that the disk is about to go on with an overlay; its name.
     pub(super) fn begin_overlay(&self, entry: &Entry) -> Result<PathBuf, ErrorBody> {
-        let overlay = boot(&entry.record())?.overlay_name();
+        let record = entry.record();
+        let boot = boot(&record)?;
+        if boot.layers.len() >= MOST_LAYERS {
+            let name = &record.name;
+            return Err(conflict(format!(
+                "the disk of '{name}' has been frozen {MOST_LAYERS} times for snapshots and clones, and cannot be again"
+            )));
+        }
+        if let Some(disk) = record.machine.disks.iter().find(|disk| !disk.read_only) {
+            let (name, path) = (&record.name, disk.path.display());
+            return Err(conflict(format!(
+                "'{name}' can write '{path}', which is not its own: snapshots and clones have only a machine's own disk"
+            )));
+        }
+        let overlay = boot.overlay_name();
         self.change_boot(entry, |boot| {
             boot.next_disk = Some(overlay.clone());
             boot.overlays += 1;
@@ -33,8 +50,12 @@ impl Instances {
         let record = entry.record();
         let Some(Boot { next_disk: Some(overlay), .. }) = &record.boot else { return Ok(()) };
         let path = self.dir_of(&record).join(overlay);
-        let is_used = match entry.vm() {
-            Some(vm) => vm.look().await.disks.first().is_some_and(|disk| disk == overlay),
+        let said = match entry.vm() {
+            Some(vm) => vm.ask().await,
+            None => None,
+        };
+        let is_used = match said {
+            Some(said) => said.disks.first().is_some_and(|disk| disk == overlay),
             None => open_read_only(&path, Some(Format::Qcow2)).is_ok(),
         };
         self.change_boot(entry, |boot| {
@@ -52,7 +73,7 @@ impl Instances {
         let overlay = self.begin_overlay(entry)?;
         let record = entry.record();
         let dir = self.dir_of(&record);
-        let made = make_overlay(&dir.join(&overlay), &dir.join(&boot(&record)?.disk), None);
+        let made = make_overlay(&dir.join(&overlay), &dir.join(&boot(&record)?.disk), Format::Qcow2, None);
         self.change_boot(entry, |boot| match made {
             Ok(()) => boot.go_on_with(overlay),
             Err(_) => boot.next_disk = None,
@@ -76,6 +97,7 @@ impl Instances {
         for record in there.iter().filter(|record| record.boot.is_some()) {
             sweep_dir(&self.dir_of(record), &needed, |name| name.starts_with(DISK) || name.starts_with(MEMORY))?;
         }
+        self.sweep_bases(&needed)?;
         let mut deleted = lock(&self.deleted);
         let mut stay = Vec::new();
         for record in deleted.drain(..) {
@@ -90,11 +112,37 @@ impl Instances {
                     tracing::warn!("cannot remove {}: {error}", dir.display());
                     stay.push(record);
                 }
-                _ => self.database.remove_instance(&record.id).map_err(failed)?,
+                _ => {
+                    for file in [vm::spec_of(&dir), vm::lock_of(&dir)] {
+                        // It has never been started, or an earlier attempt came as far as this.
+                        let _ = fs::remove_file(file);
+                    }
+                    self.database.remove_instance(&record.id).map_err(failed)?;
+                }
             }
         }
         *deleted = stay;
         Ok(())
+    }
+
+    /// An image of the store's may be deleted or made anew while instances stand on it: they have names of their own for what
+    /// it was, where their processes can only read it.
+    pub(super) fn keep_base(&self, image: &Path, id: &str) -> Result<PathBuf, ErrorBody> {
+        let base = self.bases.join(format!("{id}.{}", image.extension().unwrap_or_default().to_string_lossy()));
+        fs::create_dir_all(&self.bases).map_err(|e| failed(format!("cannot create {}: {e}", self.bases.display())))?;
+        match fs::hard_link(image, &base) {
+            Ok(()) => Ok(base),
+            // Images on another file system than instances: then it must stay.
+            Err(error) if error.kind() == io::ErrorKind::CrossesDevices => Ok(image.to_owned()),
+            Err(error) => Err(failed(format!("cannot link {} to {}: {error}", image.display(), base.display()))),
+        }
+    }
+
+    fn sweep_bases(&self, needed: &HashSet<PathBuf>) -> Result<(), ErrorBody> {
+        // One of an instance that is being made is in no record yet.
+        let being_made: Vec<String> =
+            self.entries().iter().map(|e| e.record()).filter(|r| r.boot.is_none()).map(|r| r.id).collect();
+        sweep_dir(&self.bases, needed, |name| !being_made.iter().any(|id| name.starts_with(id)))
     }
 }
 
@@ -104,8 +152,8 @@ pub(super) fn boot(record: &Record) -> Result<&Boot, ErrorBody> {
 }
 
 /// A thin image on another one.
-pub(super) fn make_overlay(path: &Path, backing: &Path, size: Option<u64>) -> Result<(), ErrorBody> {
-    let overlay = NewImage::overlay(path, backing.to_owned(), Format::Qcow2);
+pub(super) fn make_overlay(path: &Path, backing: &Path, format: Format, size: Option<u64>) -> Result<(), ErrorBody> {
+    let overlay = NewImage::overlay(path, backing.to_owned(), format);
     size.into_iter().fold(overlay, NewImage::size).create().map_err(failed)
 }
 

@@ -6,7 +6,7 @@ use purlin_api::{
     ErrorBody, NewSnapshot, Operation, Reason, Snapshot, check_name,
     vm::{self, TakeSnapshot},
 };
-use purlin_vmm::snapshots::Chain;
+use purlin_vmm::{snapshots::Chain, storage::Format};
 
 use super::{
     Entry, Instances, conflict,
@@ -73,8 +73,11 @@ impl Instances {
             }
         };
         let record = entry.record();
-        let below = taken.parent.map(|parent| files_of(&record, parent)).unwrap_or_default();
-        let memory = [file].into_iter().chain(below).collect();
+        // By what the files say: a snapshot that was finished while there was no daemon is in no record.
+        let path = self.dir_of(&record).join(&file);
+        let chain = tokio::task::spawn_blocking(move || Chain::open(&path)).await.map_err(failed)?.map_err(failed)?;
+        let names = chain.snapshots().iter().filter_map(|snapshot| snapshot.path().file_name()).map(PathBuf::from);
+        let memory = files_of(file, names);
         Ok((Snapshot { running: true, bytes: taken.bytes, pause_us: taken.pause_us, ..shown }, memory))
     }
 
@@ -103,7 +106,7 @@ impl Instances {
         self.stop(entry, true, None).await?;
         self.settle_disk(entry).await?;
         let overlay = boot(&entry.record())?.overlay_name();
-        make_overlay(&dir.join(&overlay), &dir.join(&snapshot.disk), None)?;
+        make_overlay(&dir.join(&overlay), &dir.join(&snapshot.disk), Format::Qcow2, None)?;
         self.change(entry, |record| {
             record.machine = snapshot.machine.clone();
             if let Some(boot) = &mut record.boot {
@@ -151,12 +154,8 @@ fn check_free(record: &Record, snapshot: &str) -> Result<(), ErrorBody> {
     Ok(())
 }
 
-/// A snapshot's file and those that it stands on, by what is known of the others.
-fn files_of(record: &Record, file: PathBuf) -> Vec<PathBuf> {
-    let name = file.file_name().map_or_else(|| file.clone(), PathBuf::from);
-    let known = record.snapshots.iter().find_map(|s| {
-        let at = s.memory.iter().position(|f| *f == name)?;
-        Some(s.memory[at..].to_vec())
-    });
-    known.unwrap_or_else(|| vec![name])
+/// A snapshot's file first, then those that it stands on.
+fn files_of(file: PathBuf, chain: impl Iterator<Item = PathBuf>) -> Vec<PathBuf> {
+    let below: Vec<PathBuf> = chain.filter(|name| *name != file).collect();
+    [file].into_iter().chain(below).collect()
 }

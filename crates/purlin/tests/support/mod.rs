@@ -1,6 +1,8 @@
 //! What the tests of the command line share.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub mod terminal;
+
 use std::{
     fs,
     path::{Path, PathBuf},

@@ -1,8 +1,8 @@
 //! The process of one VM that is kept: started by the daemon, steered through a control socket, and not ended by the
 //! daemon's end.
 //!
-//! It is the same program once more, with the machine's directory as its argument ([`VERB`]). There it finds
-//! what to run ([`vm::SPEC`]), takes the lock ([`vm::LOCK`]) that says for as long as it lives that the machine runs, listens at
+//! It is the same program once more, with the machine's directory as its argument ([`VERB`]). Beside that it finds
+//! what to run ([`vm::spec_of`]) and takes the lock ([`vm::lock_of`]) that says for as long as it lives that the machine runs; in it it listens at
 //! its sockets, and in the end says how the run ended ([`vm::END`]). Standard output has one line: [`vm::Ready`].
 
 mod console;
@@ -22,6 +22,7 @@ use std::{
 };
 
 use purlin_api::vm::{self, Ready};
+use rustix::fs::Mode;
 use tokio::{
     net::UnixListener,
     signal::unix::{SignalKind, signal},
@@ -43,6 +44,9 @@ const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
 /// Runs the machine in `dir` to its end.
 pub fn main(dir: &Path) -> ExitCode {
+    let _ = rustix::thread::set_name(c"purlin-vm");
+    // What is in the directory is the machine's user's to use: others cannot enter it.
+    rustix::process::umask(Mode::WGRP | Mode::WOTH);
     match run(dir) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

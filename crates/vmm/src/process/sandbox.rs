@@ -6,13 +6,15 @@ use std::{
 };
 
 use purlin_api::{ErrorBody, vm};
-use purlin_sandbox::{Access, Filters, Identity, Plan, Reachable, Report};
+use purlin_sandbox::{Access, Filters, Identity, Limits, Plan, Reachable, Report};
 use rustix::fs::{Gid, Uid};
 
 use super::start::failed;
 
 /// Users that nobody has: each machine of a privileged daemon's is run by one of its own.
 const FIRST_USER: u32 = 0x7000_0000;
+/// Threads and copies of a machine's process: vCPUs, devices, and what serves the control socket.
+const MOST_THREADS: u64 = 2048;
 /// So many are there.
 const USERS: u32 = 0x0fff_0000;
 
@@ -46,7 +48,9 @@ fn plan(dir: &Path, spec: &vm::Spec) -> Result<Plan, ErrorBody> {
     }
     let identity = identity(dir, spec)?;
     let working_directory = Some(dir.to_owned());
-    Ok(Plan { paths, identity, working_directory, filters: filters(), ..Plan::default() })
+    // Of a user that nobody else is.
+    let limits = Limits { threads: identity.map(|_| MOST_THREADS), ..Limits::default() };
+    Ok(Plan { paths, identity, working_directory, limits, filters: filters(), ..Plan::default() })
 }
 
 fn reachable(path: &Path, access: Access) -> Reachable {

@@ -60,7 +60,7 @@ pub fn enter(dir: &Path) -> Result<OwnedFd, ErrorBody> {
     // The terminal of whoever started the daemon, and what is typed there, is no business of the machine's.
     let _ = rustix::process::setsid();
     env::set_current_dir(dir).map_err(|e| failed(format!("cannot enter {}: {e}", dir.display())))?;
-    lock()
+    lock(&vm::lock_of(dir))
 }
 
 /// Starts the machine in `dir`, the working directory. Called while the process has one thread, this returns in a child
@@ -133,10 +133,10 @@ fn published(publish: &[Publish], network: &Connected) -> Vec<String> {
 }
 
 /// A machine runs once, whoever asks for it.
-fn lock() -> Result<OwnedFd, ErrorBody> {
-    let cannot = |e: Errno| failed(format!("cannot lock {}: {e}", vm::LOCK));
+fn lock(path: &Path) -> Result<OwnedFd, ErrorBody> {
+    let cannot = |e: Errno| failed(format!("cannot lock {}: {e}", path.display()));
     let flags = OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC;
-    let lock = open(vm::LOCK, flags, Mode::RUSR | Mode::WUSR).map_err(cannot)?;
+    let lock = open(path, flags, Mode::RUSR | Mode::WUSR).map_err(cannot)?;
     match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
         Err(Errno::WOULDBLOCK) => Err(ErrorBody::new(Reason::Conflict, "the machine runs already")),
         other => other.map_err(cannot).map(|()| lock),
@@ -144,8 +144,9 @@ fn lock() -> Result<OwnedFd, ErrorBody> {
 }
 
 fn read_spec(dir: &Path) -> Result<vm::Spec, ErrorBody> {
-    let wrong = |e: &dyn std::fmt::Display| failed(format!("{}: {e}", dir.join(vm::SPEC).display()));
-    let text = fs::read(vm::SPEC).map_err(|e| wrong(&e))?;
+    let path = vm::spec_of(dir);
+    let wrong = |e: &dyn std::fmt::Display| failed(format!("{}: {e}", path.display()));
+    let text = fs::read(&path).map_err(|e| wrong(&e))?;
     serde_json::from_slice(&text).map_err(|e| wrong(&e))
 }
 
