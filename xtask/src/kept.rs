@@ -60,6 +60,7 @@ pub fn run(args: &KeptArgs) -> Result<()> {
     check_snapshots(&home)?;
     measure_clone(&home, args.rounds)?;
     check_clones(&home, args.clones)?;
+    check_killed(&home)?;
     home.end()
 }
 
@@ -120,6 +121,23 @@ fn check_snapshots(home: &Home) -> Result<()> {
     println!("{}", home.purlin(&["snapshot", "list", "a"])?.trim_end());
     home.purlin(&["snapshot", "delete", "a", "s1"])?;
     home.purlin(&["snapshot", "delete", "a", "s2"])?;
+    Ok(())
+}
+
+/// A process that is killed while a snapshot is being taken has lost nothing that its guest has written for good.
+fn check_killed(home: &Home) -> Result<()> {
+    let mut snapshot = home.command(&["snapshot", "create", "a", "killed"]).stderr(Stdio::null()).spawn()?;
+    thread::sleep(Duration::from_millis(150));
+    let _ = home.exec("a", "echo synced > /root/file; sync");
+    let written = home.exec("a", "cat /root/file").is_ok_and(|said| said == "synced\n");
+    let info: serde_json::Value = serde_json::from_str(&home.purlin(&["info", "a", "--json"])?)?;
+    let pid = info["process"]["pid"].as_i64().context("it does not run")?;
+    ensure!(Command::new("kill").args(["-9", &pid.to_string()]).status()?.success(), "it cannot be killed");
+    snapshot.wait()?;
+    home.purlin(&["wait", "a"])?;
+    home.purlin(&["start", "a"])?;
+    let said = home.exec("a", "cat /root/file")?;
+    ensure!(!written || said == "synced\n", "what the guest had synced is lost: {said:?}");
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
     process::Stdio,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use purlin_api::{
@@ -37,6 +37,8 @@ const ANSWER: Duration = Duration::from_millis(200);
 const ACTION: Duration = Duration::from_secs(10);
 /// Bytes that are read of a file of a VM's process: its console's log is shorter.
 const MOST_READ: u64 = 2 << 20;
+/// How long a process that has just been started may not listen yet.
+const SILENCE: Duration = Duration::from_secs(10);
 /// How often something is looked at that tells nobody when it changes.
 const LOOK: Duration = Duration::from_millis(10);
 /// Bytes of the longest line that says how a start went.
@@ -73,10 +75,14 @@ pub async fn start(dir: &Path, spec: &vm::Spec) -> Result<Arc<Vm>, ErrorBody> {
 /// Finds the process again that runs the machine in `dir`; `None` if there is none.
 pub async fn find(dir: &Path) -> Result<Option<Arc<Vm>>, ErrorBody> {
     let client = Client::new(dir.join(vm::CONTROL));
+    let begin = Instant::now();
     while is_locked(dir).map_err(|e| failed(format!("cannot look at {}: {e}", vm::lock_of(dir).display())))? {
         // One that is starting answers when its guest runs.
         match client.get::<vm::Process>("/1.0").await {
             Ok(said) => return Vm::connect(dir, said).await.map(Some).map_err(failed),
+            Err(ClientError::Connect { .. }) if begin.elapsed() > SILENCE => {
+                return Err(failed("its process runs, and does not listen to anybody: end it by 'kill'"));
+            }
             Err(_) => sleep(LOOK).await,
         }
     }

@@ -371,6 +371,47 @@ fn snapshots_are_taken_gone_back_to_and_deleted() {
 }
 
 #[test]
+fn an_image_can_go_whatever_stands_on_it() {
+    let home = Home::new();
+    home.ok("launch tiny a --memory 64M --engine translator --no-start");
+    home.ok("image delete tiny");
+    assert_eq!(home.run("launch tiny b").status.code(), Some(1));
+    home.ok("start a");
+    wait_for("its first words", || home.ok("console --log a").ends_with("ready\n"));
+    home.ok("clone a b");
+    home.ok("delete -f a");
+    echo(&home, "b", "b");
+    home.ok("delete -f b");
+    assert_eq!(fs::read_dir(home.path().join("data/bases")).unwrap().count(), 0);
+}
+
+/// What a machine's process can write to is not what the daemon goes by.
+#[test]
+fn a_process_that_was_taken_over_cannot_make_the_daemon_start_another() {
+    let home = Home::new();
+    home.ok("launch tiny a --memory 64M --engine translator");
+    let dir = home.path().join("data/instances").join(info(&home, "a")["id"].as_str().unwrap());
+    let before = home.machines();
+    for entry in fs::read_dir(&dir).unwrap().flatten() {
+        let name = entry.file_name().into_string().unwrap();
+        if !name.starts_with("disk") && !name.starts_with("kernel") {
+            fs::remove_file(entry.path()).unwrap();
+        }
+    }
+    kill(home.daemon().unwrap());
+    assert_ne!(home.run("start a").status.code(), Some(0));
+    assert_eq!(home.machines(), before);
+    kill(before[0]);
+    wait_for("its end", || status(&home, "a") == "crashed");
+    // Whatever it leaves behind is read as far as it makes sense.
+    fs::remove_file(dir.join("end.json")).unwrap();
+    std::os::unix::fs::symlink("/dev/zero", dir.join("end.json")).unwrap();
+    kill(home.daemon().unwrap());
+    wait_for("a new daemon", || status(&home, "a") != "starting");
+    home.ok("delete -f a");
+}
+
+#[test]
 fn a_damaged_snapshot_is_refused_and_the_machine_goes_on() {
     let home = Home::new();
     home.ok("launch tiny a --memory 64M --engine translator");
