@@ -3,6 +3,7 @@
 use std::{
     io,
     os::unix::net::UnixStream,
+    sync::mpsc::{self, RecvTimeoutError},
     thread,
     time::{Duration, Instant},
 };
@@ -17,7 +18,7 @@ use purlin_api::{
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_tungstenite::tungstenite::Message;
 
-use crate::client::Api;
+use crate::{client::Api, terminal};
 
 /// A connection to an agent.
 pub type Agent = Client<UnixStream, UnixStream>;
@@ -26,23 +27,45 @@ pub type Agent = Client<UnixStream, UnixStream>;
 const PIECE: usize = 64 << 10;
 /// How often a guest that is still booting is asked again.
 const AGAIN: Duration = Duration::from_millis(50);
+/// How long it is waited for before the user is told.
+const SILENCE: Duration = Duration::from_secs(2);
 
 /// Connects to the agent of machine `name`, within `patience` if it is not up yet.
 pub fn connect(name: &str, patience: Duration) -> Result<Agent> {
     let api = Api::reach()?;
+    let _waiting = Waiting::begin(name);
     let begin = Instant::now();
     let path = format!("/1.0/instances/{name}/agent");
     loop {
-        let is_late = begin.elapsed() >= patience;
-        match api.websocket(&path) {
-            Ok(socket) => match Client::over(relay(api.clone(), socket)?) {
-                Err(ClientError::Ended | ClientError::NoAgent) if !is_late => {}
+        let left = patience.saturating_sub(begin.elapsed());
+        // A guest that does not even refuse holds this up.
+        match api.websocket_within(&path, left.max(AGAIN)) {
+            None if left.is_zero() => return Err(ClientError::NoAgent.into()),
+            None => {}
+            Some(Ok(socket)) => match Client::over(relay(api.clone(), socket)?) {
+                Err(ClientError::Ended | ClientError::NoAgent) if !left.is_zero() => {}
                 client => return Ok(client?),
             },
-            Err(error) if is_late || !is_not_yet(&error) => return Err(error),
-            Err(_) => {}
+            Some(Err(error)) if left.is_zero() || !is_not_yet(&error) => return Err(error),
+            Some(Err(_)) => {}
         }
         thread::sleep(AGAIN);
+    }
+}
+
+/// Tells the user what is waited for, if it is for long. Its end is that of the waiting.
+struct Waiting(#[allow(dead_code, reason = "it is dropped")] mpsc::Sender<()>);
+
+impl Waiting {
+    fn begin(name: &str) -> Self {
+        let (sender, ended) = mpsc::channel();
+        let line = format!("'{name}' is still booting: waiting for its agent");
+        thread::spawn(move || {
+            if ended.recv_timeout(SILENCE) == Err(RecvTimeoutError::Timeout) {
+                terminal::say(&line);
+            }
+        });
+        Self(sender)
     }
 }
 

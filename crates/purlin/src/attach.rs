@@ -54,8 +54,10 @@ pub fn attach(args: &ConsoleArgs) -> Result<Ended> {
     let typed = read_keyboard(interactive);
     let left = api.block_on(pass(socket, typed));
     drop(raw);
-    if !left {
-        terminal::say(&format!("'{}' has stopped", args.name));
+    match left {
+        true if interactive => terminal::say(&format!("left the console of '{}', which goes on", args.name)),
+        true => {}
+        false => terminal::say(&format!("'{}' has stopped", args.name)),
     }
     Ok(Ended::Well)
 }

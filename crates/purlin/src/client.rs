@@ -2,6 +2,8 @@
 
 use std::{
     future::Future,
+    io::{self, Write},
+    process,
     sync::Arc,
     thread,
     time::{Duration, Instant},
@@ -17,7 +19,7 @@ use purlin_debian::Progress;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::runtime::{Builder, Runtime};
 
-use crate::{daemon, exit::Ended, progress::Shown};
+use crate::{daemon, exit::Ended, progress::Shown, signals::Signal, terminal};
 
 /// How long a daemon may take to end.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -92,6 +94,12 @@ impl Api {
         Ok(self.runtime.block_on(self.client.websocket(path))?)
     }
 
+    /// A websocket, or nothing if there is no answer in time.
+    pub fn websocket_within(&self, path: &str, time: Duration) -> Option<Result<WebSocket>> {
+        let socket = async { tokio::time::timeout(time, self.client.websocket(path)).await };
+        self.runtime.block_on(socket).ok().map(|socket| Ok(socket?))
+    }
+
     /// Runs something that waits for several things at once.
     pub fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
         self.runtime.block_on(future)
@@ -134,6 +142,17 @@ impl Api {
         }
         Ok(())
     }
+}
+
+/// Ends the process, which a signal has asked for while the daemon was at work.
+pub fn leave(signal: Signal) {
+    if terminal::is_shared() {
+        // Behind a bar of progress, and the terminal's own ^C.
+        let _ = writeln!(io::stderr());
+    }
+    let name = signal.as_str();
+    terminal::say(&format!("ended by {name}; what the daemon has begun goes on: 'purlin monitor' tells of its end"));
+    process::exit(128 + signal as i32);
 }
 
 /// How a verb ends whose request the daemon refused: what was wrong with the command line is wrong usage.

@@ -5,7 +5,8 @@ use std::{
     ffi::OsString,
     io::{self, Write},
     os::unix::{ffi::OsStringExt, net::UnixStream},
-    sync::Arc,
+    process,
+    sync::{Arc, OnceLock},
     thread,
     time::Duration,
 };
@@ -13,7 +14,7 @@ use std::{
 use anyhow::{Result, anyhow};
 use clap::Args;
 use purlin_agent::{
-    client::{ClientError, Command, Event, Input},
+    client::{ClientError, Command, Event, Input, Output},
     protocol::{Exec, Tty},
 };
 
@@ -35,8 +36,8 @@ pub struct ExecArgs {
     /// The machine
     name: String,
 
-    /// The command and its arguments, behind --
-    #[arg(required = true, last = true, value_name = "COMMAND")]
+    /// The command and its arguments; options of purlin's come before it, or before --
+    #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
     command: Vec<OsString>,
 
     #[command(flatten)]
@@ -77,12 +78,16 @@ struct AsWhom {
     env: Vec<OsString>,
 }
 
+/// A shell's status of a command that SIGPIPE has ended.
+const BROKEN_PIPE: u8 = 128 + Signal::SIGPIPE as u8;
+
 const EXAMPLES: &str = "\
 Examples:
   purlin exec web -- apt-get install -y nginx
   purlin exec web --user www-data -- id
   tar c site | purlin exec web -- tar x -C /srv
   purlin exec web -- sh -c 'exit 3'; echo $?
+  purlin exec web top
 
 Exit status: the command's; 128+n if signal n ended it; 126 and 127 as in a shell, where the command
 cannot be run. 1 with a line on standard error that begins with 'purlin:' says that the guest could not be asked.";
@@ -114,6 +119,8 @@ fn request(whom: &AsWhom, tty: bool) -> Exec {
 
 fn run(name: &str, exec: Exec, signals: Signals) -> Result<Ended> {
     let raw = exec.tty.is_some() && terminal::is_interactive();
+    let running = Arc::new(Running::default());
+    pass_signals(&running, signals);
     let command = match agent::connect(name, PATIENCE)?.exec(exec) {
         Err(ClientError::Failed(failed)) => {
             terminal::say(&format!("{name}: {}", failed.message));
@@ -122,28 +129,33 @@ fn run(name: &str, exec: Exec, signals: Signals) -> Result<Ended> {
         other => other?,
     };
     let raw = raw.then(Raw::enter).transpose().map_err(|e| anyhow!("cannot make the terminal raw: {e}"))?;
-    let ended = pass(command, raw.as_ref().map(Raw::modes), signals);
+    let Command { input, output, .. } = command;
+    let input = running.begin(input, raw.as_ref().map(Raw::modes));
+    pass_input(input);
+    let ended = show(output);
     drop(raw);
     ended
 }
 
-/// Passes everything until the command has ended.
-fn pass(command: Command<UnixStream, UnixStream>, raw: Option<Modes>, signals: Signals) -> Result<Ended> {
-    let Command { input, mut output, .. } = command;
-    let input = Arc::new(input);
-    pass_signals(&input, raw, signals);
-    pass_input(input);
+/// Shows what it writes until the command has ended, or nobody looks any more.
+fn show(mut output: Output<UnixStream>) -> Result<Ended> {
     loop {
-        match output.next_event()? {
-            Event::Stdout(bytes) => write_all(&mut io::stdout().lock(), &bytes)?,
-            Event::Stderr(bytes) => write_all(&mut io::stderr().lock(), &bytes)?,
+        let written = match output.next_event()? {
+            Event::Stdout(bytes) => write_all(&mut io::stdout().lock(), &bytes),
+            Event::Stderr(bytes) => write_all(&mut io::stderr().lock(), &bytes),
             Event::Exited(exited) => return Ok(Ended::WithStatus(exited.exit_status())),
+        };
+        match written {
+            Ok(()) => {}
+            // As of any command before a pipe whose reader has seen enough: a status, and not a word.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(Ended::WithStatus(BROKEN_PIPE)),
+            Err(error) => return Err(anyhow!("the command's output is lost: {error}")),
         }
     }
 }
 
-fn write_all(to: &mut impl Write, bytes: &[u8]) -> Result<()> {
-    to.write_all(bytes).and_then(|()| to.flush()).map_err(|e| anyhow!("the command's output is lost: {e}"))
+fn write_all(to: &mut impl Write, bytes: &[u8]) -> io::Result<()> {
+    to.write_all(bytes).and_then(|()| to.flush())
 }
 
 fn pass_input(input: Arc<Input<UnixStream>>) {
@@ -158,18 +170,37 @@ fn pass_input(input: Arc<Input<UnixStream>>) {
     });
 }
 
-/// The command gets the signals; and with a terminal, what that says of its size. If it is gone its end says so.
-fn pass_signals(input: &Arc<Input<UnixStream>>, raw: Option<Modes>, signals: Signals) {
-    let (to_end, to_resize) = (input.clone(), input.clone());
-    let on_end = move |signal: Signal| {
-        let _ = to_end.signal(signal as i32);
-    };
-    let has_terminal = raw.is_some();
-    let on_continue = move || raw.iter().for_each(Modes::again);
-    let on_resize = move || {
-        if let Some((columns, rows)) = terminal::size().filter(|_| has_terminal) {
-            let _ = to_resize.resize(columns.into(), rows.into());
+/// The command, from when it runs on.
+#[derive(Default)]
+struct Running(OnceLock<(Arc<Input<UnixStream>>, Option<Modes>)>);
+
+impl Running {
+    /// It runs; `raw` are the modes of a terminal that it has.
+    fn begin(&self, input: Input<UnixStream>, raw: Option<Modes>) -> Arc<Input<UnixStream>> {
+        let input = Arc::new(input);
+        let _ = self.0.set((input.clone(), raw));
+        // The terminal may have become another one since its size was told.
+        self.resize();
+        input
+    }
+
+    /// Tells the terminal's size, where there is one. A command that is gone says so by its end; so it is below.
+    fn resize(&self) {
+        if let Some((input, Some(_))) = self.0.get()
+            && let Some((columns, rows)) = terminal::size()
+        {
+            let _ = input.resize(columns.into(), rows.into());
         }
+    }
+}
+
+/// The command gets the signals, and with a terminal, what that says of its size. Before there is a command they end this.
+fn pass_signals(running: &Arc<Running>, signals: Signals) {
+    let (to_end, to_continue, to_resize) = (running.clone(), running.clone(), running.clone());
+    let on_end = move |signal: Signal| match to_end.0.get() {
+        Some((input, _)) => drop(input.signal(signal as i32)),
+        None => process::exit(128 + signal as i32),
     };
-    signals.watch(on_end, on_continue, on_resize);
+    let on_continue = move || to_continue.0.get().iter().for_each(|(_, raw)| raw.iter().for_each(Modes::again));
+    signals.watch(on_end, on_continue, move || to_resize.resize());
 }

@@ -93,11 +93,13 @@ fn parse_mode(text: &str) -> Result<u32, String> {
     u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o7777).ok_or_else(|| "it is octal, as 644".into())
 }
 
-/// `NAME/PATH` as name and absolute path.
+/// `NAME/PATH`, or `NAME:/PATH`, as name and absolute path.
 fn split(place: &OsString) -> Option<(String, Vec<u8>)> {
     let bytes = place.as_bytes();
     let slash = bytes.iter().position(|&byte| byte == b'/')?;
-    Some((String::from_utf8(bytes[..slash].to_vec()).ok()?, bytes[slash..].to_vec()))
+    let (name, path) = bytes.split_at(slash);
+    let name = name.strip_suffix(b":").unwrap_or(name);
+    Some((String::from_utf8(name.to_vec()).ok()?, path.to_vec()))
 }
 
 fn no_place(place: &OsString) -> Ended {
@@ -164,6 +166,7 @@ mod tests {
     #[test]
     fn places() {
         assert_eq!(split(&"web/etc/hosts".into()), Some(("web".into(), b"/etc/hosts".to_vec())));
+        assert_eq!(split(&"web:/etc/hosts".into()), Some(("web".into(), b"/etc/hosts".to_vec())));
         assert_eq!(split(&"web".into()), None);
     }
 }

@@ -19,8 +19,8 @@ pub struct LaunchArgs {
     /// The image: 'debian' is built at its first use; others by their names ('purlin image list')
     image: String,
 
-    /// The machine's name: small letters, digits and hyphens
-    name: String,
+    /// The machine's name: small letters, digits and hyphens [default: the image's, with a number where that is taken]
+    name: Option<String>,
 
     #[command(flatten)]
     machine: MachineArgs,
@@ -49,16 +49,19 @@ pub struct LaunchArgs {
 
 const EXAMPLES: &str = "\
 Examples:
+  purlin launch debian
   purlin launch debian web
   purlin launch debian db --cpus 2 --memory 2G --disk-size 20G --user-data setup.yaml
   purlin launch debian proxy --publish 8080:80
   purlin launch debian batch --cpus 4 --cpu-shares 50 --cpu-cap 200
   purlin exec web -- apt-get update
-  purlin shell web";
+  purlin shell web
+
+Progress goes to standard error, and ends with the command by which ssh reaches the machine.";
 
 /// Launches it, and waits until its guest runs.
 pub fn launch(args: &LaunchArgs) -> Result<Ended> {
-    if let Err(error) = check_name(&args.name) {
+    if let Some(Err(error)) = args.name.as_deref().map(check_name) {
         return Ok(Ended::WrongUsage(error.to_string()));
     }
     let user_data = args.machine.user_data.as_deref().map(read_user_data).transpose()?;
@@ -66,8 +69,13 @@ pub fn launch(args: &LaunchArgs) -> Result<Ended> {
     let Ok(user_data) = user_data else {
         return Ok(Ended::WrongUsage("--user-data of a kept machine is text: gzip it not".into()));
     };
+    let api = Api::reach()?;
+    let name = match &args.name {
+        Some(name) => name.clone(),
+        None => free_name(&args.image, &api.get::<Vec<Instance>>("/1.0/instances")?),
+    };
     let new = NewInstance {
-        name: args.name.clone(),
+        name: name.clone(),
         image: args.image.clone(),
         machine: Machine {
             cpu_shares: args.cpu_shares,
@@ -81,13 +89,34 @@ pub fn launch(args: &LaunchArgs) -> Result<Ended> {
         ssh_keys: Some(ssh::keys_of_user()?.public),
         start: !args.no_start,
     };
-    let api = Api::reach()?;
     api.follow(api.post("/1.0/instances", &new)?)?;
-    let instance: Instance = api.get(&format!("/1.0/instances/{}", args.name))?;
-    let reach = match instance.process.and_then(|process| process.said.ssh) {
-        Some(ssh) => format!("; ssh: port {} of {}", ssh.port(), ssh.ip()),
+    say_how_to_reach(&api, &name)
+}
+
+/// A name made of the image's that no machine has: `debian`, `debian-2` and so on.
+fn free_name(image: &str, instances: &[Instance]) -> String {
+    let letters = image.chars().map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' });
+    let base: String = letters.take(40).collect();
+    let base = base.trim_matches('-');
+    let base = if base.is_empty() { "machine" } else { base };
+    let is_free = |name: &String| instances.iter().all(|instance| instance.name != *name);
+    let numbered = (2_u64..).map(|number| format!("{base}-{number}"));
+    // There are fewer than that.
+    std::iter::once(base.to_owned()).chain(numbered).find(is_free).unwrap_or_default()
+}
+
+/// Says what a machine that was made is doing, and how to get there.
+pub fn say_how_to_reach(api: &Api, name: &str) -> Result<Ended> {
+    let instance: Instance = api.get(&format!("/1.0/instances/{name}"))?;
+    let ssh = instance.process.and_then(|process| process.said.ssh);
+    let ssh = match ssh {
+        Some(ssh) => {
+            let identity = ssh::keys_of_user()?.identity;
+            let identity = identity.map(|path| format!("-i {} ", path.display())).unwrap_or_default();
+            format!("; ssh {identity}-p {} root@{}", ssh.port(), ssh.ip())
+        }
         None => String::new(),
     };
-    terminal::say(&format!("{}: {}{reach}", args.name, instance.status.as_str()));
+    terminal::say(&format!("{name}: {}{ssh}", instance.status.as_str()));
     Ok(Ended::Well)
 }

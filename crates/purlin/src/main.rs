@@ -42,7 +42,7 @@ use crate::{exit::Ended, signals::Signals};
 
 /// Virtual machines on any Linux host, with hardware virtualisation or without.
 #[derive(Parser)]
-#[command(name = "purlin", version, disable_help_subcommand = true, after_help = EXAMPLES)]
+#[command(name = "purlin", version, disable_help_subcommand = true, max_term_width = 120, after_help = EXAMPLES)]
 struct Cli {
     #[command(subcommand)]
     verb: Verb,
@@ -52,6 +52,7 @@ struct Cli {
 enum Verb {
     Run(Box<run::RunArgs>),
     Launch(Box<launch::LaunchArgs>),
+    #[command(alias = "ls")]
     List(list::ListArgs),
     Info(list::InfoArgs),
     /// Start machines that are kept
@@ -75,6 +76,7 @@ enum Verb {
     /// Give a machine another name
     Rename(state::RenameArgs),
     /// Delete machines, with their disks
+    #[command(alias = "rm")]
     Delete(state::DeleteArgs),
     /// Wait until a machine is stopped, or as you want it
     Wait(state::WaitArgs),
@@ -89,7 +91,10 @@ enum Verb {
 
 const EXAMPLES: &str = "\
 Examples:
-  purlin run debian                 a Debian 12 server, to which your ssh key lets you in
+  purlin launch debian web          a Debian 12 server that is kept, called web
+  purlin shell web                  a shell in it; purlin exec web -- COMMAND runs a command
+  purlin clone web web2             another one, from where that one is
+  purlin run debian                 a Debian 12 server in the foreground, gone when it ends
   purlin run shell                  Debian's kernel with a shell in memory, within seconds
   purlin run --kernel bzImage --initrd initrd.img --cmdline console=ttyS0
   purlin image list                 the images that machines can be made of
@@ -127,12 +132,22 @@ fn main() -> ExitCode {
         Verb::Exec(args) => client::ended(exec::exec(&args, signals)),
         Verb::Shell(args) => client::ended(exec::shell(&args, signals)),
         Verb::Top(args) => client::ended(top::top(&args, signals)),
+        verb if is_an_operation(&verb) => {
+            signals.watch(client::leave, || {}, || {});
+            client::ended(ask(verb))
+        }
         verb => {
             signals.unblock();
             client::ended(ask(verb))
         }
     };
     ended.unwrap_or_else(Ended::from).report()
+}
+
+/// Whether the daemon goes on with it though nobody waits.
+fn is_an_operation(verb: &Verb) -> bool {
+    use Verb::{Clone, Delete, Launch, Restart, Snapshot, Start, Stop};
+    matches!(verb, Launch(_) | Start(_) | Stop(_) | Restart(_) | Snapshot(_) | Clone(_) | Delete(_))
 }
 
 /// What the daemon does.

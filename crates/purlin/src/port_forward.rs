@@ -4,6 +4,7 @@ use std::{
     io::{self, Read, Write},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     os::unix::net::UnixStream,
+    sync::{Arc, Condvar, Mutex, PoisonError},
     thread,
     time::Duration,
 };
@@ -29,6 +30,8 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(120);
 /// How long a connection waits for a guest that was there before.
 const AGAIN: Duration = Duration::from_secs(5);
+/// Connections at once; whoever comes then waits. The agent has 64 sessions, and some are for others.
+const MOST: usize = 48;
 /// Bytes that are passed on at once.
 const PIECE: usize = 64 << 10;
 
@@ -75,11 +78,13 @@ pub fn port_forward(args: &PortForwardArgs) -> Result<Ended> {
     let forwards: Vec<_> = args.ports.iter().map(|port| Forward::open(&args.name, port)).collect::<Result<_>>()?;
     // What keeps all connections from being made is told before there is any.
     agent::connect(&args.name, PATIENCE)?;
+    let turns = Arc::new(Turns::default());
     let threads: Vec<_> = forwards
         .into_iter()
         .map(|forward| {
             terminal::say(&format!("{} leads to port {} of {}", forward.at, forward.guest_port, forward.name));
-            thread::spawn(move || forward.serve())
+            let turns = turns.clone();
+            thread::spawn(move || forward.serve(&turns))
         })
         .collect();
     // They do not end by themselves.
@@ -96,22 +101,45 @@ impl Forward {
     }
 
     /// Passes each connection.
-    fn serve(&self) {
+    fn serve(&self, turns: &Arc<Turns>) {
         loop {
             match self.listener.accept() {
                 Ok((ours, _)) => {
-                    let (name, guest_port) = (self.name.clone(), self.guest_port);
+                    turns.take();
+                    let (name, guest_port, turns) = (self.name.clone(), self.guest_port, turns.clone());
                     thread::spawn(move || {
                         let passed = agent::connect(&name, AGAIN).and_then(|agent| pass(agent, guest_port, &ours));
                         if let Err(error) = passed {
                             terminal::say(&format!("{name}: {error}"));
                         }
+                        turns.give_back();
                     });
                 }
                 // No more files or memory, perhaps: it goes on when there are.
                 Err(_) => thread::sleep(Duration::from_millis(100)),
             }
         }
+    }
+}
+
+/// How many connections there are.
+#[derive(Default)]
+struct Turns {
+    taken: Mutex<usize>,
+    given_back: Condvar,
+}
+
+impl Turns {
+    /// Waits until there are fewer than [`MOST`].
+    fn take(&self) {
+        let taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let taken = self.given_back.wait_while(taken, |taken| *taken >= MOST);
+        *taken.unwrap_or_else(PoisonError::into_inner) += 1;
+    }
+
+    fn give_back(&self) {
+        *self.taken.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        self.given_back.notify_one();
     }
 }
 

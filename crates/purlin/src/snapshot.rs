@@ -7,8 +7,10 @@ use purlin_api::{NewClones, NewSnapshot, Snapshot, check_name};
 use crate::{
     client::Api,
     exit::Ended,
+    launch::say_how_to_reach,
     list::age,
     table::{columns, in_units, print},
+    terminal,
 };
 
 /// Keep moments of machines, and go back to them
@@ -22,7 +24,12 @@ pub struct SnapshotArgs {
 #[derive(Subcommand)]
 enum Do {
     /// Take a snapshot: memory, devices and disk of a machine that runs; the disk of one that does not
-    Create(Named),
+    Create {
+        /// The machine
+        name: String,
+        /// The snapshot's name [default: the first of snap0, snap1 and so on that there is not]
+        snapshot: Option<String>,
+    },
     /// List the snapshots of a machine
     List {
         /// The machine
@@ -79,7 +86,7 @@ a name, machine ID, network address, ssh host keys and randomness of its own. Th
 /// Does what the user asks for.
 pub fn snapshot(args: &SnapshotArgs) -> Result<Ended> {
     match &args.what {
-        Do::Create(Named { name, snapshot }) => create(name, snapshot),
+        Do::Create { name, snapshot } => create(name, snapshot.as_deref()),
         Do::List { name, json } => list(name, *json),
         Do::Restore(Named { name, snapshot }) => {
             let api = Api::reach()?;
@@ -93,11 +100,25 @@ pub fn snapshot(args: &SnapshotArgs) -> Result<Ended> {
     }
 }
 
-fn create(name: &str, snapshot: &str) -> Result<Ended> {
+fn create(name: &str, snapshot: Option<&str>) -> Result<Ended> {
     let api = Api::reach()?;
-    let new = NewSnapshot { name: snapshot.to_owned() };
-    api.follow(api.post(&format!("/1.0/instances/{name}/snapshots"), &new)?)?;
+    let path = format!("/1.0/instances/{name}/snapshots");
+    let new = match snapshot {
+        Some(snapshot) => NewSnapshot { name: snapshot.to_owned() },
+        None => NewSnapshot { name: free_name(&api.get::<Vec<Snapshot>>(&path)?) },
+    };
+    api.follow(api.post(&path, &new)?)?;
+    if snapshot.is_none() {
+        terminal::say(&format!("{name}: snapshot {}", new.name));
+    }
     Ok(Ended::Well)
+}
+
+/// The first of `snap0`, `snap1` and so on that there is not.
+fn free_name(snapshots: &[Snapshot]) -> String {
+    let is_free = |name: &String| snapshots.iter().all(|snapshot| snapshot.name != *name);
+    // There are fewer than that.
+    (0_u64..).map(|number| format!("snap{number}")).find(is_free).unwrap_or_default()
 }
 
 fn list(name: &str, json: bool) -> Result<Ended> {
@@ -127,6 +148,10 @@ pub fn clone(args: &CloneArgs) -> Result<Ended> {
         return Ok(Ended::WrongUsage(error.to_string()));
     }
     let api = Api::reach()?;
-    api.follow(api.post(&format!("/1.0/instances/{}/clone", args.name), &NewClones { names })?)?;
-    Ok(Ended::Well)
+    let new = NewClones { names: names.clone() };
+    api.follow(api.post(&format!("/1.0/instances/{}/clone", args.name), &new)?)?;
+    match names.as_slice() {
+        [name] => say_how_to_reach(&api, name),
+        _ => Ok(Ended::Well),
+    }
 }

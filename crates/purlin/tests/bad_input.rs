@@ -32,7 +32,7 @@ fn wrong_usage() {
         ("run shell --engine kvm --profile p", &["--profile", "--engine translator", "leave --profile out"]),
         ("run shell --kernel x", &["--kernel"]),
         ("run --initrd x", &["--kernel"]),
-        ("run shell --disk a,format=vmdk", &["'format=vmdk'", "raw or qcow2"]),
+        ("run shell --disk a,format=vmdk", &["'format=vmdk'", "raw and qcow2"]),
         ("run shell --disk a,readonyl", &["'readonyl'", "readonly"]),
         ("run shell --disk a,bps=fast", &["bytes a second"]),
         ("run shell --net bridge", &["'bridge'", "user, tap=NAME, none"]),
@@ -46,7 +46,7 @@ fn wrong_usage() {
         ("run debian --publish 80:80 --net none", &["--publish", "--net user"]),
         ("run shell --hostname a", &["--hostname", "images"]),
         ("run shell --publish 80", &["'80'", "[HOST:]PORT:GUESTPORT"]),
-        ("run --kernel x --user-data y", &["--user-data", "--kernel"]),
+        ("run --kernel x --user-data y", &["--user-data", "images"]),
     ] {
         let output = run(arguments);
         assert_one_line(&output, 2, words);

@@ -4,15 +4,20 @@ mod support;
 
 use std::{
     fs,
-    io::Write,
+    io::{BufRead, BufReader, Write},
+    os::unix::process::ExitStatusExt,
     process::{Output, Stdio},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::{
+        atomic::{AtomicU32, Ordering},
+        mpsc,
+    },
     thread,
     time::{Duration, Instant},
 };
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
-use support::{Home, assert_one_line, kill, stderr};
+use support::{Home, Killed, assert_one_line, kill, stderr, wait};
 
 /// Far more than anything here takes, also on a loaded host.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -91,6 +96,54 @@ fn a_machine_from_its_launch_to_its_deletion() {
     assert_eq!((list(&home).len(), home.machines().len(), directories(&home)), (0, 0, 0));
     home.ok("daemon stop");
     wait_for("the daemon's end", || home.processes().is_empty());
+}
+
+#[test]
+fn names_that_nobody_has_given() {
+    let home = Home::new();
+    for _ in 0..2 {
+        home.ok("launch tiny --memory 64M --engine translator --no-start");
+    }
+    let names: Vec<_> = list(&home).iter().map(|i| i["name"].as_str().unwrap().to_owned()).collect();
+    assert_eq!(names, ["tiny", "tiny-2"]);
+    home.ok("snapshot create tiny snap1");
+    for name in ["snap0", "snap2"] {
+        let created = home.run("snapshot create tiny");
+        assert_one_line(&created, 0, &["tiny: snapshot", name]);
+    }
+}
+
+/// Its kernel has no agent, and never will.
+#[test]
+fn a_guest_that_is_waited_for_in_vain_is_waited_for_until_a_signal_comes() {
+    let home = Home::new();
+    home.ok("launch tiny a --memory 64M --engine translator");
+    for words in [&["exec", "a", "true"][..], &["shell", "a"], &["port-forward", "a", "0:80"]] {
+        let mut waiting = home.purlin();
+        let mut waiting = Killed(waiting.args(words).stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap());
+        let lines = BufReader::new(waiting.0.stderr.take().unwrap()).lines();
+        let (sender, said) = mpsc::channel();
+        thread::spawn(move || lines.map_while(Result::ok).try_for_each(|line| sender.send(line)));
+        let said = said.recv_timeout(PATIENCE).unwrap();
+        assert_eq!(said, "purlin: 'a' is still booting: waiting for its agent");
+        kill_process(Pid::from_child(&waiting.0), Signal::INT).unwrap();
+        let status = wait(&mut waiting.0);
+        assert!(status.code() == Some(130) || status.signal() == Some(2), "{words:?}: {status}");
+    }
+}
+
+#[test]
+fn an_operation_goes_on_though_nobody_waits() {
+    let home = Home::new();
+    home.ok("launch tiny a --memory 64M --engine translator");
+    let mut monitor = Killed(home.purlin().arg("monitor").stdout(Stdio::piped()).spawn().unwrap());
+    // Its kernel does not listen to the power button.
+    let stop = home.purlin().args(["stop", "a", "--timeout", "1000"]).stderr(Stdio::piped()).spawn().unwrap();
+    let events = BufReader::new(monitor.0.stdout.take().unwrap());
+    assert!(events.lines().map(Result::unwrap).any(|line| line.contains("begins") && line.contains("stop")));
+    kill_process(Pid::from_child(&stop), Signal::INT).unwrap();
+    assert_one_line(&stop.wait_with_output().unwrap(), 130, &["ended by SIGINT", "goes on"]);
+    assert_eq!(status(&home, "a"), "running");
 }
 
 /// What its sandbox lacks is told; the rest is there, which is not little wherever it runs.

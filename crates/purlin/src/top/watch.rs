@@ -83,7 +83,8 @@ fn read_keys(sender: Sender<Happened>) {
 /// The whole screen: what there was is written over, so that nothing flickers.
 fn draw(now: &Reading, before: Option<&Reading>) -> Result<()> {
     let (width, height) = terminal::size().unwrap_or((80, 24));
-    let title = format!("purlin top: {} machines; q ends it", now.instances.len());
+    let count = now.instances.len();
+    let title = format!("purlin top: {count} {}; q ends it", if count == 1 { "machine" } else { "machines" });
     let table = table(&now.since(before));
     let lines = std::iter::once(title.as_str()).chain([""]).chain(table.lines()).take(height.into());
     let lines: Vec<_> = lines.map(|line| line.chars().take(width.into()).collect::<String>() + "\x1b[K").collect();
