@@ -51,7 +51,7 @@ fn ten_mebibytes_both_ways_at_once() {
     let Connection { mut reader, mut writer } = dial(&agent, port);
     let sent: Vec<u8> = noise(LENGTH).into_iter().rev().collect();
     thread::scope(|scope| {
-        scope.spawn(|| writer.write_all(&sent).and_then(|()| Ok(writer.end().unwrap())).unwrap());
+        scope.spawn(|| writer.write_all(&sent).map(|()| writer.end().unwrap()).unwrap());
         assert!(read_all(&mut reader) == noise(LENGTH));
     });
     reader.finish().unwrap();
@@ -163,7 +163,7 @@ fn who_does_not_read_is_not_sent_to_for_ever() {
 #[test]
 fn a_host_that_goes_breaks_the_connection() {
     let agent = Agent::start();
-    let (port, server) = server(|socket| read_all(socket));
+    let (port, server) = server(read_all);
     let Connection { reader, mut writer } = dial(&agent, port);
     writer.write_all(b"half").unwrap();
     drop((reader, writer));
@@ -185,7 +185,7 @@ fn a_host_that_goes_breaks_the_connection() {
 #[test]
 fn what_does_not_belong_into_a_connection_ends_it() {
     let agent = Agent::start();
-    let (port, _server) = server(|socket| read_all(socket));
+    let (port, _server) = server(read_all);
     let Connection { mut reader, mut writer } = dial(&agent, port);
     writer.end().unwrap();
     writer.write_all(b"behind the end").unwrap();
