@@ -142,14 +142,14 @@ pub struct Running {
 #[derive(Clone)]
 pub struct Brake {
     gate: Arc<Gate>,
-    kicks: Vec<Arc<dyn Kick>>,
+    kicks: Vec<Weak<dyn Kick>>,
 }
 
 impl Brake {
     /// Stops them, soon.
     pub fn stop(&self) {
         self.gate.set_closed(true);
-        self.kicks.iter().for_each(|kick| kick.kick());
+        self.kicks.iter().filter_map(Weak::upgrade).for_each(|kick| kick.kick());
     }
 
     /// Lets them go on.

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc, Condvar, Mutex, PoisonError,
+        Arc, Condvar, Mutex, PoisonError, Weak,
         atomic::{AtomicBool, Ordering},
         mpsc::{self, Receiver, Sender},
     },
@@ -102,9 +102,9 @@ impl VcpuThread {
         self.gate.look_again();
     }
 
-    /// Makes it leave the guest, which it enters again if nobody wants anything.
-    pub fn kicker(&self) -> Arc<dyn Kick> {
-        self.kick.clone()
+    /// Makes it leave the guest, which it enters again if nobody wants anything. It does not keep the machine.
+    pub fn kicker(&self) -> Weak<dyn Kick> {
+        Arc::downgrade(&self.kick)
     }
 
     /// Asks a stopped vCPU for its state; [`Report::Saved`] follows.
