@@ -86,6 +86,14 @@ impl Entry {
         }
     }
 
+    /// Ends its run without waiting for whoever is busy with it: a guest that is shutting down may take long.
+    async fn end_at_once(&self) {
+        if let Some(vm) = self.vm() {
+            // What this does not end is killed when it is its turn.
+            let _ = vm.act(Action::Quit).await;
+        }
+    }
+
     /// Its process, or an error that says that it has none.
     pub fn running_vm(&self) -> Result<Arc<Vm>, ErrorBody> {
         let name = &lock(&self.record).name;
@@ -211,8 +219,17 @@ impl Instances {
         };
         let instances = self.clone();
         Ok(self.operations.begin(format!("{verb} {name}"), name, |_| async move {
+            if let ChangeState::Stop { force: true, .. } | ChangeState::Restart { force: true, .. } = change {
+                entry.end_at_once().await;
+            }
             let _busy = entry.busy.lock().await;
-            instances.check_state(&entry, &change)?;
+            // Whoever was busy with stopping it has done so.
+            if matches!(change, ChangeState::Stop { force: true, .. }) && entry.vm().is_none() {
+                return Ok(());
+            }
+            if !matches!(change, ChangeState::Restart { force: true, .. }) {
+                instances.check_state(&entry, &change)?;
+            }
             match change {
                 ChangeState::Start => instances.start(&entry, vm::Origin::Boot).await,
                 ChangeState::Stop { force, timeout } => instances.stop(&entry, force, timeout).await,
@@ -313,6 +330,9 @@ impl Instances {
         }
         let instances = self.clone();
         Ok(self.operations.begin(format!("delete {name}"), name, |_| async move {
+            if force {
+                entry.end_at_once().await;
+            }
             let _busy = entry.busy.lock().await;
             if force {
                 instances.stop(&entry, true, None).await?;
