@@ -136,7 +136,7 @@ fn a_guest_that_is_waited_for_in_vain_is_waited_for_until_a_signal_comes() {
 fn an_operation_goes_on_though_nobody_waits() {
     let home = Home::new();
     home.ok("launch tiny a --memory 64M --engine translator");
-    let mut monitor = Killed(home.purlin().arg("monitor").stdout(Stdio::piped()).spawn().unwrap());
+    let mut monitor = Killed(home.purlin().args(["monitor", "--from", "1"]).stdout(Stdio::piped()).spawn().unwrap());
     // Its kernel does not listen to the power button.
     let stop = home.purlin().args(["stop", "a", "--timeout", "1000"]).stderr(Stdio::piped()).spawn().unwrap();
     let events = BufReader::new(monitor.0.stdout.take().unwrap());
