@@ -125,8 +125,7 @@ impl Instances {
             let record = entry.record();
             match record.stage {
                 Stage::Creating | Stage::Deleting => {
-                    let removed = self.change(&entry, |record| record.stage = Stage::Deleting);
-                    if let Err(error) = removed.and(self.remove(&entry).await) {
+                    if let Err(error) = self.remove(&entry).await {
                         tracing::warn!("cannot remove what is left of '{}': {error}", record.name);
                     }
                 }
@@ -219,15 +218,16 @@ impl Instances {
         };
         let instances = self.clone();
         Ok(self.operations.begin(format!("{verb} {name}"), name, |_| async move {
-            if let ChangeState::Stop { force: true, .. } | ChangeState::Restart { force: true, .. } = change {
+            let is_forced =
+                matches!(change, ChangeState::Stop { force: true, .. } | ChangeState::Restart { force: true, .. });
+            if is_forced {
                 entry.end_at_once().await;
             }
             let _busy = entry.busy.lock().await;
-            // Whoever was busy with stopping it has done so.
-            if matches!(change, ChangeState::Stop { force: true, .. }) && entry.vm().is_none() {
-                return Ok(());
-            }
-            if !matches!(change, ChangeState::Restart { force: true, .. }) {
+            if is_forced {
+                // It may have ended by that, which is no reason to refuse it.
+                ready(&entry.record())?;
+            } else {
                 instances.check_state(&entry, &change)?;
             }
             match change {
@@ -339,7 +339,6 @@ impl Instances {
             } else if entry.vm().is_some() {
                 return Err(conflict("it runs: stop it first, or delete it with --force"));
             }
-            instances.change(&entry, |record| record.stage = Stage::Deleting)?;
             instances.remove(&entry).await
         }))
     }
@@ -347,6 +346,8 @@ impl Instances {
     /// Removes its files, and then what is known of it. It does not run. Files that clones of it stand on stay as long as
     /// those, and so does the record, with no name that others could not have.
     async fn remove(&self, entry: &Entry) -> Result<(), ErrorBody> {
+        // From now on a daemon that is started goes on with it.
+        self.change(entry, |record| record.stage = Stage::Deleting)?;
         let record = entry.record();
         shares::forget(record.clone()).await;
         let mut entries = lock(&self.entries);

@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use purlin_agent::client::greeting;
 use purlin_api::{
     ErrorBody, InstanceProcess, Reason, Usage,
     client::{Client, ClientError, WebSocket},
@@ -22,7 +23,7 @@ use rustix::{
     process::{Pid, Signal, kill_process},
 };
 use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, BufReader},
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::UnixStream,
     process::{Child, Command},
     sync::watch,
@@ -242,20 +243,18 @@ impl Vm {
         self.client.websocket("/1.0/console").await.map_err(|e| ErrorBody::new(Reason::Unavailable, e))
     }
 
-    /// A connection to the socket `port` of the guest's.
-    pub async fn vsock(&self, port: u32) -> Result<BufReader<UnixStream>, ErrorBody> {
-        let unavailable =
-            |e: &dyn std::fmt::Display| ErrorBody::new(Reason::Unavailable, format!("the guest's port {port}: {e}"));
+    /// A connection to the agent in the guest.
+    pub async fn agent(&self) -> Result<BufReader<UnixStream>, ErrorBody> {
         let connect = async {
             let stream = UnixStream::connect(Address::of(&self.dir.join(vm::VSOCK))?.path()).await?;
             let mut stream = BufReader::new(stream);
-            tokio::io::AsyncWriteExt::write_all(&mut stream, format!("CONNECT {port}\n").as_bytes()).await?;
+            stream.write_all(greeting().as_bytes()).await?;
             let mut line = String::new();
             (&mut stream).take(64).read_line(&mut line).await?;
             if line.starts_with("OK ") { Ok(stream) } else { Err(io::ErrorKind::ConnectionRefused.into()) }
         };
         let connected: io::Result<_> = connect.await;
-        connected.map_err(|e| unavailable(&e))
+        connected.map_err(|e| ErrorBody::new(Reason::Unavailable, format!("the guest's agent: {e}")))
     }
 }
 

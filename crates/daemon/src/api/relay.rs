@@ -21,8 +21,6 @@ use tokio_tungstenite::tungstenite;
 
 use super::Shared;
 
-/// The guest's socket at which its agent listens.
-const AGENT: u32 = 20565;
 /// Bytes of what is read from a guest at once.
 const PIECE: usize = 64 << 10;
 
@@ -60,7 +58,7 @@ pub async fn agent(
 ) -> Result<Response, Refusal> {
     let entry = shared.instances.get(&name)?;
     entry.wait_until_renewed().await;
-    let stream = entry.running_vm()?.vsock(AGENT).await?;
+    let stream = entry.running_vm()?.agent().await?;
     Ok(ws.on_upgrade(|socket| pass_stream(socket, stream)))
 }
 

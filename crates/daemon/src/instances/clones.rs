@@ -144,7 +144,6 @@ impl Instances {
         if let Err(error) = &made {
             tracing::warn!("the clone '{name}': {error}");
             self.stop(&entry, true, None).await?;
-            self.change(&entry, |record| record.stage = Stage::Deleting)?;
             self.remove(&entry).await?;
         }
         made

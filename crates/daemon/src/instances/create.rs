@@ -85,8 +85,7 @@ impl Instances {
         let made = files
             .and_then(|boot| self.change(&entry, |record| (record.boot, record.stage) = (Some(boot), Stage::Ready)));
         if let Err(error) = made {
-            let removed = self.change(&entry, |record| record.stage = Stage::Deleting);
-            removed.and(self.remove(&entry).await).unwrap_or_else(|e| tracing::warn!("{e}"));
+            self.remove(&entry).await.unwrap_or_else(|e| tracing::warn!("{e}"));
             return Err(error);
         }
         self.tell(&entry.record().name, Some(Status::Stopped), None);

@@ -2,7 +2,7 @@
 
 use std::{path::Path, sync::Arc};
 
-use purlin_api::{ErrorBody, Machine, Reason};
+use purlin_api::{ErrorBody, Machine};
 use purlin_shares::{
     Group, How, Means, Shares,
     throttle::{Governor, Throttle},
@@ -24,13 +24,9 @@ pub fn shares(machine: &Machine) -> Shares {
 /// nothing of shares has those of everybody, and is not refused where the host cannot enforce them.
 pub fn enter(dir: &Path, machine: &Machine) -> Result<How, ErrorBody> {
     let name = dir.file_name().unwrap_or_default().to_string_lossy();
-    let (mut group, how) = Group::create(&name, &shares(machine)).map_err(refused)?;
+    let (mut group, how) = Group::create(&name, &shares(machine)).map_err(failed)?;
     group.add(std::process::id()).map_err(failed)?;
     Ok(how)
-}
-
-fn refused(error: purlin_shares::GroupError) -> ErrorBody {
-    ErrorBody::new(Reason::Failed, error)
 }
 
 /// Keeps the cap, where the process is to do that itself.
