@@ -51,6 +51,8 @@ pub struct Instances {
     entries: Mutex<BTreeMap<String, Arc<Entry>>>,
     /// Those that are gone but for files that clones of theirs stand on.
     deleted: Mutex<Vec<Record>>,
+    /// Held by whoever looks for files that nobody needs, and by whoever makes one before a record has it.
+    files: Mutex<()>,
 }
 
 /// An instance.
@@ -115,7 +117,17 @@ impl Instances {
         let entries = there.into_iter().map(|record| (record.name.clone(), Entry::new(record)));
         let (entries, deleted) = (Mutex::new(entries.collect()), Mutex::new(deleted));
         let bases = dir.with_file_name("bases");
-        Ok(Arc::new(Self { dir, bases, store, database, events, operations, entries, deleted }))
+        Ok(Arc::new(Self {
+            dir,
+            bases,
+            store,
+            database,
+            events,
+            operations,
+            entries,
+            deleted,
+            files: Mutex::default(),
+        }))
     }
 
     /// Comes back to the truth: what was being made is taken back, what was being deleted is deleted, and the processes

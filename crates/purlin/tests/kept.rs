@@ -240,7 +240,7 @@ fn machines_go_on_without_the_daemon_and_are_found_again() {
     kill(home.daemon().unwrap());
     kill(pid_of(&home, "b"));
     wait_for("the machine's end", || home.machines().len() == 1);
-    wait_for("its end", || status(&home, "b") != "starting");
+    wait_for("both", || list(&home).iter().all(|instance| instance["status"] != "starting"));
     assert_eq!(status(&home, "b"), "crashed");
     assert_eq!(status(&home, "a"), "running");
 }

@@ -92,6 +92,7 @@ impl Instances {
     /// Removes images and snapshots' files that no instance needs, and instances that are deleted, as far as no clone of
     /// theirs stands on their files.
     pub(super) fn sweep(&self) -> Result<(), ErrorBody> {
+        let _files = lock(&self.files);
         let there: Vec<Record> = self.entries().iter().map(|entry| entry.record()).collect();
         let needed: HashSet<PathBuf> = there.iter().flat_map(|record| record.files(&self.dir_of(record))).collect();
         for record in there.iter().filter(|record| record.boot.is_some()) {

@@ -1,6 +1,9 @@
 //! Snapshots of instances: taken, gone back to, and deleted.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use purlin_api::{
     ErrorBody, NewSnapshot, Operation, Reason, Snapshot, check_name,
@@ -11,12 +14,15 @@ use purlin_vmm::{snapshots::Chain, storage::Format};
 use super::{
     Entry, Instances, conflict,
     disks::{boot, make_overlay},
-    failed, ready,
+    failed, lock, ready,
 };
 use crate::{
     events::now_ms,
     record::{MEMORY, Record, SnapshotRecord},
 };
+
+/// The disk that a machine is about to go back to.
+const NEW_DISK: &str = "new.qcow2";
 
 impl Instances {
     /// The snapshots of an instance, in the order in which they were taken.
@@ -103,18 +109,13 @@ impl Instances {
             let checked = tokio::task::spawn_blocking(move || Chain::open(&file)?.verify()).await;
             checked.map_err(failed)?.map_err(failed)?;
         }
-        self.stop(entry, true, None).await?;
         self.settle_disk(entry).await?;
-        let overlay = boot(&entry.record())?.overlay_name();
-        make_overlay(&dir.join(&overlay), &dir.join(&snapshot.disk), Format::Qcow2, None)?;
-        self.change(entry, |record| {
-            record.machine = snapshot.machine.clone();
-            if let Some(boot) = &mut record.boot {
-                boot.disk = overlay;
-                boot.layers = [snapshot.disk.clone()].into_iter().chain(snapshot.layers.clone()).collect();
-                boot.overlays += 1;
-            }
-        })?;
+        // Without room for it, nothing is given up either.
+        let new = dir.join(NEW_DISK);
+        let _ = std::fs::remove_file(&new);
+        make_overlay(&new, &dir.join(&snapshot.disk), Format::Qcow2, None)?;
+        self.stop(entry, true, None).await?;
+        self.go_back(entry, &snapshot, &new)?;
         self.sweep()?;
         match memory {
             Some(file) => {
@@ -124,6 +125,23 @@ impl Instances {
             }
             None => Ok(()),
         }
+    }
+
+    /// The disk is the image `new` from now on, an overlay of the snapshot's.
+    fn go_back(&self, entry: &Entry, snapshot: &SnapshotRecord, new: &Path) -> Result<(), ErrorBody> {
+        // Nobody is to find it superfluous before the record has it.
+        let _files = lock(&self.files);
+        let overlay = boot(&entry.record())?.overlay_name();
+        let path = new.with_file_name(&overlay);
+        std::fs::rename(new, &path).map_err(|e| failed(format!("cannot rename {}: {e}", new.display())))?;
+        self.change(entry, |record| {
+            record.machine = snapshot.machine.clone();
+            if let Some(boot) = &mut record.boot {
+                boot.disk = overlay;
+                boot.layers = [snapshot.disk.clone()].into_iter().chain(snapshot.layers.clone()).collect();
+                boot.overlays += 1;
+            }
+        })
     }
 
     /// Deletes a snapshot. Files of it that others stand on stay as long as those.
