@@ -176,6 +176,8 @@ fn what_makes_no_sense_is_told_and_changes_nothing() {
         ("launch tiny b --cpus 0", 2, &["0 processors"]),
         ("launch tiny b --disk-size 1M", 2, &["1"]),
         ("launch tiny b --publish 99999:1", 2, &["publish"]),
+        ("launch tiny b --disk /nope.img", 2, &["/nope.img", "No such file"]),
+        ("launch tiny b --disk /dev/null,format=raw", 2, &["/dev/null"]),
         ("info nope", 1, &["no instance 'nope'", "purlin list"]),
         ("start nope", 1, &["no instance 'nope'"]),
         ("delete nope", 1, &["no instance 'nope'"]),

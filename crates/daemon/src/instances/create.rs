@@ -15,6 +15,7 @@ use purlin_images::{
 };
 use purlin_network::nat::Publish;
 use purlin_shares::Shares;
+use purlin_vmm::{setup, storage::Disk};
 
 use super::{Entry, Instances, disks::make_overlay, failed, lock, taken};
 use crate::{
@@ -35,7 +36,7 @@ impl Instances {
             stage: Stage::Creating,
             machine: new.machine.clone(),
             boot: None,
-            mac: purlin_vmm::setup::random_mac(),
+            mac: setup::random_mac(),
             last_end: None,
             snapshots: Vec::new(),
             next_memory: None,
@@ -67,6 +68,10 @@ impl Instances {
         check_name(&new.name).map_err(|e| bad(&e))?;
         check_machine(&new.machine)?;
         request(new).check().map_err(|e| bad(&e))?;
+        for disk in &new.machine.disks {
+            // Before anything is made that its first start would leave behind.
+            Disk::open(&setup::disk(disk)).map_err(|e| bad(&e))?;
+        }
         match (self.store.get(&new.image), Recipe::of_name(&new.image)) {
             (Err(ImageError::NoImage(_) | ImageError::Name(_)), Err(error)) => {
                 Err(ErrorBody::new(Reason::NotFound, error))
@@ -172,5 +177,5 @@ pub fn check_machine(machine: &Machine) -> Result<(), ErrorBody> {
     if machine.memory_max.is_some_and(|most| most < machine.memory()) {
         return bad(&"the most memory is less than the guest's own: it is the guest's and some more");
     }
-    purlin_vmm::setup::check(machine).or_else(|error| bad(&error))
+    setup::check(machine).or_else(|error| bad(&error))
 }
