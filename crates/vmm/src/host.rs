@@ -357,6 +357,7 @@ mod tests {
                 "open_files",
                 "memfd",
                 "huge_pages",
+                "sandbox",
                 "userfaultfd",
                 "tun"
             ]
