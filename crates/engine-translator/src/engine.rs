@@ -1,9 +1,13 @@
 //! The engine seam, implemented.
 #![allow(unsafe_code)]
 
-use std::sync::{
-    Arc, Mutex, OnceLock, PoisonError,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    fs::File,
+    io,
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use purlin_engine::{Engine, EngineError, Kick, Vcpu, Vm, VmConfig, memory::WriteObserver};
@@ -15,7 +19,7 @@ use crate::{
     mailbox::request,
     profile::Profile,
     ram::Ram,
-    translate::CodeCache,
+    translate::{CodeCache, prepare},
     vcpu::{TranslatedVcpu, init_block},
     vm::{Blocks, Shared},
 };
@@ -45,6 +49,7 @@ impl TranslatorEngine {
             let why = "the translator needs a processor with XSAVE and 64-bit LAHF (made since 2011): use another host";
             return Err(EngineError::Unavailable(why.into()));
         }
+        prepare();
         let (tsc_khz, code_cache) = (host_tsc_khz(), CODE_CACHE);
         Ok(Self { tsc_khz, code_cache, hot_code: false, movable_code: false, profile: None })
     }
@@ -201,6 +206,19 @@ impl Vm for TranslatedVm {
 
     fn tsc_khz(&self) -> u32 {
         self.shared.tsc_khz
+    }
+
+    fn save_code(&self) -> Option<io::Result<File>> {
+        Some(self.shared.code.save())
+    }
+
+    fn restore_code(&self, file: &File) -> io::Result<()> {
+        for physical in self.shared.code.restore(file)?.into_iter().flatten() {
+            if let Some(page) = self.shared.ram.page(physical) {
+                self.shared.ram.watch(page);
+            }
+        }
+        Ok(())
     }
 }
 

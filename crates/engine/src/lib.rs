@@ -7,7 +7,7 @@
 
 pub use purlin_memory as memory;
 
-use std::sync::Arc;
+use std::{fs::File, sync::Arc};
 
 use purlin_arch::x86_64::{cpuid::CpuidEntry, state::VcpuState};
 
@@ -66,6 +66,18 @@ pub trait Vm: Send + Sync {
 
     /// Frequency of the guest's TSC in kHz.
     fn tsc_khz(&self) -> u32;
+
+    /// What the engine has made of the guest's code so far, for copies of the machine, in a sealed file; to be asked while no vCPU
+    /// runs. `None` where a copy has no use for it.
+    fn save_code(&self) -> Option<std::io::Result<File>> {
+        None
+    }
+
+    /// Begins with what [`Self::save_code`] of the machine that this is a copy of has returned: memory is the same, and no vCPU
+    /// has run. The file is trusted with all that this process can do. One that does not fit is left alone.
+    fn restore_code(&self, _file: &File) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 /// One processor. It belongs to the thread that runs it.

@@ -1,6 +1,7 @@
 //! The machine: memory, processors, devices and clocks, made from one configuration.
 
 use std::{
+    fs::File,
     io::Write,
     sync::{
         Arc,
@@ -155,6 +156,19 @@ impl Machine {
         state.sections.extend((0..).zip(vcpus).map(|(i, vcpu)| Section::named(&vcpu_section(i), vcpu)));
         self.chipset.devices.save(&mut state);
         state
+    }
+
+    /// What the engine has made of the guest's code, for copies of a machine that stands still. Without it they go on as well.
+    pub fn save_code(&self) -> Option<File> {
+        let saved = self.vm.save_code()?;
+        saved.inspect_err(|error| tracing::warn!("clones begin without translated code: {error}")).ok()
+    }
+
+    /// Begins with what [`Self::save_code`] of the machine that this is a copy of has returned, before it runs.
+    pub fn restore_code(&self, code: &File) {
+        if let Err(error) = self.vm.restore_code(code) {
+            tracing::warn!("the clone begins without translated code: {error}");
+        }
     }
 
     /// Step 1 of a stop: no deadline is served and no input taken any more, and no device's thread works: each request

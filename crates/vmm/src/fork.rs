@@ -1,6 +1,6 @@
 //! A machine frozen at one moment, to make clones of, while it goes on itself.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{fs::File, path::PathBuf, sync::Arc, time::Duration};
 
 use purlin_engine::memory::{Freeze, FrozenMemory, Layer, MemoryError};
 use purlin_machine::Machine;
@@ -15,6 +15,8 @@ pub struct FreezeSpec {
     /// For each disk the overlay that it goes on with: a path where nothing is yet, in a directory that is. None for a disk
     /// that the guest cannot write.
     pub overlays: Vec<Option<PathBuf>>,
+    /// Whether its clones are to begin with what the engine has made of the guest's code.
+    pub code: bool,
 }
 
 /// A machine at one moment. [`Vmm::restore_from`](crate::Vmm::restore_from) makes any number of others of it; each needs
@@ -26,6 +28,8 @@ pub struct Frozen {
     pub state: SavedState,
     /// Memory, a layer for each slot. ([`memory::send`](purlin_engine::memory::send) gets it to another process.)
     pub memory: Vec<Layer>,
+    /// What the engine has made of the guest's code, if that was asked for and there is such a thing.
+    pub code: Option<File>,
     /// The images of the disks that have gone on with overlays. They do not change any more, but a host that crashes may
     /// lose some of them until the guest's next flush, or [`Disk::sync_frozen`].
     pub disks: Vec<Option<FrozenDisk>>,
@@ -61,7 +65,12 @@ pub enum FreezeError {
 }
 
 /// What is taken while the machine stands still.
-type Taken = (SavedState, FrozenMemory, Vec<Option<FrozenDisk>>);
+struct Taken {
+    state: SavedState,
+    memory: FrozenMemory,
+    code: Option<File>,
+    disks: Vec<Option<FrozenDisk>>,
+}
 
 impl Running {
     /// Freezes the machine at one moment, for clones. It stands still for as short as possible and goes on: with private
@@ -74,10 +83,11 @@ impl Running {
         };
         let overlays = make_overlays(&disks, &spec.overlays)?;
         let freeze = Freeze::begin(&ram)?;
-        let work = move |machine: &Machine, state| freeze_all(machine.disks(), overlays, freeze, state);
+        let wants_code = spec.code;
+        let work = move |machine: &Machine, state| freeze_all(machine, overlays, freeze, wants_code, state);
         let (taken, pause) = self.while_still(work)?;
-        let (state, memory, disks) = taken?;
-        Ok(Frozen { state, memory: memory.into_layers().map_err(FreezeError::Copy)?, disks, pause })
+        let Taken { state, memory, code, disks } = taken?;
+        Ok(Frozen { state, memory: memory.into_layers().map_err(FreezeError::Copy)?, code, disks, pause })
     }
 }
 
@@ -93,15 +103,18 @@ fn make_overlays(disks: &[Arc<Disk>], paths: &[Option<PathBuf>]) -> Result<Vec<O
 
 /// Freezes a machine that stands still; after an error everything is as before.
 fn freeze_all(
-    disks: &[Arc<Disk>],
+    machine: &Machine,
     overlays: Vec<Option<Overlay>>,
     freeze: Freeze,
+    wants_code: bool,
     state: SavedState,
 ) -> Result<Taken, FreezeError> {
-    let switches = disks.iter().zip(overlays).map(|(disk, overlay)| overlay.map(|o| disk.switch(o)).transpose());
+    let switches =
+        machine.disks().iter().zip(overlays).map(|(disk, overlay)| overlay.map(|o| disk.switch(o)).transpose());
     let switches = switches.collect::<Result<Vec<_>, _>>()?;
     let memory = freeze.finish()?;
+    let code = wants_code.then(|| machine.save_code()).flatten();
     // What comes now cannot fail.
     let disks = switches.into_iter().map(|switch| switch.map(|switch| switch.make())).collect();
-    Ok((state, memory, disks))
+    Ok(Taken { state, memory, code, disks })
 }

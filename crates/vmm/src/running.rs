@@ -1,6 +1,7 @@
 //! A run, as whoever started it holds it.
 
 use std::{
+    fs::File,
     io::Write,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak,
@@ -69,24 +70,27 @@ impl Vmm {
         load_memory: impl FnOnce(&GuestRam) -> Result<(), MachineError>,
         serial_out: Box<dyn Write + Send>,
     ) -> Result<Running, StartError> {
-        Self::go_on(config, saved, None, load_memory, serial_out)
+        Self::go_on(config, saved, None, None, load_memory, serial_out)
     }
 
-    /// The same with the memory of these layers, one for each slot, which it shares with whoever has them too.
+    /// The same with the memory of these layers, one for each slot, which it shares with whoever has them too; and with
+    /// `code`, from the same moment, if there is some ([`Frozen::code`](crate::Frozen::code)).
     pub fn restore_from(
         config: RunConfig,
         saved: &SavedState,
         memory: &[Layer],
+        code: Option<&File>,
         serial_out: Box<dyn Write + Send>,
     ) -> Result<Running, StartError> {
         let memory = memory::from_layers(memory).map_err(MachineError::from)?;
-        Self::go_on(config, saved, Some(memory), |_| Ok(()), serial_out)
+        Self::go_on(config, saved, Some(memory), code, |_| Ok(()), serial_out)
     }
 
     fn go_on(
         config: RunConfig,
         saved: &SavedState,
         memory: Option<GuestRam>,
+        code: Option<&File>,
         load_memory: impl FnOnce(&GuestRam) -> Result<(), MachineError>,
         serial_out: Box<dyn Write + Send>,
     ) -> Result<Running, StartError> {
@@ -103,6 +107,9 @@ impl Vmm {
         let machine_config = hardware.config(config.cpu_model, host, boot)?;
         let (machine, vcpus, states) = Machine::restore(machine_config, memory, saved, &*config.engine, serial_out)?;
         load_memory(machine.ram())?;
+        if let Some(code) = code {
+            machine.restore_code(code);
+        }
         Running::start(machine, vcpus, states, &config, inbox, true)
     }
 }

@@ -151,7 +151,7 @@ impl Vmm {
             chain.verify()?;
         }
         let memory = if pages == Pages::Copied { chain.load()? } else { chain.layers()? };
-        let running = Self::restore_from(config, chain.state(), &memory, serial_out)?;
+        let running = Self::restore_from(config, chain.state(), &memory, None, serial_out)?;
         *running.last_snapshot() = chain.into_parent(memory);
         Ok(running)
     }

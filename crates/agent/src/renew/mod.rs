@@ -2,6 +2,7 @@
 //! the old keys and addresses are out of use. What takes long follows.
 
 mod identity;
+mod interface;
 mod network;
 mod random;
 mod ssh;

@@ -1,10 +1,10 @@
 //! Network cards whose addresses change, and what they have got by DHCP.
 
-use std::{fs, path::Path};
+use std::{fs, io, path::Path};
 
 use purlin_agent::protocol::{Card, Failed, FailureKind};
 
-use super::{Problems, note, run_program};
+use super::{Problems, interface::Interface, note, run_program};
 
 /// Interfaces that are down and have their new addresses.
 pub struct Cards(Vec<String>);
@@ -35,8 +35,7 @@ pub fn take_down(cards: &[Card], problems: &mut Problems) -> Cards {
             problems.push(format!("the network card {}: there is none", card.old));
             continue;
         };
-        let change = format!("link set dev {name} down\nlink set dev {name} address {}\n", card.new);
-        note(problems, &format!("the network card {name}"), ip(&change));
+        note(problems, &format!("the network card {name}"), change(name, &card.new));
         names.push(name.clone());
     }
     Cards(names)
@@ -53,12 +52,17 @@ pub fn bring_up(cards: Cards, problems: &mut Problems) {
     // reconfigure` as well: networkd would then take a lease's address away that it has just got anew.)
     let _ = run_program("systemctl", &["try-restart", "systemd-networkd.service"], "");
     for name in &names {
-        note(problems, &format!("the network card {name}"), ip(&format!("link set dev {name} up\n")));
+        let up = Interface::new(name).and_then(|card| card.set_up(true));
+        note(problems, &format!("the network card {name}"), up);
     }
 }
 
-fn ip(batch: &str) -> Result<(), String> {
-    run_program("ip", &["-batch", "-"], batch).map(drop)
+/// Takes a card down, and gives it an address that [`check`] has found to be one.
+fn change(name: &str, address: &str) -> io::Result<()> {
+    let address = parse(address).ok_or(io::ErrorKind::InvalidInput)?;
+    let card = Interface::new(name)?;
+    card.set_up(false)?;
+    card.set_address(address)
 }
 
 /// Cards, not what is made of them (bridges and the like): their names and addresses.

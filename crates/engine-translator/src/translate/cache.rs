@@ -10,10 +10,14 @@
 //! Lock order: `Shared::world` before `CodeCache::inner`. Nothing is waited for with `inner` held.
 
 mod blocks;
+mod hot;
+mod image;
+mod list;
 mod listing;
 mod pages;
 
 use std::{
+    fs::File,
     io,
     ops::Range,
     sync::{
@@ -23,6 +27,7 @@ use std::{
 };
 
 use rustc_hash::FxHashSet as HashSet;
+use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::{
     asm::Asm,
@@ -35,14 +40,20 @@ use super::{
     stubs::{self, Stubs},
 };
 
-pub use self::listing::{Content, Ends, GuestPlace, Piece};
 use self::{
     blocks::{Blocks, MAX_CACHE},
+    hot::Hot,
+    image::{Reader, Writer},
     pages::{Living, Pages},
+};
+pub use self::{
+    image::prepare,
+    listing::{Content, Ends, GuestPlace, Piece},
 };
 
 /// What a block was translated from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable)]
+#[repr(C)]
 pub struct Key {
     /// Guest physical address of its first byte.
     pub physical: u64,
@@ -121,7 +132,7 @@ struct Inner {
     /// Stores to watched pages so far, by page number modulo the length: what has to stand still while a block is made.
     stores: Vec<u64>,
     /// What was found executing.
-    hot: HashSet<Key>,
+    hot: Hot,
     /// How blocks came to their end otherwise.
     ends: Ends,
 }
@@ -143,9 +154,6 @@ pub enum NotAdded {
 
 /// Counters of stores to watched pages.
 const STORE_COUNTERS: usize = 256;
-
-/// Hot places at most; the set begins anew when it is full.
-const MAX_HOT: usize = 1 << 16;
 
 /// Length of a call.
 const CALL: u32 = 5;
@@ -184,7 +192,7 @@ impl CodeCache {
             saved_entry: self.memory.base() + u64::from(living.saved_entry),
             entry: self.memory.base() + u64::from(living.start),
             page: key.physical >> 12,
-            linkable: !living.crosses,
+            linkable: !living.crosses(),
             page_id: living.page_id,
         }
     }
@@ -270,8 +278,8 @@ impl CodeCache {
                 let b = inner.blocks.get(i);
                 let overlaps = |from: u64, n: u64| address < from + n && from < address + len;
                 // What lies on a second page is at most the rest of one instruction, at its start. Both may be the same.
-                let first = (page << 12) + u64::from(b.span.0);
-                b.key.physical >> 12 == page && overlaps(first, u64::from(b.span.1 - b.span.0))
+                let [from, to] = b.span;
+                b.key.physical >> 12 == page && overlaps((page << 12) + u64::from(from), u64::from(to - from))
                     || b.key.second != 0 && (b.key.second - 1) >> 12 == page && overlaps(page << 12, 15)
             })
             .collect();
@@ -318,9 +326,6 @@ impl CodeCache {
     fn heat(&self, inner: &mut Inner, key: Key) {
         if !key.context.mode.grouped() || key.second != 0 || self.all_hot.load(Ordering::Relaxed) {
             return;
-        }
-        if inner.hot.len() >= MAX_HOT {
-            inner.hot.clear();
         }
         if inner.hot.insert(key)
             && let Some(living) = inner.find(&key)
@@ -421,6 +426,42 @@ impl CodeCache {
         };
         self.generation.fetch_add(1, Ordering::SeqCst);
         pages
+    }
+}
+
+/// Copies of a machine begin with its translations.
+impl CodeCache {
+    /// All of them, while no vCPU runs: memory is what they were made from.
+    pub fn save(&self) -> io::Result<File> {
+        let inner = self.lock();
+        let mut image = Writer::new(self.memory.bytes(inner.used as usize))?;
+        inner.blocks.save(&mut image)?;
+        inner.pages.save(&mut image)?;
+        inner.hot.save(&mut image)?;
+        let crossing: Vec<Key> = inner.crossing.iter().copied().collect();
+        image.section([&crossing[..]])?;
+        image.finish()
+    }
+
+    /// Begins with those that [`Self::save`] wrote, before a vCPU runs: memory is what it was then. Returns the physical pages that
+    /// hold code and are to be watched; `None` if another program has written it, or the cache is not empty any more.
+    pub fn restore(&self, file: &File) -> io::Result<Option<Vec<u64>>> {
+        let mut inner = self.lock();
+        let Some(mut image) = Reader::new(file)? else { return Ok(None) };
+        let (code, stubs) = (image.code()?, self.stubs_end as usize);
+        let fits = code.len() <= self.memory.len() && code.get(..stubs) == Some(self.memory.bytes(stubs));
+        if !fits || inner.used != self.stubs_end {
+            return Ok(None);
+        }
+        let used = code.len();
+        let blocks = Blocks::restore(&mut image)?;
+        let pages = Pages::restore(&mut image)?;
+        let hot = Hot::restore(&mut image)?;
+        let crossing = image.section::<Key>()?.get().iter().copied().collect();
+        let stores = std::mem::take(&mut inner.stores);
+        self.memory.begin_with(file, Reader::CODE, used.next_multiple_of(4096).min(self.memory.len()))?;
+        *inner = Inner { used: used as u32, blocks, pages, crossing, stores, hot, ends: inner.ends };
+        Ok(Some(inner.pages.with_code().map(|page| page << 12).collect()))
     }
 }
 

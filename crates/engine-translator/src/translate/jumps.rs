@@ -9,6 +9,8 @@
 //!
 //! All of this is kept apart by mode, and emptied when linear addresses change their meaning.
 
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
 use super::{mode::Mode, returns::ReturnStacks};
 
 /// Entries of a table.
@@ -102,14 +104,15 @@ impl Default for TableState {
 }
 
 /// What translations depend on beside the bytes: two blocks of one context may jump to each other by RIP alone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, FromBytes, IntoBytes, Immutable)]
+#[repr(C)]
 pub struct Context {
-    /// The mode.
-    pub mode: Mode,
     /// Base and limit of CS, where they matter.
     pub cs_base: u64,
     /// See `cs_base`.
     pub cs_limit: u32,
+    /// The mode.
+    pub mode: Mode,
 }
 
 impl Context {

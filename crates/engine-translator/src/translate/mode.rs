@@ -4,6 +4,8 @@ use std::sync::atomic::Ordering;
 
 use purlin_arch::x86_64::regs::{cr0, cr4, rflags, seg, xcr0};
 
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
 use super::jumps::Context;
 use crate::{
     cpu::{Cpu, Segment, access},
@@ -11,7 +13,8 @@ use crate::{
 };
 
 /// The mode of a translation. Everything that emitted code bakes in, and that only Rust code can change, is here.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable)]
+#[repr(transparent)]
 pub struct Mode(u32);
 
 const CODE32: u32 = 1 << 0;

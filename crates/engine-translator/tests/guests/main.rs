@@ -5,6 +5,7 @@
 mod apic;
 mod calls;
 mod calls_between;
+mod copies;
 mod cross_modifying;
 mod debugging;
 mod deliverable;

@@ -1,11 +1,11 @@
 //! Snapshots of the machine, and freezes that its clones are made of.
 //!
 //! A clone's process comes to the socket [`vm::FROZEN`], says which freeze it wants in [`ID`] bytes, and is given
-//! the lengths of two messages with the descriptors of memory, then the messages: the layers of memory, and the state.
+//! the length of a message, with descriptors of files, then the message.
 
 use std::{
     collections::HashMap,
-    fs,
+    fs::{self, File},
     io::{self, IoSlice, IoSliceMut, Read, Write},
     mem::MaybeUninit,
     os::{
@@ -36,7 +36,7 @@ use crate::{FreezeSpec, Frozen, Running, SnapshotSpec, TakeError};
 
 /// Bytes of a freeze's name: a UUID's text.
 const ID: usize = 36;
-/// The most files of memory: as many descriptors as go with a message (SCM_MAX_FD).
+/// The most files: as many descriptors as go with a message (SCM_MAX_FD).
 const MAX_FILES: usize = 253;
 /// Bytes of the longest message that is taken.
 const MAX_MESSAGE: u64 = 256 << 20;
@@ -70,7 +70,7 @@ fn overlays(running: &Running, overlay: &Path) -> Result<FreezeSpec, ErrorBody> 
     check_name(overlay)?;
     let disks = running.disk_paths().len();
     let overlays = (0..disks).map(|number| (number == 0).then(|| overlay.to_owned())).collect();
-    Ok(FreezeSpec { overlays })
+    Ok(FreezeSpec { overlays, code: false })
 }
 
 /// Names in the directory, as the sandbox has it too.
@@ -106,7 +106,8 @@ impl Freezer {
         if wanted.freeze.len() != ID {
             return Err(ErrorBody::new(Reason::BadRequest, "a freeze is called by a UUID"));
         }
-        let frozen = running.fork(&overlays(running, &wanted.overlay)?).map_err(failed)?;
+        let spec = FreezeSpec { code: true, ..overlays(running, &wanted.overlay)? };
+        let frozen = running.fork(&spec).map_err(failed)?;
         let pause_us = frozen.pause.as_micros() as u64;
         self.freezes.lock().unwrap_or_else(PoisonError::into_inner).insert(wanted.freeze, Arc::new(frozen));
         Ok(vm::Frozen { pause_us })
@@ -126,18 +127,31 @@ impl Freezer {
         let id = String::from_utf8_lossy(&id).into_owned();
         let frozen = self.freezes.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned();
         let frozen = frozen.ok_or(io::ErrorKind::NotFound)?;
-        let (layers, files) = memory::send(&frozen.memory);
-        let (layers, state) = (layers.encode_to_vec(), frozen.state.encode_to_vec());
-        let lengths = [layers.len() as u64, state.len() as u64].map(u64::to_le_bytes).concat();
+        let (layers, mut files) = memory::send(&frozen.memory);
+        files.extend(frozen.code.as_ref().map(File::as_fd));
+        let message =
+            FrozenMessage { layers: Some(layers), state: Some(frozen.state.clone()), has_code: frozen.code.is_some() };
+        let message = message.encode_to_vec();
+        let length = (message.len() as u64).to_le_bytes();
         let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         if !control.push(SendAncillaryMessage::ScmRights(&files)) {
             return Err(io::Error::other("memory has too many layers"));
         }
-        sendmsg(stream, &[IoSlice::new(&lengths)], &mut control, SendFlags::NOSIGNAL)?;
-        stream.write_all(&layers)?;
-        stream.write_all(&state)
+        sendmsg(stream, &[IoSlice::new(&length)], &mut control, SendFlags::NOSIGNAL)?;
+        stream.write_all(&message)
     }
+}
+
+/// A machine that is frozen, but for its disks. Its files go beside it: those of the layers, then that of the code.
+#[derive(Clone, PartialEq, Message)]
+struct FrozenMessage {
+    #[prost(message, optional, tag = "1")]
+    layers: Option<LayersMessage>,
+    #[prost(message, optional, tag = "2")]
+    state: Option<SavedState>,
+    #[prost(bool, tag = "3")]
+    has_code: bool,
 }
 
 /// What a clone goes on from.
@@ -146,36 +160,37 @@ pub struct Given {
     pub state: SavedState,
     /// Memory.
     pub memory: Vec<Layer>,
+    /// What the engine has made of the guest's code.
+    pub code: Option<File>,
 }
 
-/// Fetches what the clone is to go on from; the machine at the other end is not trusted with more than the clone itself.
+/// Fetches what the clone is to go on from. The machine at the other end is trusted with the clone, whose code it may have
+/// translated, and with nothing else.
 pub fn fetch(socket: &Path, freeze: &str) -> Result<Given, ErrorBody> {
     let wrong = |e: &dyn std::fmt::Display| failed(format!("cannot get the machine to clone: {e}"));
     let receive = || -> io::Result<_> {
         let mut stream = UnixStream::connect(Address::of(socket)?.path())?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.write_all(freeze.as_bytes())?;
-        let (lengths, files) = receive_lengths(&stream)?;
-        let read = |length: u64| {
-            let mut message = Vec::new();
-            (&stream).take(length.min(MAX_MESSAGE)).read_to_end(&mut message).map(|_| message)
-        };
-        Ok((read(lengths[0])?, read(lengths[1])?, files))
+        let (length, files) = receive_length(&stream)?;
+        let mut message = Vec::new();
+        stream.take(length.min(MAX_MESSAGE)).read_to_end(&mut message)?;
+        Ok((FrozenMessage::decode(message.as_slice())?, files))
     };
-    let (layers, state, files) = receive().map_err(|e| wrong(&e))?;
-    let layers = LayersMessage::decode(layers.as_slice()).map_err(|e| wrong(&e))?;
-    let state = <SavedState as Message>::decode(state.as_slice()).map_err(|e| wrong(&e))?;
+    let (message, mut files) = receive().map_err(|e| wrong(&e))?;
+    let (layers, state) = (message.layers.unwrap_or_default(), message.state.unwrap_or_default());
+    let code = if message.has_code { files.pop().map(File::from) } else { None };
     let memory = memory::receive(&layers, files).map_err(|e| wrong(&e))?;
-    Ok(Given { state, memory })
+    Ok(Given { state, memory, code })
 }
 
-fn receive_lengths(stream: &UnixStream) -> io::Result<([u64; 2], Vec<OwnedFd>)> {
-    let mut lengths = [0; 16];
+fn receive_length(stream: &UnixStream) -> io::Result<(u64, Vec<OwnedFd>)> {
+    let mut length = [0; 8];
     let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::WAITALL;
-    let received = recvmsg(stream.as_fd(), &mut [IoSliceMut::new(&mut lengths)], &mut control, flags)?;
-    if received.bytes != lengths.len() {
+    let received = recvmsg(stream.as_fd(), &mut [IoSliceMut::new(&mut length)], &mut control, flags)?;
+    if received.bytes != length.len() {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
     let files = control.drain().filter_map(|message| match message {
@@ -183,6 +198,5 @@ fn receive_lengths(stream: &UnixStream) -> io::Result<([u64; 2], Vec<OwnedFd>)> 
         _ => None,
     });
     let files = files.flatten().collect();
-    let number = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| lengths[at + i]));
-    Ok(([number(0), number(8)], files))
+    Ok((u64::from_le_bytes(length), files))
 }

@@ -118,7 +118,9 @@ fn begin(
         (vm::Origin::Snapshot { file }, _) => {
             Vmm::restore_snapshot(config, file, Pages::Mapped, output).map_err(failed)?
         }
-        (_, Some(Given { state, memory })) => Vmm::restore_from(config, &state, &memory, output).map_err(failed)?,
+        (_, Some(Given { state, memory, code })) => {
+            Vmm::restore_from(config, &state, &memory, code.as_ref(), output).map_err(failed)?
+        }
         (_, None) => return Vmm::start(config, output).map_err(failed),
     };
     running.renew_generation().and_then(|()| running.resume()).map_err(failed)?;

@@ -1,11 +1,21 @@
 //! The blocks of the cache in the order of their addresses, living and dead. There are hundreds of thousands of them, so
 //! they are small.
 
-use super::Key;
+use std::io;
+
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use super::{
+    Key,
+    image::{Reader, Writer},
+    list::List,
+};
 use crate::translate::emit::{Emitted, FaultPoint};
 
 /// One block. What is said of its code in lists of all blocks begins at `faults` and `return_sites`, and ends where that of
 /// the next block begins.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable)]
+#[repr(C)]
 pub struct Block {
     /// What it was translated from.
     pub key: Key,
@@ -18,13 +28,16 @@ pub struct Block {
     /// See [`super::Found::page_id`].
     pub page_id: u32,
     /// The bytes of its first page that it depends on: offsets of the first, and behind the last.
-    pub span: (u16, u16),
+    pub span: [u16; 2],
     faults: u32,
     return_sites: u32,
+    /// 0.
+    _reserved: u32,
 }
 
 /// A [`FaultPoint`], by offset in the cache and distance from its block's RIP.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable)]
+#[repr(C)]
 struct Fault {
     offset: u32,
     delta: i32,
@@ -58,53 +71,44 @@ impl Fault {
 /// Bytes of a granule: some blocks.
 const GRANULE: usize = 512;
 
-/// Makes room for `count` more, in steps that do not double what is there.
-fn grow<T>(list: &mut Vec<T>, count: usize) {
-    const STEP: usize = 1 << 14;
-    if list.len() + count > list.capacity() {
-        list.reserve_exact(STEP.max(count));
-    }
-}
-
 /// Offsets in the cache are less than this.
 pub const MAX_CACHE: usize = Fault::OFFSET as usize;
 
 /// All blocks.
 #[derive(Default)]
 pub struct Blocks {
-    blocks: Vec<Block>,
-    faults: Vec<Fault>,
-    return_sites: Vec<u32>,
+    blocks: List<Block>,
+    faults: List<Fault>,
+    return_sites: List<u32>,
     /// For each granule of the cache the block that its first byte belongs to.
-    granules: Vec<u32>,
+    granules: List<u32>,
 }
 
 impl Blocks {
     /// Adds one at the end; `used` is the offset behind it. Returns its index.
     pub fn push(&mut self, key: Key, start: u32, used: u32, page_id: u32, span: (u32, u32), emitted: &Emitted) -> u32 {
         let index = self.blocks.len() as u32;
-        grow(&mut self.blocks, 1);
-        grow(&mut self.faults, emitted.faults.len());
-        grow(&mut self.return_sites, emitted.return_sites.len());
         self.blocks.push(Block {
             key,
             start,
             code_len: emitted.code_len,
             saved_entry: start + emitted.saved_entry,
             page_id,
-            span: (span.0 as u16, span.1 as u16),
+            span: [span.0 as u16, span.1 as u16],
             faults: self.faults.len() as u32,
             return_sites: self.return_sites.len() as u32,
+            _reserved: 0,
         });
         self.faults.extend(emitted.faults.iter().map(|point| Fault::new(point, start, key.rip)));
         self.return_sites.extend(emitted.return_sites.iter().map(|offset| start + offset));
-        self.granules.resize((used as usize).div_ceil(GRANULE), index);
+        let granules = (used as usize).div_ceil(GRANULE).saturating_sub(self.granules.len());
+        self.granules.extend((0..granules).map(|_| index));
         index
     }
 
     /// The block of an index.
     pub fn get(&self, index: u32) -> &Block {
-        &self.blocks[index as usize]
+        self.blocks.get(index as usize).expect("indices are of blocks that there are")
     }
 
     /// All of them.
@@ -114,33 +118,51 @@ impl Blocks {
 
     fn index_at(&self, offset: u32) -> Option<usize> {
         let first = *self.granules.get(offset as usize / GRANULE)? as usize;
-        let before = self.blocks.get(first..)?.iter().take_while(|b| b.start <= offset).count();
+        let before = (first..).map_while(|index| self.blocks.get(index)).take_while(|b| b.start <= offset).count();
         (first + before).checked_sub(1)
     }
 
     /// The block that the byte at `offset` of the cache belongs to.
     pub fn at(&self, offset: u32) -> Option<&Block> {
-        self.index_at(offset).map(|index| &self.blocks[index])
+        self.blocks.get(self.index_at(offset)?)
     }
 
     /// Offsets in the cache of the return sites of a block.
     pub fn return_sites(&self, index: u32) -> &[u32] {
         let end =
             self.blocks.get(index as usize + 1).map_or(self.return_sites.len(), |next| next.return_sites as usize);
-        &self.return_sites[self.get(index).return_sites as usize..end]
+        self.return_sites.slice(self.get(index).return_sites as usize..end)
     }
 
     /// The fault point of the host instruction at `offset` of the cache.
     pub fn fault_at(&self, offset: u32) -> Option<FaultPoint> {
         let index = self.index_at(offset)?;
-        let block = &self.blocks[index];
+        let block = self.blocks.get(index)?;
         if offset >= block.start + block.code_len {
             return None;
         }
         let end = self.blocks.get(index + 1).map_or(self.faults.len(), |next| next.faults as usize);
-        let faults = &self.faults[block.faults as usize..end];
+        let faults = self.faults.slice(block.faults as usize..end);
         let i = faults.binary_search_by_key(&offset, |fault| fault.offset & Fault::OFFSET).ok()?;
         Some(faults[i].point(block.start, block.key.rip))
+    }
+
+    /// Writes all of them.
+    pub fn save(&self, image: &mut Writer) -> io::Result<()> {
+        image.section(self.blocks.parts())?;
+        image.section(self.faults.parts())?;
+        image.section(self.return_sites.parts())?;
+        image.section(self.granules.parts())
+    }
+
+    /// Those that [`Self::save`] wrote.
+    pub fn restore(image: &mut Reader) -> io::Result<Self> {
+        Ok(Self {
+            blocks: image.section()?.into(),
+            faults: image.section()?.into(),
+            return_sites: image.section()?.into(),
+            granules: image.section()?.into(),
+        })
     }
 }
 
