@@ -2,24 +2,23 @@
 #![allow(unsafe_code)]
 
 use std::{
-    fs::File,
     io,
     sync::{
-        Arc, Mutex, OnceLock, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError, Weak,
         atomic::{AtomicBool, Ordering},
     },
 };
 
-use purlin_engine::{Engine, EngineError, Kick, Vcpu, Vm, VmConfig, memory::WriteObserver};
+use purlin_engine::{Code, Engine, EngineError, Kick, SavedCode, Vcpu, Vm, VmConfig, memory::WriteObserver};
 
 use crate::{
-    clock::{VmClock, host_tsc_khz},
+    clock::{VmClock, host_tsc_khz, monotonic_ns},
     cpu::Cpu,
     lapic,
     mailbox::request,
     profile::Profile,
     ram::Ram,
-    translate::{CodeCache, prepare},
+    translate::{CodeCache, Moment, prepare},
     vcpu::{TranslatedVcpu, init_block},
     vm::{Blocks, Shared},
 };
@@ -43,14 +42,25 @@ impl TranslatorEngine {
 
     /// The engine, if this host can run it.
     pub fn new() -> Result<Self, EngineError> {
+        Self::with_tsc(host_tsc_khz)
+    }
+
+    /// The same where the frequency of the host's TSC, in kHz, is known: to measure it takes 20 ms.
+    pub fn with_tsc_khz(khz: u32) -> Result<Self, EngineError> {
+        Self::with_tsc(|| khz)
+    }
+
+    fn with_tsc(khz: impl FnOnce() -> u32) -> Result<Self, EngineError> {
         // LAHF in 64-bit code carries the flags past address checks, XSAVE the guest's vector registers.
         let lahf = std::arch::x86_64::__cpuid(0x8000_0001).ecx & 1 != 0;
         if !lahf || !std::is_x86_feature_detected!("xsave") {
             let why = "the translator needs a processor with XSAVE and 64-bit LAHF (made since 2011): use another host";
             return Err(EngineError::Unavailable(why.into()));
         }
+        // What is asked of the host once, before a sandbox forbids it: which program this is, and where the clock is.
         prepare();
-        let (tsc_khz, code_cache) = (host_tsc_khz(), CODE_CACHE);
+        monotonic_ns();
+        let (tsc_khz, code_cache) = (khz(), CODE_CACHE);
         Ok(Self { tsc_khz, code_cache, hot_code: false, movable_code: false, profile: None })
     }
 
@@ -208,17 +218,31 @@ impl Vm for TranslatedVm {
         self.shared.tsc_khz
     }
 
-    fn save_code(&self) -> Option<io::Result<File>> {
-        Some(self.shared.code.save())
+    fn code(&self) -> Option<Arc<dyn Code>> {
+        Some(Arc::new(CodeThen { shared: Arc::downgrade(&self.shared), moment: self.shared.code.moment() }))
     }
 
-    fn restore_code(&self, file: &File) -> io::Result<()> {
-        for physical in self.shared.code.restore(file)?.into_iter().flatten() {
+    fn restore_code(&self, code: &SavedCode) -> io::Result<()> {
+        for physical in self.shared.code.restore(&code.file, &code.changes)?.into_iter().flatten() {
             if let Some(page) = self.shared.ram.page(physical) {
                 self.shared.ram.watch(page);
             }
         }
         Ok(())
+    }
+}
+
+/// The translations of a VM, if it is still there, at a moment.
+struct CodeThen {
+    shared: Weak<Shared>,
+    moment: Moment,
+}
+
+impl Code for CodeThen {
+    fn save(&self) -> io::Result<Option<SavedCode>> {
+        let Some(shared) = self.shared.upgrade() else { return Ok(None) };
+        let saved = shared.code.save(self.moment)?;
+        Ok(saved.map(|(file, changes)| SavedCode { file, changes }))
     }
 }
 

@@ -7,7 +7,7 @@
 
 pub use purlin_memory as memory;
 
-use std::{fs::File, sync::Arc};
+use std::{fs::File, io, sync::Arc};
 
 use purlin_arch::x86_64::{cpuid::CpuidEntry, state::VcpuState};
 
@@ -67,17 +67,41 @@ pub trait Vm: Send + Sync {
     /// Frequency of the guest's TSC in kHz.
     fn tsc_khz(&self) -> u32;
 
-    /// What the engine has made of the guest's code so far, for copies of the machine, in a sealed file; to be asked while no vCPU
-    /// runs. `None` where a copy has no use for it.
-    fn save_code(&self) -> Option<std::io::Result<File>> {
+    /// What the engine has made of the guest's code so far, for copies of the machine as it is now; to be asked while no vCPU runs.
+    /// `None` where a copy has no use for it.
+    fn code(&self) -> Option<Arc<dyn Code>> {
         None
     }
 
-    /// Begins with what [`Self::save_code`] of the machine that this is a copy of has returned: memory is the same, and no vCPU
-    /// has run. The file is trusted with all that this process can do. One that does not fit is left alone.
-    fn restore_code(&self, _file: &File) -> std::io::Result<()> {
+    /// Begins with what the engine has made of the code of the machine that this is a copy of: memory is what it was at that
+    /// moment, and no vCPU has run. What does not fit is left alone.
+    fn restore_code(&self, _code: &SavedCode) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// What an engine has made of a guest's code at one moment.
+pub trait Code: Send + Sync {
+    /// For copies of the machine at that moment, while it goes on itself. `None` if it is not there any more.
+    fn save(&self) -> io::Result<Option<SavedCode>>;
+}
+
+/// Code for copies of a machine, some of which share the file. It is trusted with all that the process can do which uses it.
+#[derive(Clone, Debug)]
+pub struct SavedCode {
+    /// A sealed file, for the same program on the same host.
+    pub file: Arc<File>,
+    /// How it is to become that of the right moment.
+    pub changes: CodeChanges,
+}
+
+/// What of a file of code was not valid at a moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CodeChanges {
+    /// Pieces from this one on.
+    pub blocks: u32,
+    /// These.
+    pub died: Vec<u32>,
 }
 
 /// One processor. It belongs to the thread that runs it.

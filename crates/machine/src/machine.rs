@@ -1,7 +1,6 @@
 //! The machine: memory, processors, devices and clocks, made from one configuration.
 
 use std::{
-    fs::File,
     io::Write,
     sync::{
         Arc,
@@ -12,7 +11,7 @@ use std::{
 use prost::Message;
 use purlin_arch::x86_64::{cpuid::CpuidEntry, state::VcpuState};
 use purlin_engine::{
-    Bus, Engine, Vcpu, Vm, VmConfig,
+    Bus, Code, Engine, SavedCode, Vcpu, Vm, VmConfig,
     memory::{self, GuestRam},
 };
 use purlin_state::{Saved, SavedState, Section};
@@ -159,13 +158,12 @@ impl Machine {
     }
 
     /// What the engine has made of the guest's code, for copies of a machine that stands still. Without it they go on as well.
-    pub fn save_code(&self) -> Option<File> {
-        let saved = self.vm.save_code()?;
-        saved.inspect_err(|error| tracing::warn!("clones begin without translated code: {error}")).ok()
+    pub fn code(&self) -> Option<Arc<dyn Code>> {
+        self.vm.code()
     }
 
-    /// Begins with what [`Self::save_code`] of the machine that this is a copy of has returned, before it runs.
-    pub fn restore_code(&self, code: &File) {
+    /// Begins, before it runs, with what there was of the machine that this is a copy of.
+    pub fn restore_code(&self, code: &SavedCode) {
         if let Err(error) = self.vm.restore_code(code) {
             tracing::warn!("the clone begins without translated code: {error}");
         }

@@ -79,6 +79,16 @@ pub fn choose(choice: EngineChoice) -> Result<Chosen, EngineError> {
     }
 }
 
+/// Opens the engine of this name again, which runs a machine on this host already, with a TSC of that frequency in kHz.
+pub fn again(name: &str, tsc_khz: u32) -> Result<Chosen, EngineError> {
+    let why = |engine| format!("engine: {engine} (as the machine that it was cloned of)");
+    if name == TranslatorEngine::NAME {
+        let engine = Arc::new(TranslatorEngine::with_tsc_khz(tsc_khz)?);
+        return Ok(Chosen { engine, why: why("translator") });
+    }
+    Ok(Chosen { engine: Arc::new(KvmEngine::new()?), why: why("KVM") })
+}
+
 fn auto(probed: Result<Probed, Obstacle>) -> Result<Chosen, EngineError> {
     let obstacle = match probed {
         Ok(probed) => match open_kvm(probed) {

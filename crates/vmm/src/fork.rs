@@ -1,8 +1,11 @@
 //! A machine frozen at one moment, to make clones of, while it goes on itself.
 
-use std::{fs::File, path::PathBuf, sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use purlin_engine::memory::{Freeze, FrozenMemory, Layer, MemoryError};
+use purlin_engine::{
+    Code, SavedCode,
+    memory::{Freeze, FrozenMemory, Layer, MemoryError},
+};
 use purlin_machine::Machine;
 use purlin_state::SavedState;
 use purlin_storage::{Disk, FrozenDisk, OpenError, Overlay};
@@ -15,26 +18,34 @@ pub struct FreezeSpec {
     /// For each disk the overlay that it goes on with: a path where nothing is yet, in a directory that is. None for a disk
     /// that the guest cannot write.
     pub overlays: Vec<Option<PathBuf>>,
-    /// Whether its clones are to begin with what the engine has made of the guest's code.
-    pub code: bool,
 }
 
 /// A machine at one moment. [`Vmm::restore_from`](crate::Vmm::restore_from) makes any number of others of it; each needs
 /// disks of its own, for example overlays of the frozen images, and is to hear that it is a copy
 /// ([`Running::renew_generation`]).
-#[derive(Debug)]
 pub struct Frozen {
     /// Everything but memory and disks.
     pub state: SavedState,
     /// Memory, a layer for each slot. ([`memory::send`](purlin_engine::memory::send) gets it to another process.)
     pub memory: Vec<Layer>,
-    /// What the engine has made of the guest's code, if that was asked for and there is such a thing.
-    pub code: Option<File>,
+    /// What the engine has made of the guest's code, if there is such a thing.
+    pub code: Option<Arc<dyn Code>>,
     /// The images of the disks that have gone on with overlays. They do not change any more, but a host that crashes may
     /// lose some of them until the guest's next flush, or [`Disk::sync_frozen`].
     pub disks: Vec<Option<FrozenDisk>>,
     /// For how long the machine stood still; 0 if it was paused.
     pub pause: Duration,
+}
+
+impl Frozen {
+    /// [`Self::code`] for a clone, which goes on as well without.
+    pub fn saved_code(&self) -> Option<SavedCode> {
+        let saved = self.code.as_ref()?.save();
+        saved.unwrap_or_else(|error| {
+            tracing::warn!("clones begin without translated code: {error}");
+            None
+        })
+    }
 }
 
 /// Why a machine could not be frozen. It goes on as it was.
@@ -68,7 +79,7 @@ pub enum FreezeError {
 struct Taken {
     state: SavedState,
     memory: FrozenMemory,
-    code: Option<File>,
+    code: Option<Arc<dyn Code>>,
     disks: Vec<Option<FrozenDisk>>,
 }
 
@@ -83,8 +94,7 @@ impl Running {
         };
         let overlays = make_overlays(&disks, &spec.overlays)?;
         let freeze = Freeze::begin(&ram)?;
-        let wants_code = spec.code;
-        let work = move |machine: &Machine, state| freeze_all(machine, overlays, freeze, wants_code, state);
+        let work = move |machine: &Machine, state| freeze_all(machine, overlays, freeze, state);
         let (taken, pause) = self.while_still(work)?;
         let Taken { state, memory, code, disks } = taken?;
         Ok(Frozen { state, memory: memory.into_layers().map_err(FreezeError::Copy)?, code, disks, pause })
@@ -106,14 +116,13 @@ fn freeze_all(
     machine: &Machine,
     overlays: Vec<Option<Overlay>>,
     freeze: Freeze,
-    wants_code: bool,
     state: SavedState,
 ) -> Result<Taken, FreezeError> {
     let switches =
         machine.disks().iter().zip(overlays).map(|(disk, overlay)| overlay.map(|o| disk.switch(o)).transpose());
     let switches = switches.collect::<Result<Vec<_>, _>>()?;
     let memory = freeze.finish()?;
-    let code = wants_code.then(|| machine.save_code()).flatten();
+    let code = machine.code();
     // What comes now cannot fail.
     let disks = switches.into_iter().map(|switch| switch.map(|switch| switch.make())).collect();
     Ok(Taken { state, memory, code, disks })

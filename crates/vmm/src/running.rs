@@ -1,7 +1,6 @@
 //! A run, as whoever started it holds it.
 
 use std::{
-    fs::File,
     io::Write,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak,
@@ -14,7 +13,7 @@ use std::{
 
 use purlin_arch::x86_64::state::VcpuState;
 use purlin_engine::{
-    Kick, Vcpu,
+    Kick, SavedCode, Vcpu,
     memory::{self, GuestRam, Layer},
 };
 use purlin_machine::{
@@ -74,12 +73,12 @@ impl Vmm {
     }
 
     /// The same with the memory of these layers, one for each slot, which it shares with whoever has them too; and with
-    /// `code`, from the same moment, if there is some ([`Frozen::code`](crate::Frozen::code)).
+    /// `code`, from the same moment, if there is some ([`Frozen::saved_code`](crate::Frozen::saved_code)).
     pub fn restore_from(
         config: RunConfig,
         saved: &SavedState,
         memory: &[Layer],
-        code: Option<&File>,
+        code: Option<&SavedCode>,
         serial_out: Box<dyn Write + Send>,
     ) -> Result<Running, StartError> {
         let memory = memory::from_layers(memory).map_err(MachineError::from)?;
@@ -90,7 +89,7 @@ impl Vmm {
         config: RunConfig,
         saved: &SavedState,
         memory: Option<GuestRam>,
-        code: Option<&File>,
+        code: Option<&SavedCode>,
         load_memory: impl FnOnce(&GuestRam) -> Result<(), MachineError>,
         serial_out: Box<dyn Write + Send>,
     ) -> Result<Running, StartError> {

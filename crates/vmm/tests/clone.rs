@@ -148,11 +148,11 @@ fn ten_clones_of_a_running_machine() {
         tell(&parent, &format!("echo {name} > /dev/shm/name; echo na''med {name}"));
         console.wait_for(&format!("named {name}"));
         let (console, start) = (Console::default(), Instant::now());
-        let frozen = parent.fork(&FreezeSpec { code: true, ..FreezeSpec::default() }).unwrap();
+        let frozen = parent.fork(&FreezeSpec::default()).unwrap();
         let forked = start.elapsed();
         let out = Box::new(console.clone());
-        let clone =
-            Vmm::restore_from(config.clone(), &frozen.state, &frozen.memory, frozen.code.as_ref(), out).unwrap();
+        let clone = Vmm::restore_from(config.clone(), &frozen.state, &frozen.memory, frozen.saved_code().as_ref(), out)
+            .unwrap();
         let restored = start.elapsed() - forked;
         println!("clone {name}: fork {forked:.1?} (pause {:.1?}), restore {restored:.1?}", frozen.pause);
         clones.push((clone, console));

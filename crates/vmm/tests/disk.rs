@@ -266,13 +266,18 @@ fn forks_in_mid_requests_have_disks_of_their_own() {
         // By the time of the fork some of these are under way.
         limit.fetch_add(REQUESTS / FORKS / 2, Ordering::SeqCst);
         thread::sleep(Duration::from_millis(1));
-        let frozen = running.fork(&FreezeSpec { overlays: vec![Some(path("parent", number))], code: true }).unwrap();
+        let frozen = running.fork(&FreezeSpec { overlays: vec![Some(path("parent", number))] }).unwrap();
         let image = frozen.disks[0].clone().unwrap();
         NewImage::overlay(path("clone", number), &image.path, image.format).create().unwrap();
         let config = RunConfig { disks: vec![DiskSpec::new(path("clone", number))], ..config.clone() };
-        let clone =
-            Vmm::restore_from(config, &frozen.state, &frozen.memory, frozen.code.as_ref(), Box::new(io::sink()))
-                .unwrap();
+        let clone = Vmm::restore_from(
+            config,
+            &frozen.state,
+            &frozen.memory,
+            frozen.saved_code().as_ref(),
+            Box::new(io::sink()),
+        )
+        .unwrap();
         if number % 2 == 0 {
             clone.resume().unwrap();
         }
@@ -304,7 +309,7 @@ fn a_fork_that_fails_changes_nothing() {
     let engine = Arc::new(ScriptedEngine::new(guest));
     let config = config(&files.0, &engine);
     let running = Vmm::start(config, Box::new(io::sink())).unwrap();
-    let fails = |overlays| running.fork(&FreezeSpec { overlays, code: false }).unwrap_err().to_string();
+    let fails = |overlays| running.fork(&FreezeSpec { overlays }).unwrap_err().to_string();
     assert!(fails(Vec::new()).contains("has 1 disks and is given 0"));
     assert!(fails(vec![None]).contains("given 0"));
     assert!(fails(vec![Some(files.0.join("disk.img"))]).contains("exists"));

@@ -9,7 +9,7 @@ use support::counting::{COUNTS, NAME, NAMES, config, read, wait_for_steps};
 use vm_memory::{Bytes, GuestAddress};
 
 fn clone_of(config: &RunConfig, frozen: &Frozen) -> Running {
-    Vmm::restore_from(config.clone(), &frozen.state, &frozen.memory, frozen.code.as_ref(), Box::new(io::sink()))
+    Vmm::restore_from(config.clone(), &frozen.state, &frozen.memory, frozen.saved_code().as_ref(), Box::new(io::sink()))
         .unwrap()
 }
 
@@ -22,7 +22,7 @@ fn ten_clones_go_on_each_by_itself() {
     for name in 1..=10u64 {
         // Longer than the memory that it writes: that is what the last clone's layer has.
         wait_for_steps(&parent, 1000);
-        let frozen = parent.fork(&FreezeSpec { code: true, ..FreezeSpec::default() }).unwrap();
+        let frozen = parent.fork(&FreezeSpec::default()).unwrap();
         let clone = clone_of(&config, &frozen);
         let counts = COUNTS.map(|at| read(&clone, at));
         assert!(counts[0] == counts[1] && counts[0] >= 1000 * name, "{counts:?} is no one moment");
@@ -33,7 +33,7 @@ fn ten_clones_go_on_each_by_itself() {
         clones.push(clone);
     }
     // A clone of a clone.
-    let frozen = clones[4].fork(&FreezeSpec { code: true, ..FreezeSpec::default() }).unwrap();
+    let frozen = clones[4].fork(&FreezeSpec::default()).unwrap();
     clones.push(clone_of(&config, &frozen));
     clones[10].memory().unwrap().write_obj(11u64, NAME).unwrap();
     clones[10].resume().unwrap();
@@ -54,7 +54,7 @@ fn a_paused_machine_is_forked_and_stays_paused() {
     wait_for_steps(&parent, 10);
     parent.pause().unwrap();
     let (state, count) = (parent.save().unwrap(), read(&parent, COUNTS[0]));
-    let frozen = parent.fork(&FreezeSpec { code: true, ..FreezeSpec::default() }).unwrap();
+    let frozen = parent.fork(&FreezeSpec::default()).unwrap();
     assert_eq!((&frozen.state, frozen.pause), (&state, Duration::ZERO));
     assert_eq!((parent.save().unwrap(), read(&parent, COUNTS[0])), (state, count));
     let clone = clone_of(&config, &frozen);
@@ -62,7 +62,7 @@ fn a_paused_machine_is_forked_and_stays_paused() {
     // The saved state is of another machine than this memory.
     let half = RunConfig { memory: 8 << 20, ..config.clone() };
     let other = Vmm::start(half.clone(), Box::new(io::sink())).unwrap();
-    let other = other.fork(&FreezeSpec { code: true, ..FreezeSpec::default() }).unwrap();
+    let other = other.fork(&FreezeSpec::default()).unwrap();
     let refused = Vmm::restore_from(half, &frozen.state, &other.memory, None, Box::new(io::sink()));
     assert!(refused.err().unwrap().to_string().contains("not of one moment"));
 }

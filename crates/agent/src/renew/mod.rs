@@ -6,12 +6,14 @@ mod interface;
 mod network;
 mod random;
 mod ssh;
+mod turn;
 
 use std::time::Duration;
 
 use purlin_agent::protocol::{AgentMessage, Renew, RenewEnded, Renewed};
 use rustix::time::{ClockId, clock_settime};
 
+use self::turn::Turn;
 use crate::link::{End, Link};
 
 /// What could not be done, a line for each.
@@ -23,6 +25,7 @@ pub fn run(link: &mut Link, renew: &Renew) -> Result<(), End> {
     network::check(&renew.cards)?;
     random::check(&renew.random_seed)?;
     let mut problems = Problems::new();
+    let first = Turn::first();
     // First, for what is made below is made of it.
     note(&mut problems, "the random numbers", random::add(&renew.random_seed));
     let cards = network::take_down(&renew.cards, &mut problems);
@@ -32,6 +35,7 @@ pub fn run(link: &mut Link, renew: &Renew) -> Result<(), End> {
     }
     let machine_id = identity::renew(renew, &mut problems);
     let answered = link.send(AgentMessage::Renewed(Renewed { machine_id, problems }));
+    drop(first);
 
     // The host may have what it wants, and be gone: the machine needs the rest all the same.
     let mut problems = Problems::new();

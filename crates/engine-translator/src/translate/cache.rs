@@ -21,11 +21,12 @@ use std::{
     io,
     ops::Range,
     sync::{
-        Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
+use purlin_engine::CodeChanges;
 use rustc_hash::FxHashSet as HashSet;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -34,7 +35,7 @@ use super::{
     branch::Across,
     emit::{ENTRY_BY_RIP, Emitted, FaultPoint},
     jumps::Context,
-    memory::CodeMemory,
+    memory::{CodeMemory, PAGE},
     place::is_movable,
     spare,
     stubs::{self, Stubs},
@@ -120,11 +121,17 @@ pub struct CodeCache {
     all_hot: AtomicBool,
     /// How often the cache was emptied; changed with `inner` held.
     generation: AtomicU64,
+    /// The image that copies of the machine were given last.
+    image: Mutex<Option<Image>>,
 }
 
 #[derive(Default)]
 struct Inner {
     used: u32,
+    /// Where blocks begin that do not come from an image, and where they end: offsets.
+    room: Range<u32>,
+    /// Blocks that have died, in order.
+    killed: Vec<u32>,
     blocks: Blocks,
     pages: Pages,
     /// Keys without a second page for which there is no block, because not even one instruction is whole without that.
@@ -155,6 +162,9 @@ pub enum NotAdded {
 /// Counters of stores to watched pages.
 const STORE_COUNTERS: usize = 256;
 
+/// The address space of a cache, in caches: behind an image there is room for as much as without.
+const IMAGED: usize = 3;
+
 /// Length of a call.
 const CALL: u32 = 5;
 
@@ -162,9 +172,10 @@ const CALL: u32 = 5;
 const BLOCK_ROOM: u32 = 256 << 10;
 
 impl CodeCache {
-    /// A cache of `capacity` bytes.
+    /// A cache of `capacity` bytes, beside what it may begin with ([`Self::restore`]).
     pub fn new(capacity: usize) -> io::Result<Self> {
-        let memory = CodeMemory::new(capacity.min(MAX_CACHE))?;
+        let capacity = capacity.min(MAX_CACHE / IMAGED);
+        let memory = CodeMemory::new(IMAGED * capacity)?;
         let mut asm = Asm::new(memory.base());
         let stubs = stubs::assemble(&mut asm);
         asm.finish();
@@ -172,8 +183,17 @@ impl CodeCache {
         memory.write(0, bytes);
         let stubs_end = (bytes.len() as u32).next_multiple_of(64);
         super::signals::register(memory.base(), memory.len() as u64, stubs.signal);
-        let inner = Mutex::new(Inner { used: stubs_end, stores: vec![0; STORE_COUNTERS], ..Inner::default() });
-        Ok(Self { memory, stubs, stubs_end, inner, all_hot: AtomicBool::new(false), generation: AtomicU64::new(0) })
+        let room = stubs_end..capacity as u32;
+        let inner = Inner { used: stubs_end, room, stores: vec![0; STORE_COUNTERS], ..Inner::default() };
+        Ok(Self {
+            memory,
+            stubs,
+            stubs_end,
+            inner: Mutex::new(inner),
+            all_hot: AtomicBool::new(false),
+            generation: AtomicU64::new(0),
+            image: Mutex::new(None),
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -228,7 +248,7 @@ impl CodeCache {
         if let Some(living) = inner.find(&key) {
             return Ok(self.found(&key, &living));
         }
-        if inner.used + BLOCK_ROOM > self.memory.len() as u32 {
+        if inner.used + BLOCK_ROOM > inner.room.end {
             return Err(NotAdded::Full);
         }
         let start = inner.used;
@@ -305,6 +325,7 @@ impl CodeCache {
             inner.crossing.remove(&Key { second: 0, ..key });
         }
         inner.pages.kill(&key, index);
+        inner.killed.push(index);
     }
 
     /// A sample found emitted code executing at `address`: its block is hot. Returns what that was translated from.
@@ -414,10 +435,14 @@ impl CodeCache {
     /// Forgets all translations. No vCPU is inside emitted code, and all will empty their jump tables before they
     /// enter it. Returns the physical pages that held code.
     pub fn clear(&self) -> Vec<u64> {
+        // (In this order: `save` has both, too.)
+        let mut image = self.image.lock().unwrap_or_else(PoisonError::into_inner);
         let mut inner = self.lock();
+        *image = None;
         let pages = inner.pages.with_code().map(|page| page << 12).collect();
         *inner = Inner {
-            used: self.stubs_end,
+            used: inner.room.start,
+            room: inner.room.clone(),
             // Pages are not watched any more: what was read of them may change unnoticed.
             stores: inner.stores.iter().map(|n| n + 1).collect(),
             hot: std::mem::take(&mut inner.hot),
@@ -429,11 +454,58 @@ impl CodeCache {
     }
 }
 
+/// A moment in the life of the cache.
+#[derive(Clone, Copy, Debug)]
+pub struct Moment {
+    generation: u64,
+    /// Blocks so far, and those of them that had died.
+    blocks: usize,
+    killed: usize,
+}
+
+/// All translations, as they were at a moment.
+#[derive(Clone)]
+struct Image {
+    file: Arc<File>,
+    moment: Moment,
+}
+
+/// An image may lack so many of the blocks that there are, as one part of so many.
+const MOST_LACKING: usize = 10;
+/// An image is no longer than this many caches, or a copy of a copy of a copy would have all that any of them ever needed.
+const LONGEST: usize = 2;
+
 /// Copies of a machine begin with its translations.
 impl CodeCache {
-    /// All of them, while no vCPU runs: memory is what they were made from.
-    pub fn save(&self) -> io::Result<File> {
+    /// Now; for a copy, while no vCPU runs.
+    pub fn moment(&self) -> Moment {
+        self.moment_of(&self.lock())
+    }
+
+    fn moment_of(&self, inner: &Inner) -> Moment {
+        Moment { generation: self.generation(), blocks: inner.blocks.len(), killed: inner.killed.len() }
+    }
+
+    /// An image of the translations, and what is to be taken away of it to have those that were valid at a moment. The
+    /// machine may have gone on; copies share the image with those of other moments. `None` if nothing of it is there any more.
+    pub fn save(&self, at: Moment) -> io::Result<Option<(Arc<File>, CodeChanges)>> {
+        let mut last = self.image.lock().unwrap_or_else(PoisonError::into_inner);
         let inner = self.lock();
+        if self.generation() != at.generation || inner.used as usize > LONGEST * self.memory.len() / IMAGED {
+            return Ok(None);
+        }
+        let is_good = |image: &&Image| image.moment.blocks + at.blocks / MOST_LACKING >= at.blocks;
+        let image = match last.as_ref().filter(is_good) {
+            Some(image) => image.clone(),
+            None => Image { file: Arc::new(self.write(&inner)?), moment: self.moment_of(&inner) },
+        };
+        let died = inner.killed.get(image.moment.killed..at.killed).unwrap_or_default();
+        let changes = CodeChanges { blocks: at.blocks as u32, died: died.to_vec() };
+        let file = last.insert(image).file.clone();
+        Ok(Some((file, changes)))
+    }
+
+    fn write(&self, inner: &Inner) -> io::Result<File> {
         let mut image = Writer::new(self.memory.bytes(inner.used as usize))?;
         inner.blocks.save(&mut image)?;
         inner.pages.save(&mut image)?;
@@ -443,24 +515,40 @@ impl CodeCache {
         image.finish()
     }
 
-    /// Begins with those that [`Self::save`] wrote, before a vCPU runs: memory is what it was then. Returns the physical pages that
-    /// hold code and are to be watched; `None` if another program has written it, or the cache is not empty any more.
-    pub fn restore(&self, file: &File) -> io::Result<Option<Vec<u64>>> {
+    /// Begins with what [`Self::save`] returned, before a vCPU runs: memory is what it was at that moment. Returns the
+    /// physical pages that hold code and are to be watched; `None` if another program has written it, or the cache is not empty any
+    /// more.
+    pub fn restore(&self, file: &File, changes: &CodeChanges) -> io::Result<Option<Vec<u64>>> {
         let mut inner = self.lock();
         let Some(mut image) = Reader::new(file)? else { return Ok(None) };
         let (code, stubs) = (image.code()?, self.stubs_end as usize);
-        let fits = code.len() <= self.memory.len() && code.get(..stubs) == Some(self.memory.bytes(stubs));
+        let (end, capacity) = (code.len().next_multiple_of(PAGE), self.memory.len() / IMAGED);
+        let fits = end <= LONGEST * capacity && code.get(..stubs) == Some(self.memory.bytes(stubs));
         if !fits || inner.used != self.stubs_end {
             return Ok(None);
         }
-        let used = code.len();
         let blocks = Blocks::restore(&mut image)?;
         let pages = Pages::restore(&mut image)?;
         let hot = Hot::restore(&mut image)?;
         let crossing = image.section::<Key>()?.get().iter().copied().collect();
-        let stores = std::mem::take(&mut inner.stores);
-        self.memory.begin_with(file, Reader::CODE, used.next_multiple_of(4096).min(self.memory.len()))?;
-        *inner = Inner { used: used as u32, blocks, pages, crossing, stores, hot, ends: inner.ends };
+        self.memory.begin_with(file, Reader::CODE, end)?;
+        *inner = Inner {
+            used: end as u32,
+            room: end as u32..(end + capacity) as u32,
+            blocks,
+            pages,
+            crossing,
+            hot,
+            stores: std::mem::take(&mut inner.stores),
+            killed: Vec::new(),
+            ends: inner.ends,
+        };
+        let later = changes.blocks..inner.blocks.len() as u32;
+        for index in changes.died.iter().copied().chain(later) {
+            if inner.pages.is_living(index, &inner.blocks) {
+                self.kill(&mut inner, index);
+            }
+        }
         Ok(Some(inner.pages.with_code().map(|page| page << 12).collect()))
     }
 }

@@ -33,7 +33,7 @@ mod stubs;
 mod trace;
 mod transfers;
 
-pub use cache::{CodeCache, Content, Ends, Found, GuestPlace, JumpTarget, Origin, Piece, prepare};
+pub use cache::{CodeCache, Content, Ends, Found, GuestPlace, JumpTarget, Moment, Origin, Piece, prepare};
 pub use desc::{AccessDesc, AcrossDesc, ExitDesc, LinkDesc, RefillDesc};
 pub use emit::FaultPoint;
 pub use helpers::helpers;

@@ -1,6 +1,9 @@
 //! Copies of machines that begin with the translations of the original.
 
+use std::{fs::File, sync::Arc};
+
 use iced_x86::{IcedError, code_asm::*};
+use purlin_engine::{CodeChanges, SavedCode};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::machine::*;
@@ -65,13 +68,30 @@ fn run_again(guest: &mut Guest) -> Stop {
 /// A machine with the same memory, `change`d, that begins with the same translations.
 fn copy(of: &Machine, cpus: u32, small: bool, change: impl FnOnce(&Machine)) -> Machine {
     let m = if small { Machine::with_small_code_cache(cpus) } else { Machine::new(cpus) };
-    let mut bytes = vec![0; MEMORY as usize];
-    of.memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
-    m.load(0, &bytes);
+    m.load(0, &bytes(of));
     change(&m);
-    let code = of.vm.save_code().expect("the translator has code").unwrap();
-    m.vm.restore_code(&code).unwrap();
+    m.vm.restore_code(&saved(of)).unwrap();
     m
+}
+
+/// All its memory.
+fn bytes(m: &Machine) -> Vec<u8> {
+    let mut bytes = vec![0; MEMORY as usize];
+    m.memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+    bytes
+}
+
+/// A machine with this memory and code.
+fn with_memory(memory: &[u8], code: &SavedCode) -> Machine {
+    let m = Machine::new(1);
+    m.load(0, memory);
+    m.vm.restore_code(code).unwrap();
+    m
+}
+
+/// What a machine that stands still has translated.
+fn saved(m: &Machine) -> SavedCode {
+    m.vm.code().expect("the translator has code").save().unwrap().expect("it is there still")
 }
 
 #[test]
@@ -150,13 +170,33 @@ fn two_processors_execute_pages_that_become_its_own() {
 }
 
 #[test]
+fn an_image_of_another_moment_is_that_of_the_right_one() {
+    let m = original(2, false);
+    // The moment is before the image, in which the functions return 2.
+    let (then, memory) = (m.vm.code().unwrap(), bytes(&m));
+    let mut guest = m.vcpu(1, |_| {});
+    m.code(CODE, sum(true));
+    assert_eq!(run_again(&mut guest), Stop::Done(2 * COUNT as u32));
+    let code = then.save().unwrap().unwrap();
+    assert_eq!(with_memory(&memory, &code).vcpu(0, |_| {}).run(), Stop::Done(COUNT as u32));
+
+    // Now the image is before the moment: of what has changed since it has nothing.
+    (0..COUNT / 2).for_each(|number| set_value(&m, number, 4));
+    m.code(CODE, sum(false));
+    let later = saved(&m);
+    assert!(Arc::ptr_eq(&later.file, &code.file), "one image is enough");
+    assert!(later.changes.died.len() >= COUNT as usize / 2);
+    assert_eq!(with_memory(&bytes(&m), &later).vcpu(0, |_| {}).run(), Stop::Done(3 * COUNT as u32));
+}
+
+#[test]
 fn what_is_no_image_is_refused() {
     let m = Machine::new(1);
-    let program = std::fs::File::open("/proc/self/exe").unwrap();
-    assert!(m.vm.restore_code(&program).is_err());
+    let file = Arc::new(File::open("/proc/self/exe").unwrap());
+    assert!(m.vm.restore_code(&SavedCode { file, changes: CodeChanges::default() }).is_err());
     // A machine that has run already goes on as it is.
     let m = original(2, false);
-    let code = m.vm.save_code().unwrap().unwrap();
+    let code = saved(&m);
     let mut guest = m.vcpu(1, |_| {});
     m.vm.restore_code(&code).unwrap();
     assert_eq!(guest.run(), Stop::Done(COUNT as u32));

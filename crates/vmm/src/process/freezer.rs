@@ -24,7 +24,10 @@ use purlin_api::{
     unix::Address,
     vm::{self, Freeze, SnapshotTaken, TakeSnapshot},
 };
-use purlin_engine::memory::{self, Layer, LayersMessage};
+use purlin_engine::{
+    CodeChanges, Engine, SavedCode,
+    memory::{self, Layer, LayersMessage},
+};
 use purlin_state::SavedState;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
@@ -70,7 +73,7 @@ fn overlays(running: &Running, overlay: &Path) -> Result<FreezeSpec, ErrorBody> 
     check_name(overlay)?;
     let disks = running.disk_paths().len();
     let overlays = (0..disks).map(|number| (number == 0).then(|| overlay.to_owned())).collect();
-    Ok(FreezeSpec { overlays, code: false })
+    Ok(FreezeSpec { overlays })
 }
 
 /// Names in the directory, as the sandbox has it too.
@@ -80,17 +83,17 @@ fn check_name(path: &Path) -> Result<(), ErrorBody> {
 }
 
 /// Freezes of the machine, for clones.
-#[derive(Default)]
 pub struct Freezer {
+    engine: Arc<dyn Engine>,
     freezes: Mutex<HashMap<String, Arc<Frozen>>>,
 }
 
 impl Freezer {
-    /// One whose socket is there; a thread serves clones.
-    pub fn open() -> io::Result<Arc<Self>> {
+    /// One of a machine that this engine runs, whose socket is there; a thread serves clones.
+    pub fn open(engine: Arc<dyn Engine>) -> io::Result<Arc<Self>> {
         let _ = fs::remove_file(vm::FROZEN);
         let listener = UnixListener::bind(vm::FROZEN)?;
-        let freezer = Arc::new(Self::default());
+        let freezer = Arc::new(Self { engine, freezes: Mutex::default() });
         let served = freezer.clone();
         thread::Builder::new().name("freezer".into()).spawn(move || {
             for stream in listener.incoming().flatten() {
@@ -106,10 +109,11 @@ impl Freezer {
         if wanted.freeze.len() != ID {
             return Err(ErrorBody::new(Reason::BadRequest, "a freeze is called by a UUID"));
         }
-        let spec = FreezeSpec { code: true, ..overlays(running, &wanted.overlay)? };
-        let frozen = running.fork(&spec).map_err(failed)?;
-        let pause_us = frozen.pause.as_micros() as u64;
-        self.freezes.lock().unwrap_or_else(PoisonError::into_inner).insert(wanted.freeze, Arc::new(frozen));
+        let frozen = running.fork(&overlays(running, &wanted.overlay)?).map_err(failed)?;
+        let (pause_us, frozen) = (frozen.pause.as_micros() as u64, Arc::new(frozen));
+        self.freezes.lock().unwrap_or_else(PoisonError::into_inner).insert(wanted.freeze, frozen.clone());
+        // So that it is there when the clones' processes are; without the thread they wait for it.
+        let _ = thread::Builder::new().name("code".into()).spawn(move || drop(frozen.saved_code()));
         Ok(vm::Frozen { pause_us })
     }
 
@@ -128,9 +132,15 @@ impl Freezer {
         let frozen = self.freezes.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned();
         let frozen = frozen.ok_or(io::ErrorKind::NotFound)?;
         let (layers, mut files) = memory::send(&frozen.memory);
-        files.extend(frozen.code.as_ref().map(File::as_fd));
-        let message =
-            FrozenMessage { layers: Some(layers), state: Some(frozen.state.clone()), has_code: frozen.code.is_some() };
+        let code = frozen.saved_code();
+        files.extend(code.as_ref().map(|code| code.file.as_fd()));
+        let message = FrozenMessage {
+            layers: Some(layers),
+            state: Some(frozen.state.clone()),
+            engine: self.engine.name().into(),
+            tsc_khz: self.engine.tsc_khz(),
+            code: code.as_ref().map(|code| CodeMessage::from(&code.changes)),
+        };
         let message = message.encode_to_vec();
         let length = (message.len() as u64).to_le_bytes();
         let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
@@ -150,8 +160,27 @@ struct FrozenMessage {
     layers: Option<LayersMessage>,
     #[prost(message, optional, tag = "2")]
     state: Option<SavedState>,
-    #[prost(bool, tag = "3")]
-    has_code: bool,
+    #[prost(string, tag = "3")]
+    engine: String,
+    #[prost(uint32, tag = "4")]
+    tsc_khz: u32,
+    #[prost(message, optional, tag = "5")]
+    code: Option<CodeMessage>,
+}
+
+/// [`CodeChanges`].
+#[derive(Clone, PartialEq, Message)]
+struct CodeMessage {
+    #[prost(uint32, tag = "1")]
+    blocks: u32,
+    #[prost(uint32, repeated, tag = "2")]
+    died: Vec<u32>,
+}
+
+impl From<&CodeChanges> for CodeMessage {
+    fn from(changes: &CodeChanges) -> Self {
+        Self { blocks: changes.blocks, died: changes.died.clone() }
+    }
 }
 
 /// What a clone goes on from.
@@ -160,8 +189,10 @@ pub struct Given {
     pub state: SavedState,
     /// Memory.
     pub memory: Vec<Layer>,
+    /// The name of the engine that ran it, and the frequency of its TSC.
+    pub engine: (String, u32),
     /// What the engine has made of the guest's code.
-    pub code: Option<File>,
+    pub code: Option<SavedCode>,
 }
 
 /// Fetches what the clone is to go on from. The machine at the other end is trusted with the clone, whose code it may have
@@ -179,9 +210,12 @@ pub fn fetch(socket: &Path, freeze: &str) -> Result<Given, ErrorBody> {
     };
     let (message, mut files) = receive().map_err(|e| wrong(&e))?;
     let (layers, state) = (message.layers.unwrap_or_default(), message.state.unwrap_or_default());
-    let code = if message.has_code { files.pop().map(File::from) } else { None };
+    let code = message.code.and_then(|CodeMessage { blocks, died }| {
+        let file = Arc::new(File::from(files.pop()?));
+        Some(SavedCode { file, changes: CodeChanges { blocks, died } })
+    });
     let memory = memory::receive(&layers, files).map_err(|e| wrong(&e))?;
-    Ok(Given { state, memory, code })
+    Ok(Given { state, memory, engine: (message.engine, message.tsc_khz), code })
 }
 
 fn receive_length(stream: &UnixStream) -> io::Result<(u64, Vec<OwnedFd>)> {

@@ -70,16 +70,20 @@ pub fn start(dir: &Path) -> Result<Started, ErrorBody> {
     let _ = fs::remove_file(vm::END);
     let how = shares::enter(dir, &spec.machine)?;
     let vsock = HostSocket::bind(Path::new(vm::VSOCK)).map_err(failed)?;
-    let chosen = engines::choose(setup::engine(spec.machine.engine)).map_err(failed)?;
-    let publish = spec.machine.publish.iter().map(|p| p.parse::<Publish>()).collect::<Result<Vec<_>, _>>();
-    let publish = publish.map_err(|e| ErrorBody::new(Reason::BadRequest, e))?;
-    let guest = Guest { name: &spec.name, mac: spec.mac, cpus: spec.machine.cpus(), ssh: spec.ssh };
-    let network = setup::connect(&spec.machine.network, &publish, &guest).map_err(failed)?;
-
     let given = match &spec.origin {
         vm::Origin::Clone { socket, freeze } => Some(freezer::fetch(socket, freeze)?),
         vm::Origin::Boot | vm::Origin::Snapshot { .. } => None,
     };
+    let chosen = match &given {
+        // A clone goes on as what it is a copy of does, and what was found out of the host is true still.
+        Some(Given { engine: (name, tsc_khz), .. }) => engines::again(name, *tsc_khz),
+        None => engines::choose(setup::engine(spec.machine.engine)),
+    };
+    let chosen = chosen.map_err(failed)?;
+    let publish = spec.machine.publish.iter().map(|p| p.parse::<Publish>()).collect::<Result<Vec<_>, _>>();
+    let publish = publish.map_err(|e| ErrorBody::new(Reason::BadRequest, e))?;
+    let guest = Guest { name: &spec.name, mac: spec.mac, cpus: spec.machine.cpus(), ssh: spec.ssh };
+    let network = setup::connect(&spec.machine.network, &publish, &guest).map_err(failed)?;
 
     let report = sandbox::enter(dir, &spec)?;
     // From here on only what the plan names is there, and threads can be started.
@@ -97,13 +101,13 @@ pub fn start(dir: &Path) -> Result<Started, ErrorBody> {
     let config = RunConfig {
         networks: network.networks.clone(),
         vsock: Some(VsockConfig { guest_cid: CID, socket: Arc::new(vsock) }),
-        ..config(&spec, chosen.engine)
+        ..config(&spec, chosen.engine.clone())
     };
     let running = begin(config, &spec.origin, given, Box::new(console.writer()))?;
     sandbox::seal()?;
     console.connect(running.serial_input());
     let governor = shares::govern(&running, &spec.machine, how)?;
-    let freezer = Freezer::open().map_err(|e| failed(format!("cannot listen at {}: {e}", vm::FROZEN)))?;
+    let freezer = Freezer::open(chosen.engine).map_err(|e| failed(format!("cannot listen at {}: {e}", vm::FROZEN)))?;
     Ok(Started { running, console, control, freezer, governor, network, about })
 }
 
@@ -118,7 +122,7 @@ fn begin(
         (vm::Origin::Snapshot { file }, _) => {
             Vmm::restore_snapshot(config, file, Pages::Mapped, output).map_err(failed)?
         }
-        (_, Some(Given { state, memory, code })) => {
+        (_, Some(Given { state, memory, code, .. })) => {
             Vmm::restore_from(config, &state, &memory, code.as_ref(), output).map_err(failed)?
         }
         (_, None) => return Vmm::start(config, output).map_err(failed),

@@ -110,8 +110,8 @@ impl Guest {
                 Vmm::restore(config, state, copy, out).unwrap()
             }
             1 => {
-                let frozen = old.fork(&FreezeSpec { code: true, ..FreezeSpec::default() }).unwrap();
-                Vmm::restore_from(config, state, &frozen.memory, frozen.code.as_ref(), out).unwrap()
+                let frozen = old.fork(&FreezeSpec::default()).unwrap();
+                Vmm::restore_from(config, state, &frozen.memory, frozen.saved_code().as_ref(), out).unwrap()
             }
             _ => {
                 let path = self.directory.path().join(moves.to_string());

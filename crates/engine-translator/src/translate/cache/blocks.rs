@@ -106,9 +106,19 @@ impl Blocks {
         index
     }
 
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// The block of an index, if there is one.
+    pub fn find(&self, index: u32) -> Option<&Block> {
+        self.blocks.get(index as usize)
+    }
+
     /// The block of an index.
     pub fn get(&self, index: u32) -> &Block {
-        self.blocks.get(index as usize).expect("indices are of blocks that there are")
+        self.find(index).expect("indices are of blocks that there are")
     }
 
     /// All of them.

@@ -250,6 +250,12 @@ impl Pages {
         page.dead.push(Dead { offset: u32::from(offset_of(key)), index });
     }
 
+    /// Whether a block lives, if there is one.
+    pub fn is_living(&self, index: u32, blocks: &Blocks) -> bool {
+        let page = blocks.find(index).and_then(|block| self.view(block.key.physical >> 12));
+        page.is_some_and(|page| page.living.iter().any(|living| living.index == index))
+    }
+
     /// Living blocks with bytes on a page.
     pub fn blocks_on(&self, number: u64) -> impl Iterator<Item = u32> {
         let page = self.view(number);
