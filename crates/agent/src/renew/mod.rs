@@ -35,7 +35,7 @@ pub fn run(link: &mut Link, renew: &Renew) -> Result<(), End> {
     }
     let machine_id = identity::renew(renew, &mut problems);
     let answered = link.send(AgentMessage::Renewed(Renewed { machine_id, problems }));
-    drop(first);
+    first.then_last();
 
     // The host may have what it wants, and be gone: the machine needs the rest all the same.
     let mut problems = Problems::new();

@@ -470,8 +470,8 @@ struct Image {
     moment: Moment,
 }
 
-/// An image may lack so many of the blocks that there are, as one part of so many.
-const MOST_LACKING: usize = 10;
+/// So many of the blocks that there are an image may lack: to make them anew takes a copy less time than to wait for another one.
+const MOST_LACKING: usize = 1000;
 /// An image is no longer than this many caches, or a copy of a copy of a copy would have all that any of them ever needed.
 const LONGEST: usize = 2;
 
@@ -494,7 +494,7 @@ impl CodeCache {
         if self.generation() != at.generation || inner.used as usize > LONGEST * self.memory.len() / IMAGED {
             return Ok(None);
         }
-        let is_good = |image: &&Image| image.moment.blocks + at.blocks / MOST_LACKING >= at.blocks;
+        let is_good = |image: &&Image| image.moment.blocks + MOST_LACKING >= at.blocks;
         let image = match last.as_ref().filter(is_good) {
             Some(image) => image.clone(),
             None => Image { file: Arc::new(self.write(&inner)?), moment: self.moment_of(&inner) },
