@@ -4,8 +4,6 @@
 use std::{
     fs,
     io::Write,
-    os::unix::fs::symlink,
-    path::PathBuf,
     process::{Command, Stdio},
     thread,
     time::{Duration, Instant},
@@ -13,13 +11,8 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use purlin_debian::home;
-use tempfile::TempDir;
 
-use crate::{
-    figures::median,
-    machine::{self, program},
-};
+use crate::{figures::median, home::Home, machine};
 
 /// What to do with it.
 #[derive(Args)]
@@ -43,9 +36,6 @@ impl Default for KeptArgs {
         Self { image: "debian".into(), memory: "512M".into(), clones: 3, rounds: 3 }
     }
 }
-
-/// How long things may take that come by themselves, also on a loaded host.
-const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Counts, so that one sees that the guest has gone on and not begun anew.
 const COUNTER: &str = "systemd-run -q sh -c 'i=0; while :; do i=$((i+1)); echo $i > /run/count; sleep 0.05; done'";
@@ -130,8 +120,7 @@ fn check_killed(home: &Home) -> Result<()> {
     thread::sleep(Duration::from_millis(150));
     let _ = home.exec("a", "echo synced > /root/file; sync");
     let written = home.exec("a", "cat /root/file").is_ok_and(|said| said == "synced\n");
-    let info: serde_json::Value = serde_json::from_str(&home.purlin(&["info", "a", "--json"])?)?;
-    let pid = info["process"]["pid"].as_i64().context("it does not run")?;
+    let pid = home.info("a")?["process"]["pid"].as_i64().context("it does not run")?;
     ensure!(Command::new("kill").args(["-9", &pid.to_string()]).status()?.success(), "it cannot be killed");
     snapshot.wait()?;
     home.purlin(&["wait", "a"])?;
@@ -188,73 +177,4 @@ fn check_clones(home: &Home, clones: u16) -> Result<()> {
         ensure!(seen.insert(key()?), "{name} has the host keys of another");
     }
     Ok(())
-}
-
-/// A home of its own, with the user's images.
-struct Home {
-    dir: TempDir,
-    ended: bool,
-}
-
-impl Home {
-    fn new() -> Result<Self> {
-        let dir = tempfile::tempdir()?;
-        let images = home::data()?.join("images");
-        fs::create_dir_all(&images)?;
-        fs::create_dir_all(dir.path().join("data"))?;
-        symlink(images, dir.path().join("data/images"))?;
-        Ok(Self { dir, ended: false })
-    }
-
-    fn path(&self) -> PathBuf {
-        self.dir.path().to_owned()
-    }
-
-    fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(program());
-        command.args(arguments).env("PURLIN_HOME", self.dir.path()).stdin(Stdio::null());
-        command
-    }
-
-    /// Runs a verb that succeeds; what it says.
-    fn purlin(&self, arguments: &[&str]) -> Result<String> {
-        let output = self.command(arguments).stderr(Stdio::inherit()).output()?;
-        ensure!(output.status.success(), "purlin {}: {}", arguments.join(" "), output.status);
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-    }
-
-    fn exec(&self, name: &str, command: &str) -> Result<String> {
-        self.purlin(&["exec", name, "--", "sh", "-c", command])
-    }
-
-    fn wait(&self, name: &str, what: &str, is_so: impl Fn(&Self) -> Result<bool>) -> Result<()> {
-        let begin = Instant::now();
-        while !is_so(self)? {
-            ensure!(begin.elapsed() < PATIENCE, "{name}: in vain: {what}");
-            thread::sleep(Duration::from_millis(100));
-        }
-        Ok(())
-    }
-
-    /// Deletes everything: nothing is left of it.
-    fn end(&mut self) -> Result<()> {
-        self.ended = true;
-        let listed: serde_json::Value = serde_json::from_str(&self.purlin(&["list", "--json"])?)?;
-        for instance in listed.as_array().into_iter().flatten() {
-            self.purlin(&["delete", "-f", instance["name"].as_str().unwrap_or_default()])?;
-        }
-        let left = fs::read_dir(self.dir.path().join("data/instances"))?.count();
-        ensure!(left == 0, "{left} directories of instances are left");
-        self.purlin(&["daemon", "stop"])?;
-        Ok(())
-    }
-}
-
-impl Drop for Home {
-    fn drop(&mut self) {
-        // Where a check failed, machines would go on.
-        if !self.ended && self.end().is_err() {
-            println!("processes of {} may be left", self.dir.path().display());
-        }
-    }
 }

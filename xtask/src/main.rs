@@ -5,12 +5,14 @@ mod agent;
 mod bench;
 mod boot;
 mod boot_nested;
+mod cycles;
 mod debian;
 mod disk;
 mod figures;
 mod footprint;
 mod fuzz;
 mod guests;
+mod home;
 mod image;
 mod image_nested;
 mod import;
@@ -24,6 +26,7 @@ mod net;
 mod outer;
 mod piped;
 mod requirements;
+mod shares;
 mod shell;
 mod soak;
 mod unit;
@@ -68,6 +71,10 @@ enum Chore {
     Image(image::ImageArgs),
     /// That image as a machine that is kept: commands, snapshots, clones
     Kept(kept::KeptArgs),
+    /// Machines that are kept, launched to deleted again and again: what is left of them; then many at once
+    Cycles(cycles::CyclesArgs),
+    /// How machines that are kept share the host: weights, caps, bad neighbours
+    Shares(shares::SharesArgs),
     /// Import disks as other systems make them, and boot one
     Import(import::ImportArgs),
     /// The image's network: its throughput against QEMU's, its limits, a download, TAP
@@ -95,6 +102,8 @@ fn main() -> ExitCode {
         Chore::Boot(args) => boot::run(&args),
         Chore::Image(args) => image::run(&args),
         Chore::Kept(args) => kept::run(&args),
+        Chore::Cycles(args) => cycles::run(&args),
+        Chore::Shares(args) => shares::run(&args),
         Chore::Import(args) => import::run(&args),
         Chore::Net(args) => net::run(&args),
         Chore::Disk(args) => disk::run(&args),

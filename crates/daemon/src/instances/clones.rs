@@ -134,9 +134,10 @@ impl Instances {
         let disk = dir.join(&boot(&record)?.disk);
         let entry = self.insert(record)?;
         let _busy = entry.busy.lock().await;
-        let made = make_dir(&dir)
-            .and_then(|()| make_overlay(&disk, &backing, Format::Qcow2, None))
-            .and_then(|()| self.change(&entry, |record| record.stage = Stage::Ready));
+        // All clones at the same time, and not on a thread that serves others.
+        let files = move || make_dir(&dir).and_then(|()| make_overlay(&disk, &backing, Format::Qcow2, None));
+        let made = tokio::task::spawn_blocking(files).await.map_err(failed).flatten();
+        let made = made.and_then(|()| self.change(&entry, |record| record.stage = Stage::Ready));
         let made = match made {
             Ok(()) if *origin != vm::Origin::Boot => self.start_clone(&entry, source, origin.clone(), progress).await,
             other => other,
