@@ -35,6 +35,8 @@ use crate::{
 const SHUTDOWN: u32 = 60;
 /// How often the power button is pressed: a guest that has just begun to boot does not hear it.
 const PRESS_AGAIN: Duration = Duration::from_secs(5);
+/// How often a run is ended while others who were there first have their turns.
+const END_AGAIN: Duration = Duration::from_secs(1);
 /// How long a process may take to end that is told to.
 const QUIT: Duration = Duration::from_secs(5);
 
@@ -93,6 +95,18 @@ impl Entry {
         if let Some(vm) = self.vm() {
             // What this does not end is killed when it is its turn.
             let _ = vm.act(Action::Quit).await;
+        }
+    }
+
+    /// Waits for its turn, and ends its run until then: whoever is before it may have started it again, and wait for the guest
+    /// to shut down.
+    async fn turn_by_force(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        let mut turn = std::pin::pin!(self.busy.lock());
+        loop {
+            self.end_at_once().await;
+            if let Ok(busy) = tokio::time::timeout(END_AGAIN, &mut turn).await {
+                return busy;
+            }
         }
     }
 
@@ -232,10 +246,7 @@ impl Instances {
         Ok(self.operations.begin(format!("{verb} {name}"), name, |_| async move {
             let is_forced =
                 matches!(change, ChangeState::Stop { force: true, .. } | ChangeState::Restart { force: true, .. });
-            if is_forced {
-                entry.end_at_once().await;
-            }
-            let _busy = entry.busy.lock().await;
+            let _busy = if is_forced { entry.turn_by_force().await } else { entry.busy.lock().await };
             if is_forced {
                 // It may have ended by that, which is no reason to refuse it.
                 ready(&entry.record())?;
@@ -342,10 +353,7 @@ impl Instances {
         }
         let instances = self.clone();
         Ok(self.operations.begin(format!("delete {name}"), name, |_| async move {
-            if force {
-                entry.end_at_once().await;
-            }
-            let _busy = entry.busy.lock().await;
+            let _busy = if force { entry.turn_by_force().await } else { entry.busy.lock().await };
             if force {
                 instances.stop(&entry, true, None).await?;
             } else if entry.vm().is_some() {

@@ -132,6 +132,24 @@ fn a_guest_that_is_waited_for_in_vain_is_waited_for_until_a_signal_comes() {
     }
 }
 
+/// The one before it is ended by that and starts the machine again, for the next one to wait for its guest.
+#[test]
+fn a_forced_deletion_does_not_wait_for_guests_that_do_not_shut_down() {
+    let home = Home::new();
+    home.ok("launch tiny a --memory 64M --engine translator");
+    let mut monitor = Killed(home.purlin().args(["monitor", "--from", "1"]).stdout(Stdio::piped()).spawn().unwrap());
+    let mut lines = BufReader::new(monitor.0.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let _waiting = ["restart", "stop"].map(|verb| {
+        let mut command = home.purlin();
+        command.args([verb, "a", "--timeout", "100000"]).stdin(Stdio::null()).stderr(Stdio::null());
+        let waiting = Killed(command.spawn().unwrap());
+        assert!(lines.any(|line| line.contains(&format!("'{verb} a' begins"))));
+        waiting
+    });
+    home.ok("delete -f a");
+    assert_eq!((list(&home).len(), home.machines().len()), (0, 0));
+}
+
 #[test]
 fn an_operation_goes_on_though_nobody_waits() {
     let home = Home::new();

@@ -147,6 +147,8 @@ impl Instances {
     /// Deletes a snapshot. Files of it that others stand on stay as long as those.
     pub async fn delete_snapshot(&self, name: &str, snapshot: &str) -> Result<(), ErrorBody> {
         let entry = self.get(name)?;
+        // What there is not is not waited for.
+        find(&entry.record(), snapshot)?;
         let _busy = entry.busy.lock().await;
         ready(&entry.record())?;
         find(&entry.record(), snapshot)?;
