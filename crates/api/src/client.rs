@@ -1,24 +1,28 @@
-//! A client of the daemon, and of a VM's process: HTTP over a Unix socket.
+//! A client of the daemon, and of a VM's process: HTTP over a Unix socket, or by TLS over TCP.
 
-use std::{
-    io,
-    path::{Path, PathBuf},
-};
+mod remote;
+
+use std::{io, path::PathBuf, sync::Arc};
 
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{
     Method, Request, Response,
     body::{Bytes, Incoming},
+    header::{AUTHORIZATION, HOST, HeaderMap, HeaderValue},
 };
 use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
-use tokio::net::UnixStream;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::UnixStream,
+};
 use tokio_tungstenite::{
     WebSocketStream, client_async_with_config,
-    tungstenite::{self, protocol::WebSocketConfig},
+    tungstenite::{self, client::IntoClientRequest, protocol::WebSocketConfig},
 };
 
-use crate::{ErrorBody, Reason, unix::Address};
+pub use self::remote::{InvalidRemote, Remote};
+use crate::{ErrorBody, Fingerprint, Reason, unix::Address};
 
 /// The longest answer that is read, in bytes.
 const MAX_ANSWER: usize = 64 << 20;
@@ -26,22 +30,33 @@ const MAX_ANSWER: usize = 64 << 20;
 /// Why there is no answer, or what it says.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody listens at the socket.
-    #[error("nobody listens at {}: {source}", path.display())]
+    /// Nobody listens there.
+    #[error("nobody listens at {place}: {source}")]
     Connect {
-        /// The socket.
-        path: PathBuf,
+        /// The socket, or the URL.
+        place: String,
         /// The host's word.
         source: io::Error,
+    },
+    /// Somebody else's certificate is there.
+    #[error(
+        "the certificate of {place} is {seen}, not the one that is to be there: somebody else answers, or it has a new \
+         one, which 'purlin daemon status' there would show"
+    )]
+    Untrusted {
+        /// The URL.
+        place: String,
+        /// What is there.
+        seen: Fingerprint,
     },
     /// The other side says no.
     #[error("{0}")]
     Refused(ErrorBody),
     /// The other side ended, or is none of ours.
-    #[error("the connection to {} failed: {reason}", path.display())]
+    #[error("the connection to {place} failed: {reason}")]
     Broken {
-        /// The socket.
-        path: PathBuf,
+        /// The socket, or the URL.
+        place: String,
         /// Why.
         reason: String,
     },
@@ -57,24 +72,36 @@ impl ClientError {
     }
 }
 
+/// Bytes both ways.
+pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
+
 /// A websocket of the other side's.
-pub type WebSocket = WebSocketStream<UnixStream>;
+pub type WebSocket = WebSocketStream<Box<dyn Stream>>;
 
 /// A client; each request has a connection of its own.
 #[derive(Clone, Debug)]
 pub struct Client {
-    socket: PathBuf,
+    place: Place,
+}
+
+/// Where the other side is.
+#[derive(Clone, Debug)]
+enum Place {
+    Socket(PathBuf),
+    Remote(Arc<Remote>),
 }
 
 impl Client {
     /// Of whoever listens at `socket`.
     pub fn new(socket: impl Into<PathBuf>) -> Self {
-        Self { socket: socket.into() }
+        Self { place: Place::Socket(socket.into()) }
     }
 
-    /// The socket.
-    pub fn socket(&self) -> &Path {
-        &self.socket
+    /// Of a daemon on the network.
+    pub fn of_remote(remote: Remote) -> Self {
+        Self { place: Place::Remote(Arc::new(remote)) }
     }
 
     /// GET.
@@ -120,13 +147,13 @@ impl Client {
 
     async fn ask(&self, method: Method, path: &str, body: Option<&impl Serialize>) -> Result<Bytes, ClientError> {
         let body = body.map(serde_json::to_vec).transpose().map_err(|e| self.broken(e))?.unwrap_or_default();
-        let request = Request::builder()
+        let mut request = Request::builder()
             .method(method)
             .uri(path)
-            .header("host", "localhost")
             .header("content-type", "application/json")
             .body(Full::new(Bytes::from(body)))
             .map_err(|e| self.broken(e))?;
+        self.introduce(request.headers_mut());
         let stream = self.connect().await?;
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| self.broken(e))?;
@@ -151,7 +178,10 @@ impl Client {
         let stream = self.connect().await?;
         // What waits to be sent is sent at once; a message of a megabyte is the longest that there is.
         let config = WebSocketConfig::default().max_message_size(Some(4 << 20)).write_buffer_size(0);
-        let connected = client_async_with_config(format!("ws://localhost{path}"), stream, Some(config)).await;
+        let request = format!("ws://localhost{path}").into_client_request();
+        let mut request = request.map_err(|e| self.broken(e))?;
+        self.introduce(request.headers_mut());
+        let connected = client_async_with_config(request, stream, Some(config)).await;
         match connected {
             Ok((socket, _)) => Ok(socket),
             Err(tungstenite::Error::Http(answer)) => {
@@ -162,13 +192,37 @@ impl Client {
         }
     }
 
-    async fn connect(&self) -> Result<UnixStream, ClientError> {
-        let connect = async { UnixStream::connect(Address::of(&self.socket)?.path()).await };
-        connect.await.map_err(|source| ClientError::Connect { path: self.socket.clone(), source })
+    /// Whom it is for, and who asks.
+    fn introduce(&self, headers: &mut HeaderMap) {
+        match &self.place {
+            Place::Socket(_) => drop(headers.insert(HOST, HeaderValue::from_static("localhost"))),
+            Place::Remote(remote) => {
+                headers.insert(HOST, remote.host_header());
+                headers.insert(AUTHORIZATION, remote.authorization());
+            }
+        }
+    }
+
+    async fn connect(&self) -> Result<Box<dyn Stream>, ClientError> {
+        match &self.place {
+            Place::Remote(remote) => Ok(Box::new(remote.connect().await?)),
+            Place::Socket(path) => {
+                let connect = async { UnixStream::connect(Address::of(path)?.path()).await };
+                let connected = connect.await.map_err(|source| ClientError::Connect { place: self.place(), source });
+                Ok(Box::new(connected?))
+            }
+        }
+    }
+
+    fn place(&self) -> String {
+        match &self.place {
+            Place::Socket(path) => path.display().to_string(),
+            Place::Remote(remote) => remote.url(),
+        }
     }
 
     fn broken(&self, reason: impl std::fmt::Display) -> ClientError {
-        ClientError::Broken { path: self.socket.clone(), reason: reason.to_string() }
+        ClientError::Broken { place: self.place(), reason: reason.to_string() }
     }
 }
 

@@ -20,10 +20,16 @@ pub struct ErrorBody {
 pub enum Reason {
     /// The request makes no sense (400).
     BadRequest,
+    /// Nobody says who asks (401): it takes a token.
+    Unauthorized,
+    /// It is not to be had this way (403).
+    Forbidden,
     /// There is no such thing (404).
     NotFound,
     /// There is no such method here (405).
     MethodNotAllowed,
+    /// The request was not all there in time (408).
+    TooSlow,
     /// It does not go with what is (409): a name that is taken, stopping what is stopped.
     Conflict,
     /// The request is too large (413).
@@ -39,8 +45,11 @@ impl Reason {
     pub fn status(self) -> u16 {
         match self {
             Self::BadRequest => 400,
+            Self::Unauthorized => 401,
+            Self::Forbidden => 403,
             Self::NotFound => 404,
             Self::MethodNotAllowed => 405,
+            Self::TooSlow => 408,
             Self::Conflict => 409,
             Self::TooLarge => 413,
             Self::Failed => 500,

@@ -89,6 +89,7 @@ impl Status {
 #[serde(deny_unknown_fields)]
 pub struct NewInstance {
     /// Its name (see [`check_name`]); no other instance has it.
+    #[schema(pattern = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
     pub name: String,
     /// The image: its name, or what it is built as (`debian`).
     pub image: String,
@@ -151,6 +152,7 @@ pub enum ChangeState {
 #[serde(deny_unknown_fields)]
 pub struct Rename {
     /// It.
+    #[schema(pattern = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
     pub name: String,
 }
 
@@ -174,6 +176,7 @@ pub struct Snapshot {
 #[serde(deny_unknown_fields)]
 pub struct NewSnapshot {
     /// Its name, as an instance's ([`check_name`]).
+    #[schema(pattern = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
     pub name: String,
 }
 
@@ -195,6 +198,12 @@ pub struct ServerInfo {
     pub version: String,
     /// The daemon's process.
     pub pid: u32,
+    /// Where it listens on TCP, by TLS: `192.0.2.1:8443`; nothing where it does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listens_at: Option<String>,
+    /// The SHA-256 fingerprint of its certificate there: `sha256:` and 64 hexadecimal digits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fingerprint: Option<String>,
 }
 
 /// Whether an instance can be called so: it is the guest's host name too (RFC 1123, 2.1), in small letters.

@@ -18,8 +18,10 @@ use hyper_util::{
 };
 use serde::de::DeserializeOwned;
 use tokio::{
-    net::{UnixListener, UnixStream},
+    io::{AsyncRead, AsyncWrite},
+    net::UnixListener,
     sync::Semaphore,
+    time::timeout,
 };
 
 use crate::{ErrorBody, Reason};
@@ -28,8 +30,12 @@ use crate::{ErrorBody, Reason};
 const MOST_CONNECTIONS: usize = 512;
 /// How long a client may take to say what it wants.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+/// Bytes of a request's line and headers, at most.
+const MAX_HEADER: usize = 64 << 10;
+/// How long a body may take to arrive.
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long it waits with a further connection where there are no descriptors left.
-const EXHAUSTED: Duration = Duration::from_millis(100);
+pub const EXHAUSTED: Duration = Duration::from_millis(100);
 
 /// An error as an answer.
 #[derive(Debug)]
@@ -62,9 +68,13 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
     type Rejection = Refusal;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Refusal> {
-        match Json::<T>::from_request(request, state).await {
-            Ok(Json(body)) => Ok(Self(body)),
-            Err(rejection) => Err(refusal(&rejection)),
+        match timeout(BODY_TIMEOUT, Json::<T>::from_request(request, state)).await {
+            Ok(Ok(Json(body))) => Ok(Self(body)),
+            Ok(Err(rejection)) => Err(refusal(&rejection)),
+            Err(_) => {
+                let message = format!("the body did not arrive within {} s", BODY_TIMEOUT.as_secs());
+                Err(Refusal::new(Reason::TooSlow, message))
+            }
         }
     }
 }
@@ -156,10 +166,12 @@ pub async fn serve(listener: UnixListener, router: Router) {
     }
 }
 
-async fn serve_one(stream: UnixStream, router: Router) {
+/// Serves `router` to whoever is at the other end of `stream`, until one side ends.
+pub async fn serve_one(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, router: Router) {
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_TIMEOUT)
+        .max_buf_size(MAX_HEADER)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router))
         .with_upgrades();
     // Its end concerns nobody but the client.

@@ -1,4 +1,4 @@
-//! The database: instances, operations and events, in one file.
+//! The database: instances, operations, events and tokens, in one file.
 //!
 //! What was acknowledged is on the host's disk by then. Values are JSON: what is added to a type later has a default.
 
@@ -11,7 +11,7 @@ use redb::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 
-use crate::{error::StartError, record::Record};
+use crate::{error::StartError, record::Record, tokens::TokenRecord};
 
 /// Records by the instance's identity.
 const INSTANCES: TableDefinition<&str, &[u8]> = TableDefinition::new("instances");
@@ -19,6 +19,8 @@ const INSTANCES: TableDefinition<&str, &[u8]> = TableDefinition::new("instances"
 const OPERATIONS: TableDefinition<(u64, &str), &[u8]> = TableDefinition::new("operations");
 /// Events by number.
 const EVENTS: TableDefinition<u64, &[u8]> = TableDefinition::new("events");
+/// Tokens by name.
+const TOKENS: TableDefinition<&str, &[u8]> = TableDefinition::new("tokens");
 
 /// So many operations and events are kept.
 const MOST: u64 = 10_000;
@@ -46,6 +48,7 @@ impl Database {
             transaction.open_table(INSTANCES)?;
             transaction.open_table(OPERATIONS)?;
             transaction.open_table(EVENTS)?;
+            transaction.open_table(TOKENS)?;
             Ok(())
         })
     }
@@ -129,6 +132,33 @@ impl Database {
             while table.len()? > MOST {
                 table.pop_first()?;
             }
+            Ok(())
+        })
+    }
+
+    /// All tokens.
+    pub fn tokens(&self) -> Result<Vec<TokenRecord>, DatabaseError> {
+        let read = || -> Result<_, redb::Error> {
+            let table = self.0.begin_read()?.open_table(TOKENS)?;
+            let values = table.iter()?.map(|entry| Ok(entry?.1.value().to_vec()));
+            values.collect::<Result<Vec<_>, redb::Error>>()
+        };
+        read().map_err(failed)?.iter().map(|value| decode(value)).collect()
+    }
+
+    /// Writes a token.
+    pub fn put_token(&self, token: &TokenRecord) -> Result<(), DatabaseError> {
+        let value = encode(token)?;
+        self.write(Durability::Immediate, |transaction| {
+            transaction.open_table(TOKENS)?.insert(token.name.as_str(), value.as_slice())?;
+            Ok(())
+        })
+    }
+
+    /// Forgets a token.
+    pub fn remove_token(&self, name: &str) -> Result<(), DatabaseError> {
+        self.write(Durability::Immediate, |transaction| {
+            transaction.open_table(TOKENS)?.remove(name)?;
             Ok(())
         })
     }

@@ -1,6 +1,6 @@
 //! What can go wrong before there is anybody to tell but whoever started the daemon.
 
-use std::{io, path::PathBuf};
+use std::{io, net::SocketAddr, path::PathBuf};
 
 /// Why the daemon cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -17,6 +17,22 @@ pub enum StartError {
         path: PathBuf,
         /// The host's word.
         source: io::Error,
+    },
+    /// The socket on the network.
+    #[error("cannot listen at {at}: {source}")]
+    Listen {
+        /// Where.
+        at: SocketAddr,
+        /// The host's word.
+        source: io::Error,
+    },
+    /// The certificate, or its key.
+    #[error("{} is of no use for TLS: {reason}", path.display())]
+    Certificate {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
     },
     /// The database.
     #[error("the database {} cannot be opened: {reason}", path.display())]

@@ -13,7 +13,10 @@ mod instances;
 mod operations;
 mod process;
 mod record;
+mod remote;
 mod run;
+mod tokens;
 
 pub use error::StartError;
+pub use remote::{Listen, Listening};
 pub use run::{Places, run};

@@ -1,68 +1,12 @@
 //! The API without any machine: descriptions, refusals, and clients that behave badly.
 
-use std::{
-    fs,
-    io::{Read, Write},
-    os::unix::net::UnixStream,
-    path::{Path, PathBuf},
-    sync::mpsc,
-    thread::{self, JoinHandle},
-    time::Duration,
-};
+mod support;
 
-use purlin_daemon::{Places, api, run};
-use serde_json::{Value, json};
+use std::{fs, io::Write, os::unix::net::UnixStream, path::Path};
 
-/// A daemon in a thread of its own.
-struct Daemon {
-    socket: PathBuf,
-    thread: Option<JoinHandle<()>>,
-    _dir: tempfile::TempDir,
-}
-
-impl Daemon {
-    fn start() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let places = Places { socket: dir.path().join("run/daemon.sock"), data: dir.path().join("data") };
-        let socket = places.socket.clone();
-        let (ready, is_ready) = mpsc::channel();
-        let thread = thread::spawn(move || run(&places, || ready.send(()).unwrap()).unwrap());
-        is_ready.recv().unwrap();
-        Self { socket, thread: Some(thread), _dir: dir }
-    }
-
-    /// Sends a request as it is written; the answer's status and body.
-    fn send(&self, text: &[u8]) -> (u16, String) {
-        let mut stream = UnixStream::connect(&self.socket).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        // Who is refused in mid-sentence need not have said all.
-        let _ = stream.write_all(text);
-        let mut answer = Vec::new();
-        let _ = stream.read_to_end(&mut answer);
-        let answer = String::from_utf8_lossy(&answer).into_owned();
-        let status = answer.split(' ').nth(1).and_then(|status| status.parse().ok());
-        let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body);
-        (status.unwrap_or_else(|| panic!("no answer: {answer:?}")), body.to_owned())
-    }
-
-    fn request(&self, method: &str, path: &str, body: &str) -> (u16, Value) {
-        let length = body.len();
-        let head = format!("{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n");
-        let head = format!("{head}content-type: application/json\r\ncontent-length: {length}\r\n\r\n");
-        let (status, body) = self.send((head + body).as_bytes());
-        (status, serde_json::from_str(&body).unwrap_or_else(|e| panic!("{method} {path}: {e}: {body:?}")))
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        if !thread::panicking() {
-            assert_eq!(self.request("POST", "/1.0/shutdown", "").0, 200);
-            self.thread.take().unwrap().join().unwrap();
-            assert!(!self.socket.exists());
-        }
-    }
-}
+use purlin_daemon::api;
+use serde_json::json;
+use support::Daemon;
 
 /// The descriptions that are committed are those of the programs: `UPDATE=1 cargo test -p purlin-daemon --test api` writes
 /// them.
@@ -132,9 +76,22 @@ fn clients_that_behave_badly_keep_nobody_from_it() {
     for _ in 0..20 {
         assert_eq!(daemon.request("GET", "/1.0", "").0, 200);
     }
+    drop(idle);
+    let silent: Vec<_> = (0..500).map(|_| UnixStream::connect(&daemon.socket).unwrap()).collect();
+    assert_eq!(daemon.request("GET", "/1.0", "").0, 200);
     // More than there is room for: who comes then waits until others have gone.
     let more: Vec<_> = (0..200).map(|_| UnixStream::connect(&daemon.socket).unwrap()).collect();
-    drop(idle);
+    drop(silent);
     drop(more);
     assert_eq!(daemon.request("GET", "/1.0", "").0, 200);
+}
+
+#[test]
+fn a_body_that_does_not_come_is_not_waited_for_for_long() {
+    let daemon = Daemon::start();
+    let head =
+        "POST /1.0/instances HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n";
+    let (status, body) = daemon.send(format!("{head}{{\"name\": ").as_bytes());
+    assert_eq!(status, 408);
+    assert!(body.contains("too-slow"), "{body}");
 }

@@ -19,7 +19,7 @@ use purlin_debian::Progress;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::runtime::{Builder, Runtime};
 
-use crate::{daemon, exit::Ended, progress::Shown, signals::Signal, terminal};
+use crate::{daemon, exit::Ended, progress::Shown, remote, signals::Signal, terminal};
 
 /// How long a daemon may take to end.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -32,8 +32,16 @@ pub struct Api {
 }
 
 impl Api {
-    /// The user's daemon, started if there is none.
+    /// The daemon that the user wants: one on another host, or their own.
     pub fn reach() -> Result<Self> {
+        let Some(url) = remote::chosen() else { return Self::reach_own() };
+        let runtime = runtime()?;
+        let remote = remote::find(url, &runtime)?;
+        Ok(Self { runtime: Arc::new(runtime), client: Client::of_remote(remote) })
+    }
+
+    /// The user's own daemon, here, started if there is none.
+    pub fn reach_own() -> Result<Self> {
         let places = daemon::places()?;
         let api = Self::of_running(&places)?;
         if api.try_get::<serde::de::IgnoredAny>("/1.0")?.is_none() {
@@ -44,8 +52,7 @@ impl Api {
 
     /// The daemon at its place, whether it is there or not.
     pub fn of_running(places: &Places) -> Result<Self> {
-        let runtime = Builder::new_current_thread().enable_all().build().context("cannot make an event loop")?;
-        Ok(Self { runtime: Arc::new(runtime), client: Client::new(&places.socket) })
+        Ok(Self { runtime: Arc::new(runtime()?), client: Client::new(&places.socket) })
     }
 
     /// GET, or nothing where there is no daemon.
@@ -144,6 +151,10 @@ impl Api {
     }
 }
 
+fn runtime() -> Result<Runtime> {
+    Builder::new_current_thread().enable_all().build().context("cannot make an event loop")
+}
+
 /// Ends the process, which a signal has asked for while the daemon was at work.
 pub fn leave(signal: Signal) {
     if terminal::is_shared() {
@@ -161,6 +172,9 @@ pub fn ended(done: Result<Ended>) -> Result<Ended> {
         Ok(ended) => return Ok(ended),
         Err(error) => error,
     };
+    if let Some(ClientError::Untrusted { .. }) = error.downcast_ref() {
+        return Err(anyhow!("{error}; {} says which", remote::who_says_which()));
+    }
     match error.downcast_ref::<ClientError>().and_then(ClientError::refused) {
         Some(ErrorBody { reason: Reason::BadRequest, message }) => Ok(Ended::WrongUsage(message.clone())),
         Some(ErrorBody { message, .. }) => Err(anyhow!("{message}")),

@@ -9,7 +9,7 @@ use crate::{
     client::Api,
     exit::Ended,
     machine::{MachineArgs, parse_size},
-    terminal,
+    remote, terminal,
 };
 
 /// Make a machine of an image, start it, and keep it
@@ -69,6 +69,14 @@ pub fn launch(args: &LaunchArgs) -> Result<Ended> {
     let Ok(user_data) = user_data else {
         return Ok(Ended::WrongUsage("--user-data of a kept machine is text: gzip it not".into()));
     };
+    if remote::chosen().is_some()
+        && let Some(disk) = args.machine.disk.iter().find(|disk| disk.path.is_relative())
+    {
+        let path = disk.path.display();
+        return Ok(Ended::WrongUsage(format!(
+            "--disk {path}: on another host a disk has an absolute path, of that host"
+        )));
+    }
     let api = Api::reach()?;
     let name = match &args.name {
         Some(name) => name.clone(),
@@ -110,6 +118,7 @@ pub fn say_how_to_reach(api: &Api, name: &str) -> Result<Ended> {
     let instance: Instance = api.get(&format!("/1.0/instances/{name}"))?;
     let ssh = instance.process.and_then(|process| process.said.ssh);
     let ssh = match ssh {
+        Some(ssh) if remote::chosen().is_some() => format!("; its ssh is at {ssh} of its host"),
         Some(ssh) => {
             let identity = ssh::keys_of_user()?.identity;
             let identity = identity.map(|path| format!("-i {} ", path.display())).unwrap_or_default();

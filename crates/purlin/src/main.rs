@@ -20,6 +20,7 @@ mod monitor;
 mod port_forward;
 mod progress;
 mod prompt;
+mod remote;
 mod run;
 mod set;
 mod signals;
@@ -28,6 +29,7 @@ mod state;
 mod stop;
 mod table;
 mod terminal;
+mod token;
 mod top;
 mod usage;
 
@@ -44,6 +46,10 @@ use crate::{exit::Ended, signals::Signals};
 #[derive(Parser)]
 #[command(name = "purlin", version, disable_help_subcommand = true, max_term_width = 120, after_help = EXAMPLES)]
 struct Cli {
+    /// Ask the daemon of another host about machines that are kept, and not the one here
+    #[arg(long, value_name = "https://HOST:PORT", value_parser = remote::parse, long_help = remote::HELP)]
+    host: Option<String>,
+
     #[command(subcommand)]
     verb: Verb,
 }
@@ -84,6 +90,7 @@ enum Verb {
     Monitor(monitor::MonitorArgs),
     Image(image::ImageArgs),
     Daemon(daemon::DaemonArgs),
+    Token(token::TokenArgs),
     Doctor(doctor::DoctorArgs),
     Completions(completions::CompletionsArgs),
     Man(man::ManArgs),
@@ -122,6 +129,10 @@ fn main() -> ExitCode {
         Err(error) => return usage::report(&error),
     };
     terminal::log_to_stderr();
+    if cli.host.is_some() && is_of_this_host(&cli.verb) {
+        return Ended::WrongUsage("--host is for machines that are kept; this is done on this host".into()).report();
+    }
+    remote::choose(cli.host);
     let ended = match cli.verb {
         Verb::Run(args) => run::run(*args, signals),
         Verb::Image(args) => image::image(&args, signals),
@@ -142,6 +153,12 @@ fn main() -> ExitCode {
         }
     };
     ended.unwrap_or_else(Ended::from).report()
+}
+
+/// Whether it is not what another host's daemon could do.
+fn is_of_this_host(verb: &Verb) -> bool {
+    use Verb::{Completions, Daemon, Doctor, Image, Man, Run, Token};
+    matches!(verb, Run(_) | Image(_) | Daemon(_) | Token(_) | Doctor(_) | Completions(_) | Man(_))
 }
 
 /// Whether the daemon goes on with it though nobody waits.
@@ -171,6 +188,7 @@ fn ask(verb: Verb) -> Result<Ended> {
         Verb::Monitor(args) => monitor::monitor(&args),
         Verb::File(args) => file::file(&args),
         Verb::PortForward(args) => port_forward::port_forward(&args),
+        Verb::Token(args) => token::token(&args),
         // These are no business of the daemon's, or need signals.
         Verb::Run(_) | Verb::Image(_) | Verb::Daemon(_) | Verb::Doctor(_) | Verb::Exec(_) | Verb::Shell(_) => {
             Ok(Ended::Well)

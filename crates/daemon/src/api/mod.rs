@@ -1,9 +1,11 @@
 //! The REST API, under /1.0, as its description ([`description`]) says.
 
+mod description;
 mod instances;
 mod operations;
 mod relay;
 mod snapshots;
+mod tokens;
 
 use std::sync::Arc;
 
@@ -13,6 +15,7 @@ use axum::{
         State,
         ws::{Message, WebSocket},
     },
+    middleware,
     response::Response,
     routing::{delete, get, post, put},
 };
@@ -24,7 +27,16 @@ use serde::Deserialize;
 use tokio::sync::{Notify, broadcast::error::RecvError};
 use utoipa::{IntoParams, OpenApi};
 
-use crate::{events::Events, instances::Instances, operations::Operations};
+use self::description::Everywhere;
+use crate::{
+    events::Events,
+    instances::Instances,
+    operations::Operations,
+    remote::{
+        Listening,
+        authorize::{Gate, authorize},
+    },
+};
 
 /// Bytes of the longest request: user-data is the longest thing in one.
 const MAX_BODY: usize = 4 << 20;
@@ -38,6 +50,9 @@ struct Inner {
     operations: Arc<Operations>,
     events: Arc<Events>,
     end: Arc<Notify>,
+    gate: Gate,
+    /// Where it listens on TCP.
+    listening: Option<Listening>,
 }
 
 impl Shared {
@@ -46,8 +61,10 @@ impl Shared {
         operations: Arc<Operations>,
         events: Arc<Events>,
         end: Arc<Notify>,
+        gate: Gate,
+        listening: Option<Listening>,
     ) -> Self {
-        Self(Arc::new(Inner { instances, operations, events, end }))
+        Self(Arc::new(Inner { instances, operations, events, end, gate, listening }))
     }
 }
 
@@ -77,8 +94,12 @@ impl Shared {
         operations::list,
         operations::get,
         operations::wait,
+        tokens::list,
+        tokens::create,
+        tokens::remove,
     ),
-    components(schemas(Event))
+    components(schemas(Event)),
+    modifiers(&Everywhere)
 )]
 struct Description;
 
@@ -87,8 +108,20 @@ pub fn description() -> serde_json::Value {
     serde_json::to_value(Description::openapi()).unwrap_or_default()
 }
 
+/// What is served at the Unix socket.
 pub(crate) fn router(shared: Shared) -> Router {
-    let router = Router::new()
+    server::complete(routes().merge(tokens::router()).with_state(shared), MAX_BODY)
+}
+
+/// What is served on TCP, where each connection has its peer as an extension.
+pub(crate) fn remote_router(shared: Shared) -> Router {
+    let gate = shared.0.gate.clone();
+    let router = routes().merge(tokens::forbidden()).with_state(shared);
+    server::complete(router, MAX_BODY).layer(middleware::from_fn_with_state(gate, authorize))
+}
+
+fn routes() -> Router<Shared> {
+    Router::new()
         .route("/1.0", get(info))
         .route("/1.0/openapi.json", get(openapi))
         .route("/1.0/shutdown", post(shutdown))
@@ -107,17 +140,17 @@ pub(crate) fn router(shared: Shared) -> Router {
         .route("/1.0/operations", get(operations::list))
         .route("/1.0/operations/{id}", get(operations::get))
         .route("/1.0/operations/{id}/wait", get(operations::wait))
-        .with_state(shared);
-    server::complete(router, MAX_BODY)
 }
 
 /// The daemon itself.
 #[utoipa::path(get, path = "/1.0", responses((status = 200, body = ServerInfo)))]
-async fn info() -> Json<ServerInfo> {
+async fn info(State(Shared(shared)): State<Shared>) -> Json<ServerInfo> {
     Json(ServerInfo {
         api_version: purlin_api::VERSION.into(),
         version: env!("CARGO_PKG_VERSION").into(),
         pid: std::process::id(),
+        listens_at: shared.listening.map(|listening| listening.at.to_string()),
+        fingerprint: shared.listening.map(|listening| listening.fingerprint.to_string()),
     })
 }
 
@@ -129,9 +162,9 @@ async fn openapi() -> Json<serde_json::Value> {
 
 /// Ends the daemon; machines go on.
 #[utoipa::path(post, path = "/1.0/shutdown", responses((status = 200, body = ServerInfo)))]
-async fn shutdown(State(Shared(shared)): State<Shared>) -> Json<ServerInfo> {
-    shared.end.notify_one();
-    info().await
+async fn shutdown(state: State<Shared>) -> Json<ServerInfo> {
+    state.0.0.end.notify_one();
+    info(state).await
 }
 
 #[derive(Deserialize, IntoParams)]

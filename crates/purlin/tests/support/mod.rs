@@ -16,7 +16,8 @@ use tempfile::TempDir;
 /// The program under test, with none of the user's settings.
 pub fn purlin() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_purlin"));
-    for variable in ["PURLIN_HOME", "XDG_CACHE_HOME", "PURLIN_LOG"] {
+    for variable in ["PURLIN_HOME", "XDG_CACHE_HOME", "PURLIN_LOG", "PURLIN_HOST", "PURLIN_TOKEN", "PURLIN_FINGERPRINT"]
+    {
         command.env_remove(variable);
     }
     command
