@@ -18,21 +18,26 @@ use crate::machine::program;
 /// How long things may take that come by themselves, also on a loaded host.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// A home of its own, with the user's images.
+/// A home of its own.
 pub struct Home {
     dir: TempDir,
     ended: bool,
 }
 
 impl Home {
-    /// An empty one.
+    /// One with the user's images, and no machine.
     pub fn new() -> Result<Self> {
-        let dir = tempfile::tempdir()?;
+        let home = Self::empty()?;
         let images = home::data()?.join("images");
         fs::create_dir_all(&images)?;
-        fs::create_dir_all(dir.path().join("data"))?;
-        symlink(images, dir.path().join("data/images"))?;
-        Ok(Self { dir, ended: false })
+        fs::create_dir_all(home.dir.path().join("data"))?;
+        symlink(images, home.dir.path().join("data/images"))?;
+        Ok(home)
+    }
+
+    /// One with nothing in it.
+    pub fn empty() -> Result<Self> {
+        Ok(Self { dir: tempfile::tempdir()?, ended: false })
     }
 
     /// Its directory.
@@ -43,7 +48,7 @@ impl Home {
     /// The command with these arguments.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(program());
-        command.args(arguments).env("PURLIN_HOME", self.dir.path()).stdin(Stdio::null());
+        command.args(arguments).env("PURLIN_HOME", self.dir.path()).env_remove("PURLIN_HOST").stdin(Stdio::null());
         command
     }
 

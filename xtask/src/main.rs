@@ -26,6 +26,7 @@ mod net;
 mod outer;
 mod piped;
 mod requirements;
+mod schemathesis;
 mod shares;
 mod shell;
 mod soak;
@@ -53,7 +54,7 @@ struct Xtask {
 
 #[derive(Subcommand)]
 enum Chore {
-    /// Install what the tests need, then run them all: lint, unit, piped, boot, image, kept, midboot, nested
+    /// Install what the tests need, then run them all: lint, unit, piped, schemathesis, boot, image, kept, midboot, nested
     Test,
     /// Install what the tests need (Debian packages, with sudo if need be)
     Setup,
@@ -87,6 +88,8 @@ enum Chore {
     Fuzz(fuzz::FuzzArgs),
     /// Move Debian's boot to new machines at random moments, under the translator
     Midboot(midboot::MidbootArgs),
+    /// Ask the daemon whatever its description allows and does not: it must never fail, and answer as described
+    Schemathesis(schemathesis::SchemathesisArgs),
     /// The image under load for a long time: stress-ng that checks its results, a C project built and tested
     Soak(soak::SoakArgs),
 }
@@ -110,6 +113,7 @@ fn main() -> ExitCode {
         Chore::Bench(args) => bench::run(&args),
         Chore::Fuzz(args) => fuzz::run_all(&args),
         Chore::Midboot(args) => midboot::run(&args),
+        Chore::Schemathesis(args) => schemathesis::run_all(&args),
         Chore::Soak(args) => soak::run(&args),
     };
     match done {
@@ -131,6 +135,7 @@ fn test() -> Result<()> {
     part("lint", lint::check)?;
     part("unit", unit::test)?;
     part("piped", piped::run)?;
+    part("schemathesis", || schemathesis::run_all(&schemathesis::SchemathesisArgs::default()))?;
     let kvm = Lane::start("kvm", KVM)?;
     let translator = test_translator();
     // It is waited for either way: what it has to say is then known too, and no guest is left behind.

@@ -18,6 +18,9 @@ const PROGRAMS: [(&str, &str); 8] = [
     ("gcc", "gcc"), // compiles the rows of the benchmark
 ];
 
+/// A module of Python's and the Debian package that has it.
+const MODULES: [(&str, &str); 1] = [("ensurepip", "python3-venv")]; // schemathesis is installed by it
+
 /// Installs what is missing, and what that has pushed out: packages of one source that come from two releases (a
 /// backport of qemu-utils beside the release's qemu-system-x86) exclude each other.
 pub fn install() -> Result<()> {
@@ -37,9 +40,16 @@ pub fn install() -> Result<()> {
     install_components()
 }
 
-/// The packages of the programs that are not there.
+/// The packages of the programs and modules that are not there.
 fn missing() -> Vec<&'static str> {
-    PROGRAMS.iter().filter(|(program, _)| !is_installed(program)).map(|(_, package)| *package).collect()
+    let programs = PROGRAMS.iter().filter(|(program, _)| !is_installed(program));
+    let modules = MODULES.iter().filter(|(module, _)| !has_module(module));
+    programs.chain(modules).map(|(_, package)| *package).collect()
+}
+
+fn has_module(module: &str) -> bool {
+    let found = Command::new("python3").args(["-c", &format!("import {module}")]).output();
+    found.is_ok_and(|output| output.status.success())
 }
 
 fn install_packages(packages: &[&str]) -> Result<()> {
