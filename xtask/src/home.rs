@@ -1,7 +1,8 @@
 //! A home of the command's own, for machines that are kept: nothing else of the user's is touched.
 
 use std::{
-    fs,
+    fs::{self, File},
+    io::{Read, Seek},
     os::unix::fs::symlink,
     path::PathBuf,
     process::{Command, Stdio},
@@ -9,11 +10,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, anyhow, ensure};
 use purlin_debian::home;
 use tempfile::TempDir;
 
-use crate::machine::program;
+use crate::machine::{BedFailed, program};
 
 /// How long things may take that come by themselves, also on a loaded host.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -21,6 +22,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// A home of its own.
 pub struct Home {
     dir: TempDir,
+    /// Where things may stand still through no fault of theirs: how long they may take.
+    limit: Option<Duration>,
     ended: bool,
 }
 
@@ -37,7 +40,12 @@ impl Home {
 
     /// One with nothing in it.
     pub fn empty() -> Result<Self> {
-        Ok(Self { dir: tempfile::tempdir()?, ended: false })
+        Ok(Self { dir: tempfile::tempdir()?, limit: None, ended: false })
+    }
+
+    /// The same in emulated AMD-V: what takes longer than `limit` there, a verb or what comes by itself, is [`BedFailed`].
+    pub fn on_test_bed(limit: Duration) -> Result<Self> {
+        Ok(Self { limit: Some(limit), ..Self::empty()? })
     }
 
     /// Its directory.
@@ -54,9 +62,34 @@ impl Home {
 
     /// Runs a verb that succeeds; what it says.
     pub fn purlin(&self, arguments: &[&str]) -> Result<String> {
+        if let Some(limit) = self.limit {
+            return self.purlin_within(arguments, limit);
+        }
         let output = self.command(arguments).stderr(Stdio::inherit()).output()?;
         ensure!(output.status.success(), "purlin {}: {}", arguments.join(" "), output.status);
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    fn purlin_within(&self, arguments: &[&str], limit: Duration) -> Result<String> {
+        let words = arguments.join(" ");
+        // Standard error is no terminal: nobody is to see progress.
+        let (out, err) = (tempfile::tempfile()?, tempfile::tempfile()?);
+        let mut child = self.command(arguments).stdout(out.try_clone()?).stderr(err.try_clone()?).spawn()?;
+        let begin = Instant::now();
+        let status = loop {
+            if let Some(status) = child.try_wait()? {
+                break status;
+            }
+            if begin.elapsed() > limit {
+                child.kill()?;
+                child.wait()?;
+                return Err(BedFailed(format!("purlin {words}: not done after {limit:?}")).into());
+            }
+            thread::sleep(Duration::from_millis(10));
+        };
+        eprint!("{}", read(err)?);
+        ensure!(status.success(), "purlin {words}: {status}");
+        read(out)
     }
 
     /// What a command in a guest says.
@@ -73,7 +106,10 @@ impl Home {
     pub fn wait(&self, name: &str, what: &str, is_so: impl Fn(&Self) -> Result<bool>) -> Result<()> {
         let begin = Instant::now();
         while !is_so(self)? {
-            ensure!(begin.elapsed() < PATIENCE, "{name}: in vain: {what}");
+            if begin.elapsed() > self.limit.unwrap_or(PATIENCE) {
+                let vain = format!("{name}: in vain: {what}");
+                return Err(if self.limit.is_some() { BedFailed(vain).into() } else { anyhow!(vain) });
+            }
             thread::sleep(Duration::from_millis(100));
         }
         Ok(())
@@ -91,6 +127,14 @@ impl Home {
         self.purlin(&["daemon", "stop"])?;
         Ok(())
     }
+}
+
+/// What somebody else has written to a file.
+fn read(mut file: File) -> Result<String> {
+    let mut bytes = Vec::new();
+    file.rewind()?;
+    file.read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 impl Drop for Home {

@@ -8,6 +8,7 @@ mod boot_nested;
 mod cycles;
 mod debian;
 mod disk;
+mod engines;
 mod figures;
 mod footprint;
 mod fuzz;
@@ -88,6 +89,8 @@ enum Chore {
     Fuzz(fuzz::FuzzArgs),
     /// Move Debian's boot to new machines at random moments, under the translator
     Midboot(midboot::MidbootArgs),
+    /// Machines that are kept under KVM, inside an emulated AMD-V, and from one engine to the other
+    Engines(engines::EnginesArgs),
     /// Ask the daemon whatever its description allows and does not: it must never fail, and answer as described
     Schemathesis(schemathesis::SchemathesisArgs),
     /// The image under load for a long time: stress-ng that checks its results, a C project built and tested
@@ -113,6 +116,7 @@ fn main() -> ExitCode {
         Chore::Bench(args) => bench::run(&args),
         Chore::Fuzz(args) => fuzz::run_all(&args),
         Chore::Midboot(args) => midboot::run(&args),
+        Chore::Engines(args) => engines::run(&args),
         Chore::Schemathesis(args) => schemathesis::run_all(&args),
         Chore::Soak(args) => soak::run(&args),
     };

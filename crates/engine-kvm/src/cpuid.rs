@@ -2,31 +2,26 @@
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
-use purlin_arch::x86_64::cpuid::CpuidEntry;
+use purlin_arch::x86_64::cpuid::{
+    CpuidEntry,
+    Register::{self, Eax, Ebx, Ecx, Edx},
+    Word, names_of,
+};
 use purlin_engine::EngineError;
 
 use crate::host_error;
-
-/// A result register of CPUID.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Reg {
-    Eax,
-    Ebx,
-    Ecx,
-    Edx,
-}
 
 /// A result whose bits are features: one that KVM does not report as supported is withheld.
 struct Features {
     leaf: u32,
     subleaf: u32,
-    reg: Reg,
+    register: Register,
     /// Bits that are the machine's to say: topology, or what KVM computes itself or leaves out of its report.
     machines: u32,
 }
 
-const fn features(leaf: u32, subleaf: u32, reg: Reg, machines: u32) -> Features {
-    Features { leaf, subleaf, reg, machines }
+const fn features(leaf: u32, subleaf: u32, register: Register, machines: u32) -> Features {
+    Features { leaf, subleaf, register, machines }
 }
 
 /// Bit 3 KVM_FEATURE_CLOCKSOURCE2 (the MSRs 0x4b564d00 and 0x4b564d01) and bit 24
@@ -42,28 +37,28 @@ const PERFMON_LEAF: u32 = 0xa;
 /// The feature words (SDM vol. 2A CPUID; AMD APM vol. 3 appendix E).
 const FEATURES: &[Features] = &[
     // X2APIC, TSC-deadline (both by the in-kernel local APIC), OSXSAVE (follows CR4), hypervisor.
-    features(1, 0, Reg::Ecx, 1 << 21 | 1 << 24 | 1 << 27 | 1 << 31),
+    features(1, 0, Ecx, 1 << 21 | 1 << 24 | 1 << 27 | 1 << 31),
     // APIC (follows IA32_APIC_BASE), HTT (topology).
-    features(1, 0, Reg::Edx, 1 << 9 | 1 << 28),
-    features(7, 0, Reg::Ebx, 0),
+    features(1, 0, Edx, 1 << 9 | 1 << 28),
+    features(7, 0, Ebx, 0),
     // OSPKE follows CR4.
-    features(7, 0, Reg::Ecx, 1 << 4),
-    features(7, 0, Reg::Edx, 0),
-    features(7, 1, Reg::Eax, 0),
-    features(7, 1, Reg::Edx, 0),
-    features(7, 2, Reg::Edx, 0),
-    features(0xd, 0, Reg::Eax, 0),
-    features(0xd, 0, Reg::Edx, 0),
-    features(0xd, 1, Reg::Eax, 0),
-    features(0xd, 1, Reg::Ecx, 0),
-    features(0xd, 1, Reg::Edx, 0),
+    features(7, 0, Ecx, 1 << 4),
+    features(7, 0, Edx, 0),
+    features(7, 1, Eax, 0),
+    features(7, 1, Edx, 0),
+    features(7, 2, Edx, 0),
+    features(0xd, 0, Eax, 0),
+    features(0xd, 0, Edx, 0),
+    features(0xd, 1, Eax, 0),
+    features(0xd, 1, Ecx, 0),
+    features(0xd, 1, Edx, 0),
     // CMP_LEGACY and TOPOEXT (topology); the bits that leaf 1 has too follow it.
-    features(0x8000_0001, 0, Reg::Ecx, 1 << 1 | 1 << 22),
-    features(0x8000_0001, 0, Reg::Edx, 1 << 9),
-    features(0x8000_0007, 0, Reg::Edx, 0),
-    features(0x8000_0008, 0, Reg::Ebx, 0),
-    features(0x8000_000a, 0, Reg::Edx, 0),
-    features(0x8000_0021, 0, Reg::Eax, 0),
+    features(0x8000_0001, 0, Ecx, 1 << 1 | 1 << 22),
+    features(0x8000_0001, 0, Edx, 1 << 9),
+    features(0x8000_0007, 0, Edx, 0),
+    features(0x8000_0008, 0, Ebx, 0),
+    features(0x8000_000a, 0, Edx, 0),
+    features(0x8000_0021, 0, Eax, 0),
 ];
 
 /// What this host's KVM can offer to a guest.
@@ -102,8 +97,8 @@ fn restrict(wanted: &CpuidEntry, supported: &[CpuidEntry]) -> CpuidEntry {
         return CpuidEntry { eax: entry.eax & offered & PV_FEATURES, ebx: 0, ecx: 0, edx: 0, ..entry };
     }
     for word in FEATURES.iter().filter(|w| w.leaf == wanted.leaf && w.subleaf == subleaf) {
-        let offered = find(supported, word.leaf, word.subleaf).map_or(0, |mut e| *register(&mut e, word.reg));
-        *register(&mut entry, word.reg) &= offered | word.machines;
+        let offered = find(supported, word.leaf, word.subleaf).map_or(0, |mut e| *register(&mut e, word.register));
+        *register(&mut entry, word.register) &= offered | word.machines;
     }
     entry
 }
@@ -112,12 +107,12 @@ fn find(entries: &[CpuidEntry], leaf: u32, subleaf: u32) -> Option<CpuidEntry> {
     entries.iter().find(|e| e.leaf == leaf && e.subleaf.unwrap_or(0) == subleaf).copied()
 }
 
-fn register(entry: &mut CpuidEntry, reg: Reg) -> &mut u32 {
-    match reg {
-        Reg::Eax => &mut entry.eax,
-        Reg::Ebx => &mut entry.ebx,
-        Reg::Ecx => &mut entry.ecx,
-        Reg::Edx => &mut entry.edx,
+fn register(entry: &mut CpuidEntry, register: Register) -> &mut u32 {
+    match register {
+        Eax => &mut entry.eax,
+        Ebx => &mut entry.ebx,
+        Ecx => &mut entry.ecx,
+        Edx => &mut entry.edx,
     }
 }
 
@@ -151,21 +146,18 @@ fn from_kvm(entry: &kvm_cpuid_entry2) -> CpuidEntry {
     }
 }
 
-/// The features of `wanted` that are missing from `supported`, in words, for a state that cannot go on here.
-pub(crate) fn missing(wanted: &[CpuidEntry], supported: &[CpuidEntry]) -> Option<String> {
-    let mut text = Vec::new();
+/// The features of `wanted` that are missing from `supported`, by name: a state with any cannot go on here.
+pub(crate) fn missing(wanted: &[CpuidEntry], supported: &[CpuidEntry]) -> Vec<String> {
+    let mut names = Vec::new();
     for entry in wanted.iter().filter(|e| e.leaf != PERFMON_LEAF) {
-        let mut wanted = *entry;
-        let mut given = restrict(entry, supported);
-        for reg in [Reg::Eax, Reg::Ebx, Reg::Ecx, Reg::Edx] {
-            let lost = *register(&mut wanted, reg) & !*register(&mut given, reg);
-            if lost != 0 {
-                let subleaf = entry.subleaf.map(|s| format!(".{s}")).unwrap_or_default();
-                text.push(format!("{:#x}{subleaf} {reg:?} {lost:#x}", entry.leaf));
-            }
+        let (mut wanted, mut given) = (*entry, restrict(entry, supported));
+        for which in Register::ALL {
+            let lost = *register(&mut wanted, which) & !*register(&mut given, which);
+            let word = Word { leaf: entry.leaf, subleaf: entry.subleaf.unwrap_or(0), register: which };
+            names.extend(names_of(word, lost));
         }
     }
-    (!text.is_empty()).then(|| text.join(", "))
+    names
 }
 
 #[cfg(test)]
@@ -187,7 +179,7 @@ mod tests {
             intersect(&wanted, &supported),
             [entry(1, None, [0x0f_0000, 0x0102_0800, 0x8120_2001, 0x178b_fbff])]
         );
-        assert_eq!(missing(&wanted, &supported).as_deref(), Some("0x1 Ecx 0x2000000"));
+        assert_eq!(missing(&wanted, &supported), ["aes"]);
     }
 
     #[test]
@@ -217,6 +209,6 @@ mod tests {
     fn performance_counters_are_withheld_and_not_missed() {
         let wanted = [entry(0xa, None, [0x0730_0402, 0, 0, 0x603])];
         assert_eq!(intersect(&wanted, &wanted), [entry(0xa, None, [0; 4])]);
-        assert_eq!(missing(&wanted, &[]), None);
+        assert!(missing(&wanted, &[]).is_empty());
     }
 }

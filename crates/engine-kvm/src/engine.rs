@@ -71,6 +71,10 @@ impl Engine for KvmEngine {
         self.tsc_khz
     }
 
+    fn lacks(&self, cpuid: &[CpuidEntry]) -> Vec<String> {
+        cpuid::missing(cpuid, &self.host.cpuid)
+    }
+
     fn create_vm(&self, config: VmConfig) -> Result<Arc<dyn Vm>, EngineError> {
         if config.cpuid.len() > self.max_vcpus() {
             return Err(EngineError::Unavailable(format!(

@@ -9,6 +9,7 @@ use std::{
     },
 };
 
+use purlin_arch::x86_64::cpuid::{CpuidEntry, lacking};
 use purlin_engine::{Code, Engine, EngineError, Kick, SavedCode, Vcpu, Vm, VmConfig, memory::WriteObserver};
 
 use crate::{
@@ -101,9 +102,19 @@ impl Engine for TranslatorEngine {
         self.tsc_khz
     }
 
+    fn lacks(&self, cpuid: &[CpuidEntry]) -> Vec<String> {
+        lacking(cpuid, &host_cpuid)
+    }
+
     fn create_vm(&self, config: VmConfig) -> Result<Arc<dyn Vm>, EngineError> {
         Ok(Arc::new(self.create(config)?))
     }
+}
+
+/// What is copied is executed by the host's processor.
+fn host_cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
+    let answer = std::arch::x86_64::__cpuid_count(leaf, subleaf);
+    [answer.eax, answer.ebx, answer.ecx, answer.edx]
 }
 
 impl TranslatorEngine {

@@ -22,6 +22,10 @@ pub trait Engine: Send + Sync {
         0
     }
 
+    /// The features of a processor with these CPUID leaves that this engine cannot give to a guest on this host, by name.
+    /// A saved machine that has any cannot go on here: its guest uses what it has found.
+    fn lacks(&self, cpuid: &[CpuidEntry]) -> Vec<String>;
+
     /// A new machine's processors, not yet running.
     ///
     /// vCPU 0 is the bootstrap processor; the others wait for SIPI. All are in the state after power-up

@@ -103,6 +103,17 @@ pub enum MachineError {
         /// What is lacking, by name.
         missing: String,
     },
+    /// A saved machine's processor is more than the engine can be on this host.
+    #[error(
+        "the saved machine's processor has {missing}, which the {engine} engine does not offer on this host: let it go on \
+         under another engine or on another host"
+    )]
+    Processor {
+        /// The engine.
+        engine: &'static str,
+        /// What is lacking, by name.
+        missing: String,
+    },
     /// A file could not be read.
     #[error("cannot read the {what} '{}': {source}", path.display())]
     Read {

@@ -24,5 +24,5 @@ pub use chipset::Request;
 pub use error::MachineError;
 pub use events::Listener;
 pub use input::{GuestInput, InputPort};
-pub use machine::{Machine, host_memory};
+pub use machine::{Machine, check_processors, host_memory};
 pub use purlin_devices::GuestEvent;

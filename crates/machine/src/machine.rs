@@ -22,7 +22,7 @@ use crate::{
     acpi, boot,
     chipset::{Chipset, Request},
     clock::Clock,
-    config::{BalloonHandle, ConsoleSize, MachineConfig},
+    config::{BalloonHandle, ConsoleSize, MachineConfig, SavedConfig},
     deadlines::DeadlineThread,
     error::MachineError,
     events::Listener,
@@ -98,8 +98,8 @@ impl Machine {
         if !slots.eq(layout::slots(config.memory)) {
             return Err(MachineError::MemoryMismatch { saved: config.memory });
         }
-        let states = (0..config.cpus).map(|index| saved.decode(&vcpu_section(index)));
-        let states = states.collect::<Result<Vec<VcpuState>, _>>()?;
+        let states = processors(saved, config.cpus)?;
+        check_engine(&states, engine)?;
         let cpuid = states.iter().map(|s| s.cpuid.clone()).collect();
         let (machine, vcpus) = Self::build(config, ram, cpuid, engine, serial_out)?;
 
@@ -276,6 +276,24 @@ impl Drop for Machine {
     fn drop(&mut self) {
         // Nobody may wait for a machine that is gone.
         self.end();
+    }
+}
+
+/// Whether a saved machine can go on under this engine on this host, as far as its processors are concerned.
+pub fn check_processors(saved: &SavedState, engine: &dyn Engine) -> Result<(), MachineError> {
+    let config: SavedConfig = saved.decode(SavedConfig::NAME)?;
+    check_engine(&processors(saved, config.cpus)?, engine)
+}
+
+/// The states of its vCPUs.
+fn processors(saved: &SavedState, cpus: u32) -> Result<Vec<VcpuState>, MachineError> {
+    Ok((0..cpus).map(|index| saved.decode(&vcpu_section(index))).collect::<Result<_, _>>()?)
+}
+
+fn check_engine(states: &[VcpuState], engine: &dyn Engine) -> Result<(), MachineError> {
+    match states.iter().map(|state| engine.lacks(&state.cpuid)).find(|missing| !missing.is_empty()) {
+        Some(missing) => Err(MachineError::Processor { engine: engine.name(), missing: missing.join(", ") }),
+        None => Ok(()),
     }
 }
 

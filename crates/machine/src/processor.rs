@@ -27,7 +27,7 @@ pub fn default_model() -> CpuModel {
 }
 
 /// What this host lacks for `model`, by the names of /proc/cpuinfo.
-pub fn missing(model: CpuModel) -> Vec<&'static str> {
+pub fn missing(model: CpuModel) -> Vec<String> {
     unsupported(model, &host)
 }
 

@@ -13,7 +13,10 @@ use std::{
 
 use prost::Message;
 use rangemap::{RangeMap, RangeSet};
-use rustix::fs::{SealFlags, SeekFrom, fcntl_get_seals, seek};
+use rustix::{
+    fs::{MemfdFlags, SealFlags, SeekFrom, fcntl_get_seals, fstat, memfd_create, seek},
+    io::Errno,
+};
 
 use crate::{MemoryError, PAGE_SIZE};
 
@@ -231,7 +234,8 @@ pub fn send(layers: &[Layer]) -> (LayersMessage, Vec<BorrowedFd<'_>>) {
 /// The layers that [`send`] made a message of. Whoever sent a memfd that could still change is refused.
 pub fn receive(message: &LayersMessage, files: Vec<OwnedFd>) -> Result<Vec<Layer>, MemoryError> {
     let files: Vec<Arc<File>> = files.into_iter().map(|fd| Arc::new(File::from(fd))).collect();
-    files.iter().try_for_each(|file| check_sealed(file))?;
+    let memfds = device_of_memfds().map_err(MemoryError::Host)?;
+    files.iter().try_for_each(|file| check_sealed(file, memfds))?;
     let layer = |slot: &SlotMessage| {
         let mut layer = Layer::empty(slot.start, slot.length);
         for run in slot.runs.chunks(4) {
@@ -247,9 +251,18 @@ pub fn receive(message: &LayersMessage, files: Vec<OwnedFd>) -> Result<Vec<Layer
     message.slots.iter().map(layer).collect()
 }
 
-/// A memfd must be sealed. Other files, snapshots, cannot be: their owner is to leave them alone.
-fn check_sealed(file: &File) -> Result<(), MemoryError> {
-    let Ok(seals) = fcntl_get_seals(file) else { return Ok(()) };
+/// Memfds are files of a tmpfs that the kernel has for them alone.
+fn device_of_memfds() -> Result<u64, Errno> {
+    Ok(fstat(memfd_create(c"memfds", MemfdFlags::CLOEXEC)?)?.st_dev)
+}
+
+/// A memfd must be sealed. Other files, snapshots, cannot be, though those on a tmpfs have seals: their owner is to leave them
+/// alone.
+fn check_sealed(file: &File, memfds: u64) -> Result<(), MemoryError> {
+    if fstat(file).map_err(MemoryError::Host)?.st_dev != memfds {
+        return Ok(());
+    }
+    let seals = fcntl_get_seals(file).map_err(MemoryError::Host)?;
     if seals.contains(SealFlags::SHRINK) && seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE) {
         return Ok(());
     }

@@ -246,6 +246,12 @@ fn what_is_received_is_looked_at() {
     short.set_len(15 * PAGE_SIZE).unwrap();
     assert!(refused(vec![short.into()]).contains("is to have more"));
     assert!(receive(&message, vec![files[0].try_clone_to_owned().unwrap()]).is_ok());
+    // A snapshot's, wherever that is.
+    for directory in [std::env::temp_dir().as_path(), "/dev/shm".as_ref()] {
+        let file = tempfile::tempfile_in(directory).unwrap();
+        file.set_len(16 * PAGE_SIZE).unwrap();
+        assert!(receive(&message, vec![file.into()]).is_ok(), "{}", directory.display());
+    }
 }
 
 /// Prints what a freeze and a clone cost: `cargo test --release -p purlin-memory --test layers -- --ignored --nocapture`.

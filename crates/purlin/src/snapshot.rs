@@ -39,6 +39,9 @@ enum Do {
         json: bool,
     },
     /// Go back to a snapshot: what has happened since is gone
+    ///
+    /// It goes on under the engine that the machine has now, which need not be the one that it ran under then: 'purlin set
+    /// NAME engine=kvm' before.
     Restore(Named),
     /// Delete a snapshot
     Delete(Named),

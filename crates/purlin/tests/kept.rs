@@ -413,8 +413,12 @@ fn snapshots_are_taken_gone_back_to_and_deleted() {
         echo(&home, "a", snapshot);
     }
     home.ok("stop -f a");
+    // Memory is again what it was then, but the engine is what it is now.
+    home.ok("set a memory=96M engine=auto");
     home.ok("snapshot restore a s2");
     assert_eq!(status(&home, "a"), "running");
+    let machine = &info(&home, "a")["machine"];
+    assert_eq!((&machine["memory"], &machine["engine"]), (&(64 << 20).into(), &"auto".into()));
 
     // What the second stands on stays as long as it does.
     home.ok("snapshot delete a s1");

@@ -62,6 +62,9 @@ pub fn enter_after(plan: &Plan, last: impl FnOnce()) -> Result<Report, SandboxEr
     process::check_single_threaded()?;
     descriptors::check(&plan.directories)?;
     let mut report = Report::new();
+    // rustix looks at the auxiliary vector when it first needs something of it, such as where the vDSO is for the time: by a
+    // call that the filters do not have, or in /proc.
+    let _ = rustix::param::page_size();
 
     let privileged = privileges::may_administer();
     if !privileged {

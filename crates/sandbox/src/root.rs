@@ -16,7 +16,7 @@ use rustix::{
         FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
         fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount_change, move_mount, open_tree, unmount,
     },
-    process::{chdir, fchdir, pivot_root},
+    process::{chdir, chroot, fchdir, pivot_root},
     thread::UnshareFlags,
 };
 
@@ -69,8 +69,13 @@ fn fill_and_enter(root: &OwnedFd, plan: &Plan) -> Result<(), SandboxError> {
     }
     // The old root comes to lie on the new one, and is taken off.
     fchdir(root).map_err(host("enter the new root"))?;
-    pivot_root(".", ".").map_err(host("change the root"))?;
-    unmount(".", UnmountFlags::DETACH).map_err(host("unmount the old root"))?;
+    match pivot_root(".", ".") {
+        Ok(()) => unmount(".", UnmountFlags::DETACH).map_err(host("unmount the old root"))?,
+        // A host that runs from its initramfs: that can be neither left nor unmounted (pivot_root(2)), only covered, as the
+        // new root does. What is below it has no name any more, and `enter` lets no directory be open that would be a way.
+        Err(Errno::INVAL) => chroot(".").map_err(host("change the root"))?,
+        Err(error) => return Err(host("change the root")(error)),
+    }
     chdir("/").map_err(host("enter the new root"))?;
     let read_only = MountAttrFlags::MOUNT_ATTR_RDONLY;
     set_attributes(root.as_fd(), read_only, 0).map_err(host("make the new root read-only"))

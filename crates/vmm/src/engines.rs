@@ -123,6 +123,7 @@ fn translator(why: &str) -> Result<Chosen, EngineError> {
 mod tests {
     use std::sync::Arc;
 
+    use purlin_arch::x86_64::cpuid::CpuidEntry;
     use purlin_engine::{Engine, EngineError, Vm, VmConfig};
     use purlin_engine_kvm::{DeviceError, Obstacle};
 
@@ -157,6 +158,9 @@ mod tests {
         impl Engine for Kvm {
             fn name(&self) -> &'static str {
                 "kvm"
+            }
+            fn lacks(&self, _cpuid: &[CpuidEntry]) -> Vec<String> {
+                Vec::new()
             }
             fn create_vm(&self, _config: VmConfig) -> Result<Arc<dyn Vm>, EngineError> {
                 Err(EngineError::Unavailable(String::new()))

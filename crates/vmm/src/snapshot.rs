@@ -6,6 +6,8 @@ use std::{
     time::Duration,
 };
 
+use purlin_engine::Engine;
+use purlin_machine::check_processors;
 use purlin_snapshot::{Chain, Contents, DiskImage, SnapshotError, SnapshotId, Written};
 use purlin_storage::{FrozenDisk, IoError};
 
@@ -135,6 +137,11 @@ fn image(disk: &Option<FrozenDisk>) -> DiskImage {
         }
         None => DiskImage::default(),
     }
+}
+
+/// Whether the machine of a snapshot can go on under this engine on this host: before anything is given up for it.
+pub fn check_engine(chain: &Chain, engine: &dyn Engine) -> Result<(), RestoreError> {
+    Ok(check_processors(chain.state(), engine).map_err(StartError::from)?)
 }
 
 impl Vmm {

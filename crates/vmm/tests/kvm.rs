@@ -10,6 +10,7 @@ use std::{
 use purlin_arch::x86_64::cpuid::CpuModel;
 use purlin_engine::Engine;
 use purlin_engine_kvm::KvmEngine;
+use purlin_engine_translator::TranslatorEngine;
 use purlin_machine::testing::kernels::{BzImage, elf, multiboot_flat};
 use purlin_vmm::{OptionalDevice, Outcome, RunConfig, Vmm};
 
@@ -106,14 +107,26 @@ fn a_triple_fault_says_where() {
     assert_eq!(message, "triple fault");
 }
 
-/// A loop that counts in memory, moved to a new machine again and again, arrives with the exact count.
 #[test]
 fn a_guest_moved_in_mid_loop_counts_right() {
-    let Some(engine) = engine() else { return };
+    let Some(kvm) = engine() else { return };
+    arrives_with_the_exact_count(&[kvm]);
+}
+
+#[test]
+fn a_guest_moved_from_engine_to_engine_counts_right() {
+    let Some(kvm) = engine() else { return };
+    let translator: Arc<dyn Engine> = Arc::new(TranslatorEngine::new().unwrap());
+    arrives_with_the_exact_count(&[translator.clone(), kvm.clone()]);
+    arrives_with_the_exact_count(&[kvm, translator]);
+}
+
+/// A loop that counts in memory is moved to a new machine again and again, each under the next of these engines.
+fn arrives_with_the_exact_count(engines: &[Arc<dyn Engine>]) {
     // mov ecx, 500000; again: add dword [0x200000], 1; dec ecx; jnz again; cmp dword [0x200000], 500000
     let count = b"\xb9\x20\xa1\x07\x00\x83\x05\x00\x00\x20\x00\x01\x49\x75\xf6\x81\x3d\x00\x00\x20\x00\x20\xa1\x07\x00";
     let file = KernelFile::new("count", &multiboot_flat(&check(count)));
-    let config = config(engine, &file);
+    let config = config(engines[0].clone(), &file);
     let mut running = Vmm::start(config.clone(), Box::new(io::sink())).unwrap();
     let mut moves = 0;
     while running.pause().is_ok() {
@@ -122,10 +135,11 @@ fn a_guest_moved_in_mid_loop_counts_right() {
             copy_memory(&running.memory().unwrap(), to);
             Ok(())
         };
-        let next = Vmm::restore(config.clone(), &state, copy, Box::new(io::sink())).unwrap();
+        moves += 1;
+        let config = RunConfig { engine: engines[moves % engines.len()].clone(), ..config.clone() };
+        let next = Vmm::restore(config, &state, copy, Box::new(io::sink())).unwrap();
         next.resume().unwrap();
         running = next;
-        moves += 1;
         std::thread::sleep(Duration::from_millis(20));
     }
     assert_eq!(running.wait(), Outcome::Exit(0x15 << 1 | 1));

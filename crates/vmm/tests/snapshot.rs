@@ -6,14 +6,16 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     process::Command,
+    sync::Arc,
 };
 
+use purlin_engine::Engine;
 use purlin_vmm::{
-    FreezeSpec, Pages, RestoreError, RunConfig, Running, SnapshotSpec, Snapshotted, TakeError, Vmm,
-    snapshots::{Snapshot, SnapshotError},
+    FreezeSpec, Pages, RestoreError, RunConfig, Running, SnapshotSpec, Snapshotted, TakeError, Vmm, check_engine,
+    snapshots::{Chain, Snapshot, SnapshotError},
     storage::{Disk, DiskSpec, Format, NewImage},
 };
-use support::counting::{COUNTS, NAME, config, read, wait_for_steps};
+use support::counting::{COUNTS, NAME, config, engine, read, wait_for_steps};
 use vm_memory::Bytes;
 
 fn start(config: &RunConfig) -> Running {
@@ -125,6 +127,24 @@ fn disks_are_of_the_same_moment_and_named() {
     wait_for_steps(&again, 10);
     drop((running, again));
     assert!(Disk::open(&DiskSpec::new(path("overlay.qcow2"))).is_ok());
+}
+
+#[test]
+fn a_processor_that_the_engine_cannot_be_makes_no_machine() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = config(directory.path());
+    let path = directory.path().join("a");
+    let running = start(&config);
+    wait_for_steps(&running, 10);
+    take(&running, &path, false);
+    let lesser: Arc<dyn Engine> = Arc::new(engine().without("avx2").without("sha_ni"));
+    let chain = Chain::open(&path).unwrap();
+    assert!(check_engine(&chain, &*config.engine).is_ok());
+    let restored = restore(&RunConfig { engine: lesser.clone(), ..config }, &path, Pages::Mapped);
+    for error in [restored.err().unwrap(), check_engine(&chain, &*lesser).unwrap_err()] {
+        let text = error.to_string();
+        assert!(text.contains("has avx2, sha_ni, which the scripted engine does not offer"), "{text}");
+    }
 }
 
 /// Set where [`waits_for_room`] is to run: a file system of 800 KiB.

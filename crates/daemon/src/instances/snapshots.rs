@@ -6,10 +6,10 @@ use std::{
 };
 
 use purlin_api::{
-    ErrorBody, NewSnapshot, Operation, Reason, Snapshot, check_name,
+    Engine, ErrorBody, Machine, NewSnapshot, Operation, Reason, Snapshot, check_name,
     vm::{self, TakeSnapshot},
 };
-use purlin_vmm::{snapshots::Chain, storage::Format};
+use purlin_vmm::{check_engine, engines, setup, snapshots::Chain, storage::Format};
 
 use super::{
     Entry, Instances, conflict,
@@ -106,8 +106,8 @@ impl Instances {
         let memory = snapshot.memory.first().map(|file| dir.join(file));
         if let Some(file) = memory.clone() {
             // Before anything is given up.
-            let checked = tokio::task::spawn_blocking(move || Chain::open(&file)?.verify()).await;
-            checked.map_err(failed)?.map_err(failed)?;
+            let engine = record.machine.engine;
+            tokio::task::spawn_blocking(move || check(&file, engine)).await.map_err(failed)??;
         }
         self.settle_disk(entry).await?;
         // Without room for it, nothing is given up either.
@@ -135,7 +135,8 @@ impl Instances {
         let path = new.with_file_name(&overlay);
         std::fs::rename(new, &path).map_err(|e| failed(format!("cannot rename {}: {e}", new.display())))?;
         self.change(entry, |record| {
-            record.machine = snapshot.machine.clone();
+            // What executes the guest is no part of it: it may be another one now, and is another one on another host.
+            record.machine = Machine { engine: record.machine.engine, ..snapshot.machine.clone() };
             if let Some(boot) = &mut record.boot {
                 boot.disk = overlay;
                 boot.layers = [snapshot.disk.clone()].into_iter().chain(snapshot.layers.clone()).collect();
@@ -155,6 +156,14 @@ impl Instances {
         self.change(&entry, |record| record.snapshots.retain(|s| s.shown.name != snapshot))?;
         self.sweep()
     }
+}
+
+/// Whether a snapshot's files are what they should be, and its machine can go on under this engine.
+fn check(file: &Path, engine: Engine) -> Result<(), ErrorBody> {
+    let chain = Chain::open(file).map_err(failed)?;
+    chain.verify().map_err(failed)?;
+    let chosen = engines::choose(setup::engine(engine)).map_err(failed)?;
+    check_engine(&chain, &*chosen.engine).map_err(failed)
 }
 
 fn find(record: &Record, snapshot: &str) -> Result<SnapshotRecord, ErrorBody> {

@@ -76,10 +76,11 @@ fn restore_cpuid(vcpu: &mut KvmVcpu, saved: &VcpuState) -> Result<(), EngineErro
     if saved.cpuid.is_empty() || saved.cpuid == vcpu.cpuid {
         return Ok(());
     }
-    if let Some(missing) = cpuid::missing(&saved.cpuid, &vcpu.vm.host.cpuid) {
+    let missing = cpuid::missing(&saved.cpuid, &vcpu.vm.host.cpuid);
+    if !missing.is_empty() {
+        let missing = missing.join(", ");
         return Err(EngineError::Unavailable(format!(
-            "this host's KVM lacks processor features that the saved VM uses (CPUID leaves {missing}). Give the VM a \
-             lower CPU model before it is saved, or resume it on another host."
+            "this host's KVM lacks {missing}, which the saved processor has"
         )));
     }
     vcpu.fd.set_cpuid2(&cpuid::to_kvm(&saved.cpuid)?).map_err(host_error("KVM_SET_CPUID2"))?;

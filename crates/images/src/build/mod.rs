@@ -4,7 +4,7 @@
 //! [`isolation`] found to work on this host. The package sources are the host's own ([`sources`]), and the guest gets
 //! the same.
 
-pub(crate) mod agent;
+pub mod agent;
 mod guest;
 mod isolation;
 mod runner;

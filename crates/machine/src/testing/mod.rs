@@ -7,7 +7,10 @@ use std::sync::{
     atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
 };
 
-use purlin_arch::x86_64::state::{Activity, VcpuState};
+use purlin_arch::x86_64::{
+    cpuid::CpuidEntry,
+    state::{Activity, VcpuState},
+};
 use purlin_engine::{Bus, Engine, EngineError, Exit, Kick, Vcpu, Vm, VmConfig, memory::GuestRam};
 
 use crate::bus::lock;
@@ -49,12 +52,19 @@ impl Run<'_> {
 pub struct ScriptedEngine {
     script: Arc<Script>,
     last: Mutex<Option<Arc<ScriptedVm>>>,
+    lacks: Vec<String>,
 }
 
 impl ScriptedEngine {
     /// All processors run this; it sees which one it is by [`Run::index`].
     pub fn new(script: impl Fn(&mut Run<'_>) -> Result<Exit, EngineError> + Send + Sync + 'static) -> Self {
-        Self { script: Arc::new(script), last: Mutex::new(None) }
+        Self { script: Arc::new(script), last: Mutex::new(None), lacks: Vec::new() }
+    }
+
+    /// One on a host that lacks this feature of every processor.
+    pub fn without(mut self, feature: &str) -> Self {
+        self.lacks.push(feature.to_owned());
+        self
     }
 
     /// The machine made last.
@@ -66,6 +76,10 @@ impl ScriptedEngine {
 impl Engine for ScriptedEngine {
     fn name(&self) -> &'static str {
         "scripted"
+    }
+
+    fn lacks(&self, _cpuid: &[CpuidEntry]) -> Vec<String> {
+        self.lacks.clone()
     }
 
     fn create_vm(&self, config: VmConfig) -> Result<Arc<dyn Vm>, EngineError> {

@@ -194,7 +194,8 @@ pub(crate) fn thread(role: Role) -> Filter {
     }
     let serving = basics().allow(OPEN_FILES).allow(OPEN_SOCKETS).refuse(OPENING, libc::EACCES);
     match role {
-        Role::Vcpu => removing(vcpu_registers(tun(serving))).allow(TIMERS),
+        // A signal turns KVM back at the guest's edge, and is taken away again.
+        Role::Vcpu => removing(vcpu_registers(tun(serving))).allow(TIMERS).allow(&[libc::SYS_rt_sigtimedwait]),
         Role::Supervisor => removing(tun(serving)),
         Role::Vsock => removing(unix_sockets(serving)),
         Role::Device | Role::Control => tun(serving).refuse(LOOKUPS, libc::EACCES),

@@ -33,6 +33,11 @@ fn guest(run: &mut Run<'_>) -> Result<Exit, EngineError> {
     Ok(Exit::Kicked)
 }
 
+/// The engine that runs it.
+pub fn engine() -> ScriptedEngine {
+    ScriptedEngine::new(guest)
+}
+
 /// A machine with this guest, whose kernel's file is made in `directory`.
 pub fn config(directory: &Path) -> RunConfig {
     let kernel: PathBuf = directory.join("kernel");
@@ -43,7 +48,7 @@ pub fn config(directory: &Path) -> RunConfig {
         cmdline: String::new(),
         memory: 4 << 20,
         cpus: 1,
-        engine: Arc::new(ScriptedEngine::new(guest)),
+        engine: Arc::new(engine()),
         cpu_model: CpuModel::V2,
         serial: false,
         devices: vec![OptionalDevice::DebugExit],

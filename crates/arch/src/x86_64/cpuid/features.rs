@@ -3,7 +3,10 @@
 //! A flag is offered if it is in [`OFFERED`] (both engines can provide it) and in the model, and if the host has it or
 //! the engines provide it on any host ([`EMULATED`]).
 
-use super::{CpuModel, HostCpuid, Vendor};
+use super::{
+    CpuModel, CpuidEntry, HostCpuid, Register, Vendor, lookup,
+    names::{self, Word},
+};
 
 /// Whether process-context identifiers (CR4.PCIDE, INVPCID) are offered. Not yet: the translator's TLB knows no tags,
 /// so that they would save the guest nothing.
@@ -61,6 +64,26 @@ impl Features {
         self.zip(other, |a, b| a & !b)
     }
 
+    /// The names of all that are set.
+    fn names(self) -> Vec<String> {
+        use Register::{Eax, Ebx, Ecx, Edx};
+        let words = [
+            (1, 0, Ecx, self.l1_ecx),
+            (1, 0, Edx, self.l1_edx),
+            (7, 0, Ebx, self.l7_ebx),
+            (7, 0, Ecx, self.l7_ecx),
+            (7, 0, Edx, self.l7_edx),
+            (7, 1, Eax, self.l7_1_eax),
+            (0xd, 1, Eax, self.xsave),
+            (0x8000_0001, 0, Ecx, self.e1_ecx),
+            (0x8000_0001, 0, Edx, self.e1_edx),
+            (0x8000_0008, 0, Ebx, self.e8_ebx),
+            (0x8000_0021, 0, Eax, self.e21_eax),
+        ];
+        let named = words.map(|(leaf, subleaf, register, bits)| names::of(Word { leaf, subleaf, register }, bits));
+        named.into_iter().flatten().collect()
+    }
+
     fn of_host(host: HostCpuid) -> Self {
         let basic = host(0, 0)[0];
         let extended = host(0x8000_0000, 0)[0];
@@ -106,15 +129,22 @@ pub(super) fn features(model: CpuModel, host: HostCpuid) -> Features {
 
 /// The features that `model` promises and this host lacks, by name; empty if the host can run it. `host` is always
 /// possible.
-pub fn unsupported(model: CpuModel, host: HostCpuid) -> Vec<&'static str> {
+pub fn unsupported(model: CpuModel, host: HostCpuid) -> Vec<String> {
     let Some(level) = level(model) else { return Vec::new() };
     let missing = level.without(Features::of_host(host).or(EMULATED));
-    let registers = [(missing.l1_ecx, L1_ECX_NAMES), (missing.l7_ebx, L7_EBX_NAMES), (missing.e1_ecx, E1_ECX_NAMES)];
-    let mut names = Vec::new();
-    for (bits, table) in registers {
-        names.extend(table.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| *name));
-    }
-    names
+    // Without the others of a level a guest can be: those are for speed, or one vendor's.
+    let told =
+        Features { l1_ecx: missing.l1_ecx, l7_ebx: missing.l7_ebx, e1_ecx: missing.e1_ecx, ..Features::default() };
+    told.names()
+}
+
+/// The features that a processor with this table has and that no guest of this host can be given, by name: where there
+/// are any, its machine cannot go on here. What the topology says is not among them.
+pub fn lacking(table: &[CpuidEntry], host: HostCpuid) -> Vec<String> {
+    let mut has = Features::of_host(&|leaf, subleaf| lookup(table, leaf, subleaf));
+    has.l1_edx &= !l1_edx::HTT;
+    has.e1_edx &= !l1_edx::REPEATED;
+    has.without(OFFERED.and(Features::of_host(host).or(EMULATED))).names()
 }
 
 fn model_features(model: CpuModel, vendor: Vendor) -> Features {
@@ -215,10 +245,10 @@ const BASELINE: Features = Features {
     e21_eax: 0,
 };
 
-/// What the engines provide whatever the host has.
+/// What the engines provide whatever the host has. (Not VME, for which KVM needs the processor's: QEMU's TCG has none.)
 const EMULATED: Features = Features {
     l1_ecx: l1_ecx::X2APIC | l1_ecx::TSC_DEADLINE | l1_ecx::HYPERVISOR,
-    l1_edx: l1_edx::BASELINE,
+    l1_edx: l1_edx::BASELINE & !l1_edx::VME,
     l7_ebx: l7_ebx::TSC_ADJUST,
     l7_ecx: 0,
     l7_edx: 0,
@@ -323,6 +353,7 @@ pub(super) mod l1_ecx {
 
 /// Leaf 1, EDX (SDM vol. 2A, CPUID, table 3-11).
 pub(super) mod l1_edx {
+    pub const VME: u32 = 1 << 1;
     pub const HTT: u32 = 1 << 28;
     /// FPU, VME, DE, PSE, TSC, MSR, PAE, MCE, CX8, APIC, SEP, MTRR, PGE, MCA, CMOV, PAT, PSE36, CLFSH, MMX, FXSR, SSE,
     /// SSE2.
@@ -426,47 +457,9 @@ pub(super) mod e21_eax {
     pub const SRSO_NO: u32 = 1 << 29;
 }
 
-const L1_ECX_NAMES: &[(u32, &str)] = &[
-    (l1_ecx::SSE3, "sse3"),
-    (l1_ecx::PCLMULQDQ, "pclmulqdq"),
-    (l1_ecx::SSSE3, "ssse3"),
-    (l1_ecx::FMA, "fma"),
-    (l1_ecx::CX16, "cx16"),
-    (l1_ecx::SSE4_1, "sse4.1"),
-    (l1_ecx::SSE4_2, "sse4.2"),
-    (l1_ecx::MOVBE, "movbe"),
-    (l1_ecx::POPCNT, "popcnt"),
-    (l1_ecx::AES, "aes"),
-    (l1_ecx::XSAVE, "xsave"),
-    (l1_ecx::AVX, "avx"),
-    (l1_ecx::F16C, "f16c"),
-    (l1_ecx::RDRAND, "rdrand"),
-];
-
-const L7_EBX_NAMES: &[(u32, &str)] = &[
-    (l7_ebx::FSGSBASE, "fsgsbase"),
-    (l7_ebx::BMI1, "bmi1"),
-    (l7_ebx::AVX2, "avx2"),
-    (l7_ebx::SMEP, "smep"),
-    (l7_ebx::BMI2, "bmi2"),
-    (l7_ebx::ERMS, "erms"),
-    (l7_ebx::AVX512F, "avx512f"),
-    (l7_ebx::AVX512DQ, "avx512dq"),
-    (l7_ebx::RDSEED, "rdseed"),
-    (l7_ebx::ADX, "adx"),
-    (l7_ebx::SMAP, "smap"),
-    (l7_ebx::CLFLUSHOPT, "clflushopt"),
-    (l7_ebx::CLWB, "clwb"),
-    (l7_ebx::AVX512CD, "avx512cd"),
-    (l7_ebx::AVX512BW, "avx512bw"),
-    (l7_ebx::AVX512VL, "avx512vl"),
-];
-
-const E1_ECX_NAMES: &[(u32, &str)] = &[(e1_ecx::LAHF_LM, "lahf_lm"), (e1_ecx::ABM, "lzcnt")];
-
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::leaves, *};
 
     fn nothing(_: u32, _: u32) -> [u32; 4] {
         [0; 4]
@@ -476,11 +469,33 @@ mod tests {
     fn a_host_without_a_level_is_told_what_it_lacks() {
         let missing = unsupported(CpuModel::V3, &nothing);
         for name in ["avx2", "bmi2", "fma", "movbe", "lzcnt", "sse4.2"] {
-            assert!(missing.contains(&name), "{missing:?}");
+            assert!(missing.iter().any(|m| m == name), "{missing:?}");
         }
-        assert!(!missing.contains(&"avx512f"));
-        assert!(unsupported(CpuModel::V4, &nothing).contains(&"avx512f"));
+        assert!(!missing.contains(&"avx512f".into()));
+        assert!(unsupported(CpuModel::V4, &nothing).contains(&"avx512f".into()));
         assert!(unsupported(CpuModel::Host, &nothing).is_empty());
+    }
+
+    #[test]
+    fn what_a_saved_processor_has_and_a_host_has_not_is_named() {
+        let full = |leaf: u32, _| match leaf {
+            0 => [0xd, 0x6874_7541, 0x444d_4163, 0x6974_6e65],
+            7 => [1, !0, !0, !0],
+            0x8000_0000 => [0x8000_0021, 0, 0, 0],
+            _ => [!0; 4],
+        };
+        let table = leaves(CpuModel::Host, &full, 0, 2, 1_000_000);
+        assert!(lacking(&table, &full).is_empty());
+        let lesser = |leaf, subleaf| match leaf {
+            7 => [1, !(l7_ebx::SHA | l7_ebx::AVX512F), !l7_ecx::VAES, !0],
+            0x8000_0008 => [!0, !e8_ebx::BTC_NO, !0, !0],
+            _ => full(leaf, subleaf),
+        };
+        assert_eq!(lacking(&table, &lesser), ["avx512f", "sha_ni", "vaes", "btc_no"]);
+        // One of a lower level asks for none of these.
+        assert!(lacking(&leaves(CpuModel::V3, &full, 0, 2, 1_000_000), &lesser).is_empty());
+        // What the engines provide themselves no host lacks.
+        assert!(lacking(&leaves(CpuModel::V2, &full, 0, 2, 1_000_000), &nothing).iter().all(|name| name != "x2apic"));
     }
 
     #[test]

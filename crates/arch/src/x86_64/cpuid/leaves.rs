@@ -212,7 +212,11 @@ impl Table<'_> {
             let l2_256k_8way = 0x0100_6040;
             self.leaf(0x8000_0006, [0, 0, l2_256k_8way, 0]);
         }
-        let invariant_tsc = 1 << 8;
+        // The guest's TSC is the host's.
+        let invariant_tsc = match (self.host)(0x8000_0000, 0)[0] {
+            0x8000_0007.. => (self.host)(0x8000_0007, 0)[3] & 1 << 8,
+            _ => 0,
+        };
         self.leaf(0x8000_0007, [0, 0, 0, invariant_tsc]);
 
         let physical = match (self.host)(0x8000_0000, 0)[0] {
@@ -302,6 +306,7 @@ mod tests {
             (0xd, 7) => [0x400, 0x580, 0, 0],
             (0x8000_0000, _) => [0x8000_0021, 0x6874_7541, 0x444d_4163, 0x6974_6e65],
             (0x8000_0001, _) => [0x00a1_0f11, 0x4000_0000, 0x0040_03f3, 0x2fd3_fbff],
+            (0x8000_0007, _) => [0, 0, 0, 0x1100],
             (0x8000_0008, _) => [0x0030_3030, 0x5002_0005, 0x7001, 0],
             (0x8000_001d, 0) => [0x121, 0x01c0_003f, 0x3f, 0],
             (0x8000_001d, 3) => [0x4163, 0x03c0_003f, 0x7fff, 1],
@@ -347,6 +352,8 @@ mod tests {
         assert_eq!(ecx, 0x0040_5fc6 & !(1 << 7), "all but shadow stacks");
         assert_eq!(edx, 1 << 4);
         assert_eq!(lookup(&t, 0x8000_0007, 0)[3], 1 << 8);
+        // The TSC of a host that does not say so is no better for a guest.
+        assert_eq!(lookup(&leaves(CpuModel::Host, &haswell, 0, 1, 1), 0x8000_0007, 0)[3], 0);
     }
 
     #[test]

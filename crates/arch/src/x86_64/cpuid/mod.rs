@@ -7,12 +7,16 @@
 mod features;
 mod leaves;
 mod model;
+mod names;
+
+use std::fmt;
 
 use prost::Message;
 
-pub use features::{PCID, unsupported};
+pub use features::{PCID, lacking, unsupported};
 pub use leaves::leaves;
 pub use model::{CpuModel, UnknownModel};
+pub use names::{Word, of as names_of};
 
 /// One CPUID leaf.
 #[derive(Clone, Copy, PartialEq, Eq, Message)]
@@ -35,6 +39,30 @@ pub struct CpuidEntry {
     /// Results.
     #[prost(fixed32, tag = "6")]
     pub edx: u32,
+}
+
+/// A result register of CPUID.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Register {
+    /// EAX.
+    Eax,
+    /// EBX.
+    Ebx,
+    /// ECX.
+    Ecx,
+    /// EDX.
+    Edx,
+}
+
+impl Register {
+    /// All of them, in the order in which CPUID's results are told.
+    pub const ALL: [Self; 4] = [Self::Eax, Self::Ebx, Self::Ecx, Self::Edx];
+}
+
+impl fmt::Display for Register {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(["EAX", "EBX", "ECX", "EDX"][*self as usize])
+    }
 }
 
 /// What CPUID answers on the host: a leaf and a sub-leaf in, EAX, EBX, ECX, EDX out.
