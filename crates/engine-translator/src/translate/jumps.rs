@@ -31,16 +31,16 @@ pub fn page_index(linear: u64) -> usize {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct JumpEntry {
-    /// The RIP that this is for. That of an entry that leads nowhere is one that does not belong here.
+    /// The RIP that this is for. That of an entry that leads nowhere is one that does not belong here: 0, but for the first.
     pub rip: u64,
     /// Host address of the block's entry with the flags in `flag_word` and RIP in R11.
     pub host: u64,
 }
 
 impl JumpEntry {
-    /// Entry `index`, leading nowhere.
+    /// Entry `index`, leading nowhere. All but the first are zeroes, so a table takes memory only as it is used.
     fn none(index: usize) -> Self {
-        Self { rip: index as u64 ^ 1, host: 0 }
+        Self { rip: u64::from(index == 0), host: 0 }
     }
 }
 
@@ -82,7 +82,7 @@ fn page_bit(linear: u64) -> (usize, u64) {
 }
 
 struct TableState {
-    /// What its entries were translated for; `None`: never used, not even filled with misses.
+    /// What its entries were translated for; `None`: never used, the first leads to 0 still.
     context: Option<Context>,
     /// Entries that lead somewhere, of pages that are not global.
     local: Vec<u16>,
@@ -155,11 +155,7 @@ impl JumpTables {
                 self.forget_table(table, false);
                 self.returns.forget_table(table);
             }
-            None => {
-                for (index, entry) in self.entries[table].iter_mut().enumerate() {
-                    *entry = JumpEntry::none(index);
-                }
-            }
+            None => self.entries[table][0] = JumpEntry::none(0),
         }
         self.state[table].context = Some(*context);
     }
