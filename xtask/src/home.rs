@@ -45,7 +45,7 @@ impl Home {
 
     /// The same in emulated AMD-V: what takes longer than `limit` there, a verb or what comes by itself, is [`BedFailed`].
     pub fn on_test_bed(limit: Duration) -> Result<Self> {
-        Ok(Self { limit: Some(limit), ..Self::empty()? })
+        Ok(Self { dir: tempfile::tempdir()?, limit: Some(limit), ended: false })
     }
 
     /// Its directory.
