@@ -126,9 +126,9 @@ fn a_guest_that_is_waited_for_in_vain_is_waited_for_until_a_signal_comes() {
         thread::spawn(move || lines.map_while(Result::ok).try_for_each(|line| sender.send(line)));
         let said = said.recv_timeout(PATIENCE).unwrap();
         assert_eq!(said, "purlin: 'a' is still booting: waiting for its agent");
-        kill_process(Pid::from_child(&waiting.0), Signal::INT).unwrap();
+        kill_process(Pid::from_child(&waiting.0), Signal::TERM).unwrap();
         let status = wait(&mut waiting.0);
-        assert!(status.code() == Some(130) || status.signal() == Some(2), "{words:?}: {status}");
+        assert!(status.code() == Some(143) || status.signal() == Some(15), "{words:?}: {status}");
     }
 }
 
@@ -159,8 +159,8 @@ fn an_operation_goes_on_though_nobody_waits() {
     let stop = home.purlin().args(["stop", "a", "--timeout", "1000"]).stderr(Stdio::piped()).spawn().unwrap();
     let events = BufReader::new(monitor.0.stdout.take().unwrap());
     assert!(events.lines().map(Result::unwrap).any(|line| line.contains("begins") && line.contains("stop")));
-    kill_process(Pid::from_child(&stop), Signal::INT).unwrap();
-    assert_one_line(&stop.wait_with_output().unwrap(), 130, &["ended by SIGINT", "goes on"]);
+    kill_process(Pid::from_child(&stop), Signal::TERM).unwrap();
+    assert_one_line(&stop.wait_with_output().unwrap(), 143, &["ended by SIGTERM", "goes on"]);
     assert_eq!(status(&home, "a"), "running");
 }
 
