@@ -7,7 +7,7 @@
 
 pub use purlin_memory as memory;
 
-use std::{fs::File, io, sync::Arc};
+use std::{fmt, fs::File, io, sync::Arc};
 
 use purlin_arch::x86_64::{cpuid::CpuidEntry, state::VcpuState};
 
@@ -88,6 +88,12 @@ pub trait Vm: Send + Sync {
 pub trait Code: Send + Sync {
     /// For copies of the machine at that moment, while it goes on itself. `None` if it is not there any more.
     fn save(&self) -> io::Result<Option<SavedCode>>;
+}
+
+impl fmt::Debug for dyn Code {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Code")
+    }
 }
 
 /// Code for copies of a machine, some of which share the file. It is trusted with all that the process can do which uses it.

@@ -23,6 +23,7 @@ pub struct FreezeSpec {
 /// A machine at one moment. [`Vmm::restore_from`](crate::Vmm::restore_from) makes any number of others of it; each needs
 /// disks of its own, for example overlays of the frozen images, and is to hear that it is a copy
 /// ([`Running::renew_generation`]).
+#[derive(Debug)]
 pub struct Frozen {
     /// Everything but memory and disks.
     pub state: SavedState,
