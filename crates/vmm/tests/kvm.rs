@@ -110,22 +110,23 @@ fn a_triple_fault_says_where() {
 #[test]
 fn a_guest_moved_in_mid_loop_counts_right() {
     let Some(kvm) = engine() else { return };
-    arrives_with_the_exact_count(&[kvm]);
+    arrives_with_the_exact_count(500_000, &[kvm]);
 }
 
 #[test]
 fn a_guest_moved_from_engine_to_engine_counts_right() {
     let Some(kvm) = engine() else { return };
-    let translator: Arc<dyn Engine> = Arc::new(TranslatorEngine::new().unwrap());
-    arrives_with_the_exact_count(&[translator.clone(), kvm.clone()]);
-    arrives_with_the_exact_count(&[kvm, translator]);
+    // KVM first: there are hosts whose KVM offers less than their processor has.
+    arrives_with_the_exact_count(50_000_000, &[kvm, Arc::new(TranslatorEngine::new().unwrap())]);
 }
 
 /// A loop that counts in memory is moved to a new machine again and again, each under the next of these engines.
-fn arrives_with_the_exact_count(engines: &[Arc<dyn Engine>]) {
-    // mov ecx, 500000; again: add dword [0x200000], 1; dec ecx; jnz again; cmp dword [0x200000], 500000
-    let count = b"\xb9\x20\xa1\x07\x00\x83\x05\x00\x00\x20\x00\x01\x49\x75\xf6\x81\x3d\x00\x00\x20\x00\x20\xa1\x07\x00";
-    let file = KernelFile::new("count", &multiboot_flat(&check(count)));
+fn arrives_with_the_exact_count(count: u32, engines: &[Arc<dyn Engine>]) {
+    let number = count.to_le_bytes();
+    // mov ecx, count; again: add dword [0x200000], 1; dec ecx; jnz again; cmp dword [0x200000], count
+    let add = b"\x83\x05\x00\x00\x20\x00\x01\x49\x75\xf6\x81\x3d\x00\x00\x20\x00";
+    let code = [&[0xb9], &number[..], add, &number].concat();
+    let file = KernelFile::new(&count.to_string(), &multiboot_flat(&check(&code)));
     let config = config(engines[0].clone(), &file);
     let mut running = Vmm::start(config.clone(), Box::new(io::sink())).unwrap();
     let mut moves = 0;
