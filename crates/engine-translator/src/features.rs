@@ -42,7 +42,7 @@ pub struct Features {
     /// What becomes of the x87's pointers while no exception waits.
     pub idle_pointers: IdlePointers,
     /// Upper bits of the x87's pointers that repeat the one below: FXRSTOR makes them canonical.
-    pub pointer_sign_bits: u32,
+    pub pointer_sign_bits: [u32; 2],
     /// Bits that CR4 can have.
     pub cr4: u64,
     /// Bits that XCR0 can have.

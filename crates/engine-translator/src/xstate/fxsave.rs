@@ -46,43 +46,48 @@ fn host_mxcsr_mask() -> u32 {
     })
 }
 
-/// The upper bits of FIP and FDP that the host's FXRSTOR makes canonical: 16, or 7 where addresses could have 57 bits (which CPUID
-/// does not tell if a hypervisor has hidden LA57).
-#[allow(unsafe_code)]
-pub fn pointer_sign_bits() -> u32 {
-    static BITS: OnceLock<u32> = OnceLock::new();
+/// The upper bits of FIP and of FDP that the host's FXRSTOR makes canonical: 16, 7 where addresses could have 57 bits (which CPUID
+/// does not tell if a hypervisor has hidden LA57), or none. They may differ: Sapphire Rapids keeps all of FDP.
+pub fn pointer_sign_bits() -> [u32; 2] {
+    static BITS: OnceLock<[u32; 2]> = OnceLock::new();
     *BITS.get_or_init(|| {
-        #[repr(align(16))]
-        struct Image([u8; IMAGE]);
-        let [mut saved, mut probe, mut found] = [const { Image([0; IMAGE]) }; 3];
-        let (sign48, sign57) = (1u64 << 47, 1u64 << 56);
-        // An unmasked exception waits: without one, AMD's processors save no pointers.
-        let words =
-            [(offset::FCW, 0x37e), (offset::FSW, u64::from(FSW_ES) | 1), (offset::MXCSR, u64::from(MXCSR_INIT))];
-        for (at, value) in words.into_iter().chain([(offset::FIP, sign48), (offset::FDP, sign57)]) {
-            let size = if at < offset::FIP { 2 } else { 8 };
-            probe.0[at..at + size].copy_from_slice(&value.to_le_bytes()[..size]);
-        }
-        // SAFETY: images of the right size and alignment; the registers are the same behind it as before.
-        unsafe {
-            std::arch::asm!(
-                "fxsave64 [{saved}]",
-                "fxrstor64 [{probe}]",
-                "fxsave64 [{found}]",
-                "fxrstor64 [{saved}]",
-                saved = in(reg) saved.0.as_mut_ptr(),
-                probe = in(reg) probe.0.as_ptr(),
-                found = in(reg) found.0.as_mut_ptr(),
-                options(nostack, preserves_flags),
-            );
-        }
-        let number = |at: usize| u64::from_le_bytes(found.0[at..at + 8].try_into().unwrap_or_default());
-        match (number(offset::FIP), number(offset::FDP)) {
-            (fip, _) if fip != sign48 => 16,
-            (_, fdp) if fdp != sign57 => 7,
-            _ => 0,
-        }
+        const SIGN_48: u64 = 1 << 47;
+        const SIGN_57: u64 = 1 << 56;
+        let (of_48, of_57) = (loaded_pointers(SIGN_48), loaded_pointers(SIGN_57));
+        std::array::from_fn(|i| match (of_48[i] == SIGN_48, of_57[i] == SIGN_57) {
+            (false, _) => 16,
+            (true, false) => 7,
+            (true, true) => 0,
+        })
     })
+}
+
+/// What FIP and FDP are on the host after each was loaded with `pointer`.
+#[allow(unsafe_code)]
+fn loaded_pointers(pointer: u64) -> [u64; 2] {
+    #[repr(align(16))]
+    struct Image([u8; IMAGE]);
+    let [mut saved, mut probe, mut found] = [const { Image([0; IMAGE]) }; 3];
+    // An unmasked exception waits: without one, AMD's processors save no pointers.
+    let words = [(offset::FCW, 0x37e), (offset::FSW, u64::from(FSW_ES) | 1), (offset::MXCSR, u64::from(MXCSR_INIT))];
+    for (at, value) in words.into_iter().chain([(offset::FIP, pointer), (offset::FDP, pointer)]) {
+        let size = if at < offset::FIP { 2 } else { 8 };
+        probe.0[at..at + size].copy_from_slice(&value.to_le_bytes()[..size]);
+    }
+    // SAFETY: images of the right size and alignment; the registers are the same behind it as before.
+    unsafe {
+        std::arch::asm!(
+            "fxsave64 [{saved}]",
+            "fxrstor64 [{probe}]",
+            "fxsave64 [{found}]",
+            "fxrstor64 [{saved}]",
+            saved = in(reg) saved.0.as_mut_ptr(),
+            probe = in(reg) probe.0.as_ptr(),
+            found = in(reg) found.0.as_mut_ptr(),
+            options(nostack, preserves_flags),
+        );
+    }
+    [offset::FIP, offset::FDP].map(|at| u64::from_le_bytes(found.0[at..at + 8].try_into().unwrap_or_default()))
 }
 
 /// How FIP and FDP look in an image: 64 bits with REX.W, else 32 with selectors, which are always zero here.
@@ -148,9 +153,9 @@ pub(super) fn take_x87(cpu: &mut Cpu, image: &[u8], pointers: Pointers) {
         return;
     }
     let number = |at: usize| u64::from_le_bytes(image[at..at + 8].try_into().unwrap_or_default());
-    let unused = cpu.features.pointer_sign_bits;
-    let canonical = |pointer: u64| ((pointer << unused) as i64 >> unused) as u64;
-    let (fip, fdp) = (canonical(number(offset::FIP)), canonical(number(offset::FDP)));
+    let canonical = |pointer: u64, unused: u32| ((pointer << unused) as i64 >> unused) as u64;
+    let [of_fip, of_fdp] = cpu.features.pointer_sign_bits;
+    let (fip, fdp) = (canonical(number(offset::FIP), of_fip), canonical(number(offset::FDP), of_fdp));
     state.fop = number(offset::FOP) & u64::from(FOP_MASK);
     (state.fip, state.fdp, state.fcs, state.fds) = match pointers {
         Pointers::Bits64 => (fip, fdp, 0, 0),
