@@ -104,8 +104,16 @@ impl Ring {
     pub(crate) fn reap(&self) {
         let mut uring = self.uring.borrow_mut();
         let mut operations = self.operations.borrow_mut();
-        for completion in uring.completion() {
-            operations.finish(completion.user_data() as usize, completion.result());
+        loop {
+            for completion in uring.completion() {
+                operations.finish(completion.user_data() as usize, completion.result());
+            }
+            // What the ring had no room for the kernel keeps until it is entered again: until then the descriptor is readable,
+            // and the ring empty.
+            if !uring.submission().cq_overflow() {
+                return;
+            }
+            retry(|| uring.submit());
         }
     }
 
@@ -244,6 +252,29 @@ mod tests {
         for entry in &forbidden {
             assert_eq!(result_of(entry), Some(-libc::EACCES), "{entry:?}");
         }
+    }
+
+    #[test]
+    fn results_that_the_ring_has_no_room_for_are_not_lost() {
+        const COUNT: usize = 4 * ENTRIES as usize;
+        let Some(ring) = Ring::new() else {
+            eprintln!("skipped: this host allows no io_uring");
+            return;
+        };
+        let file = File::open("/dev/null").unwrap();
+        let entry = opcode::Readv::new(Fd(file.as_raw_fd()), std::ptr::null(), 0).build();
+        let start = |number: usize| {
+            // SAFETY: the entry names no memory.
+            let operation = unsafe { ring.clone().start(entry.clone()) };
+            if number % 64 == 63 {
+                ring.submit();
+            }
+            operation
+        };
+        let operations: Vec<_> = (0..COUNT).map(start).collect();
+        ring.reap();
+        let slots = &ring.operations.borrow().slots;
+        assert_eq!(slots.iter().filter(|state| matches!(state, State::Done(0))).count(), operations.len());
     }
 
     #[test]
