@@ -1,6 +1,6 @@
 //! What CPUID offers, as the checks of control registers and page walks need it.
 
-use std::sync::Arc;
+use std::{arch::x86_64::__cpuid_count, sync::Arc};
 
 use purlin_arch::x86_64::{
     cpuid::CpuidEntry,
@@ -21,7 +21,7 @@ pub struct Features {
     pub pages_1g: bool,
     /// The vendor is AMD (or Hygon): SYSENTER, SYSRET and a few more follow the APM.
     pub amd: bool,
-    /// CMPS reads ES:RDI before RSI: AMD's processors before Zen 5.
+    /// CMPS reads ES:RDI before RSI: Intel's processors, and AMD's before Zen 5.
     pub cmps_right_first: bool,
     /// INVPCID.
     pub invpcid: bool,
@@ -41,6 +41,9 @@ pub struct Features {
     pub mxcsr: u32,
     /// What becomes of the x87's pointers while no exception waits.
     pub idle_pointers: IdlePointers,
+    /// The x87's pointers have no selectors: FCS and FDS are 0. (CPUID.7.0:EBX bit 13, the host's. AMD's processors with that bit
+    /// keep what is loaded.)
+    pub no_pointer_selectors: bool,
     /// Upper bits of the x87's pointers that repeat the one below: FXRSTOR makes them canonical.
     pub pointer_sign_bits: [u32; 2],
     /// Bits that CR4 can have.
@@ -90,7 +93,7 @@ impl Features {
             },
             pages_1g: bit(amd_features.edx, 26),
             amd,
-            cmps_right_first: amd && family(features.eax) < ZEN_5,
+            cmps_right_first: !amd || family(features.eax) < ZEN_5,
             invpcid: bit(extended.ebx, 10),
             rdtscp: bit(amd_features.edx, 27),
             sysenter: bit(features.edx, 11),
@@ -100,6 +103,7 @@ impl Features {
             xsave_layout: Layout::of(leaves),
             mxcsr: mxcsr_mask(leaves),
             idle_pointers: idle_pointers(leaves),
+            no_pointer_selectors: !amd && bit(__cpuid_count(7, 0).ebx, 13),
             pointer_sign_bits: pointer_sign_bits(),
             cr4: offered.iter().filter(|(_, on)| *on).fold(0, |bits, (b, _)| bits | b),
             xcr0: u64::from(xsave.eax) | u64::from(xsave.edx) << 32 | xcr0::X87,
@@ -136,7 +140,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn processors_before_zen_5_compare_the_target_first() {
+    fn all_but_zen_5_compare_the_target_first() {
         let first = |vendor: &[u8; 4], signature| {
             let entry = |leaf, eax, ebx| CpuidEntry { leaf, eax, ebx, ..Default::default() };
             Features::new(&[entry(0, 1, u32::from_le_bytes(*vendor)), entry(1, signature, 0)]).cmps_right_first
@@ -144,6 +148,6 @@ mod tests {
         assert!(first(b"Auth", 0x00a2_0f12), "Zen 3");
         assert!(first(b"Auth", 0x00a1_0f11), "Zen 4");
         assert!(!first(b"Auth", 0x00b0_0f21), "Zen 5");
-        assert!(!first(b"Genu", 0x0008_06f8));
+        assert!(first(b"Genu", 0x0008_06f8), "Sapphire Rapids");
     }
 }

@@ -150,6 +150,12 @@ impl Cpu {
         Ok(())
     }
 
+    /// Checks that a store to two pages at most would not fault, of which a mask says that it is from the byte at `first` to the
+    /// one at `last`. These are the addresses that Intel's processors tell of a page fault, whatever is stored between them.
+    pub fn probe_ends(&mut self, first: u64, last: u64) -> Result<(), Exception> {
+        [first, last].into_iter().try_for_each(|end| self.probe(end, 1, Access::Write, self.privilege()))
+    }
+
     /// Reads from what [`Cpu::resolve`] found; the access stays on its page.
     pub fn read_target(&mut self, target: Target, data: &mut [u8]) {
         match target {

@@ -70,7 +70,7 @@ impl Cpu {
             }
             address
         } else {
-            if !segment.permits(offset as u32, size, access, self.protected() && !self.v86()) {
+            if !self.permits(segment, offset as u32, size, access) {
                 return Err(fault);
             }
             segment.base.wrapping_add(offset) & 0xffff_ffff
@@ -81,9 +81,17 @@ impl Cpu {
         Ok(address)
     }
 
+    /// Whether `segment` holds `size` bytes at `offset` and its type allows the access. On Intel's processors there is no end to a
+    /// flat one: behind 4 GiB an access goes on at address 0 (SDM vol. 3A 5.3 leaves that open).
+    pub fn permits(&self, segment: &Segment, offset: u32, size: usize, access: Access) -> bool {
+        let typed = self.protected() && !self.v86();
+        let endless = !self.features.amd && segment.base == 0 && segment.limit == u32::MAX && !segment.is_expand_down();
+        segment.permits(offset, if endless { size.min(1) } else { size }, access, typed)
+    }
+
     /// Linear address of `size` bytes that are accessed by themselves, `by` bytes into an operand at `offset`: an element
     /// under a mask. An operand does not go round the address space: what is accessed of it beyond 4 GiB is beyond the
-    /// segment. (The SDM leaves that open, vol. 3A 5.3; AMD's processors do so.)
+    /// segment, but not on Intel's processors. (The SDM leaves that open, vol. 3A 5.3.) Its alignment is not checked.
     pub fn element_linear(
         &mut self,
         seg: usize,
@@ -93,10 +101,14 @@ impl Cpu {
         access: Access,
     ) -> Result<u64, Exception> {
         let at = offset.wrapping_add(by as u64);
-        if !self.code64() && at > u64::from(u32::MAX) {
+        if self.features.amd && !self.code64() && at > u64::from(u32::MAX) {
             return Err(if seg == SS { Exception::SS0 } else { Exception::GP0 });
         }
-        self.linear(seg, at, size, access)
+        let checked = self.rflags;
+        self.rflags &= !rflags::AC;
+        let linear = self.linear(seg, at, size, access);
+        self.rflags = checked;
+        linear
     }
 
     /// What an instruction's own data accesses are subject to beside segmentation and paging: the alignment check
@@ -108,22 +120,36 @@ impl Cpu {
         access: Access,
         privilege: Privilege,
     ) -> Result<(), Exception> {
-        if privilege == Privilege::User && self.alignment_checked() && address & (alignment(size) - 1) != 0 {
-            // A page fault comes first (SDM vol. 3A table 6-2), but not on AMD's processors.
-            if !self.features.amd {
-                self.probe(address, size, access, privilege)?;
-            }
-            return Err(Exception::AC0);
-        }
+        self.check_alignment(address, size, privilege)?;
         if self.dr7 & 0xff != 0 {
             crate::debug::data_breakpoints(self, address, size, access);
         }
         Ok(())
     }
 
+    /// #AC for an access of `size` bytes. It comes before a page fault, whatever table 6-2 of the SDM's vol. 3A says.
+    pub fn check_alignment(&self, address: u64, size: usize, privilege: Privilege) -> Result<(), Exception> {
+        let checked = privilege == Privilege::User && self.alignment_checked();
+        if checked && address & (self.alignment(size) - 1) != 0 { Err(Exception::AC0) } else { Ok(()) }
+    }
+
     /// Whether misaligned accesses at CPL 3 raise #AC (SDM vol. 3A 6.15, interrupt 17).
     pub fn alignment_checked(&self) -> bool {
         self.cr0 & cr0::AM != 0 && self.rflags & rflags::AC != 0
+    }
+
+    /// What an access of `size` bytes is aligned to (SDM vol. 3A table 6-7). Of whole vectors Intel's processors check nothing.
+    fn alignment(&self, size: usize) -> u64 {
+        match size {
+            0 | 1 => 1,
+            2 => 2,
+            4 | 6 => 4,
+            16 | 32 | 64 if self.features.amd => 16,
+            16 | 32 | 64 => 1,
+            14 | 94 if !self.features.amd => 2,
+            28 | 108 if !self.features.amd => 4,
+            _ => 8,
+        }
     }
 
     /// Loads a segment register other than CS, with all checks of the mode.
@@ -238,17 +264,6 @@ impl Segment {
     pub fn null_stack(selector: u16) -> Self {
         let dpl = u32::from(rpl(selector)) << access::DPL_SHIFT;
         Self { base: 0, limit: 0, access: access::UNUSABLE | access::DB | dpl, selector }
-    }
-}
-
-/// What an access of `size` bytes is aligned to (SDM vol. 3A table 6-7).
-fn alignment(size: usize) -> u64 {
-    match size {
-        0 | 1 => 1,
-        2 => 2,
-        4 | 6 => 4,
-        16 | 32 | 64 => 16,
-        _ => 8,
     }
 }
 

@@ -53,11 +53,9 @@ impl Stack {
 
     /// Pushes the low `size` bytes (2, 4 or 8) of `value`.
     pub fn push(&mut self, cpu: &mut Cpu, size: usize, value: u64) -> Result<(), Exception> {
-        let pointer = self.moved((size as u64).wrapping_neg());
-        let address = self.address(cpu, pointer, size, Access::Write)?;
-        cpu.write_as(address, &value.to_le_bytes()[..size], self.privilege)?;
-        self.pointer = pointer;
-        Ok(())
+        let before = self.pointer;
+        self.skip((size as u64).wrapping_neg());
+        self.poke(cpu, size, value).inspect_err(|_| self.pointer = before)
     }
 
     /// Pops `size` bytes.
@@ -73,6 +71,12 @@ impl Stack {
         let mut bytes = [0; 8];
         cpu.read_as(address, &mut bytes[..size], self.privilege)?;
         Ok(u64::from_le_bytes(bytes))
+    }
+
+    /// Stores the low `size` bytes of `value` at the pointer.
+    pub fn poke(&self, cpu: &mut Cpu, size: usize, value: u64) -> Result<(), Exception> {
+        let address = self.address(cpu, self.pointer, size, Access::Write)?;
+        cpu.write_as(address, &value.to_le_bytes()[..size], self.privilege)
     }
 
     /// Moves the pointer up by `bytes`.
@@ -120,7 +124,7 @@ impl Stack {
             return if is_canonical(pointer) && is_canonical(last) { Ok(pointer) } else { Err(self.fault) };
         }
         let offset = (pointer & self.mask) as u32;
-        if !self.segment.permits(offset, size, access, cpu.protected() && !cpu.v86()) {
+        if !cpu.permits(&self.segment, offset, size, access) {
             return Err(self.fault);
         }
         Ok(self.segment.base.wrapping_add(u64::from(offset)) & 0xffff_ffff)

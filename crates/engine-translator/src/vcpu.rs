@@ -477,6 +477,11 @@ impl TranslatedVcpu {
                 if desc.flags & AccessDesc::SAVED_AFTER == 0 {
                     cpu.emitted.flag_word = cpu.emitted.late_flag_word;
                 }
+                if let Some(late) = cpu.emitted.pending.take() {
+                    cpu.rip = desc.rip;
+                    self.look();
+                    return Leave::Raise(late);
+                }
                 self.look();
                 self.cpu().rflags &= !rflags::RF;
                 Leave::Done

@@ -1,12 +1,13 @@
 //! Two outcomes of a case, held against each other.
 
-use iced_x86::{Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic, OpKind, Register, RflagsBits};
+use iced_x86::{Decoder, EncodingKind, Instruction, Mnemonic, OpKind, Register, RflagsBits};
 use purlin_arch::x86_64::regs::rflags;
-use purlin_engine_translator::exception::vector;
+use purlin_engine_translator::{exception::vector, translate::source::DECODER_OPTIONS};
 
 use crate::{
     case::{Case, Fault, Outcome},
     generate::hidden::gives_something_else,
+    host::is_amd,
     layout::{CODE_BYTES, PAGE, code_base, code_offset, in_code},
     segments::{CODE64, DATA32},
     translated::Step,
@@ -33,6 +34,7 @@ pub fn open(case: &Case, steps: &[Step], trapped: bool) -> Open {
     let mut open = Open::default();
     let mut steps = steps.iter().peekable();
     while let Some(step) = steps.next() {
+        open.consumed |= decode(case, step.rip, step.bits).is_some_and(|insn| copies_onto_itself(&insn, step));
         // The last one raised the exception, or was not even there.
         let again = |next: &&Step| next.rip == step.rip && next.gpr == step.gpr;
         if steps.peek().is_some_and(again) || steps.peek().is_none() && !trapped {
@@ -53,11 +55,22 @@ pub fn open(case: &Case, steps: &[Step], trapped: bool) -> Open {
     open
 }
 
+/// A REP MOVS whose source and target are the same memory at different addresses, fewer bytes apart than it moves at once: what
+/// comes of that is the processor's (SDM vol. 1 7.3.9.3).
+fn copies_onto_itself(insn: &Instruction, step: &Step) -> bool {
+    const AT_ONCE: u64 = 64;
+    let moves = matches!(insn.mnemonic(), Mnemonic::Movsb | Mnemonic::Movsw | Mnemonic::Movsd | Mnemonic::Movsq);
+    let (source, target) = (step.gpr[6], step.gpr[7]);
+    let distance = target.wrapping_sub(source) & (PAGE - 1);
+    let near = distance < AT_ONCE || distance > PAGE - AT_ONCE;
+    moves && insn.is_string_instruction() && insn.has_rep_prefix() && near && (source ^ target) >= PAGE
+}
+
 /// The instruction of `case` at `rip`, in code of `bits`.
 pub fn decode(case: &Case, rip: u64, bits: u32) -> Option<Instruction> {
     let offset = in_code(rip)?.checked_sub(code_offset(case.entry))? as usize;
     let bytes = case.code.get(offset..).filter(|b| !b.is_empty())?;
-    let insn = Decoder::with_ip(bits, bytes, rip, DecoderOptions::AMD).decode();
+    let insn = Decoder::with_ip(bits, bytes, rip, *DECODER_OPTIONS).decode();
     (!insn.is_invalid()).then_some(insn)
 }
 
@@ -131,10 +144,11 @@ pub struct Ignore {
     pub pointers: bool,
 }
 
-/// Whether it is one of the differences that are known, and left so. AMD's processors have instructions of many accesses
+/// Whether it is one of the differences that are known, and left so. Processors have instructions of many accesses
 /// whose order, and what they leave behind at a fault, is in no manual:
 /// - POPA loads registers before it faults, PUSHA stores before it looks at the limit;
-/// - ENTER, compressed and expanded moves, and MASKMOV before Zen 5, check alignment or not;
+/// - ENTER, compressed and expanded moves, and AMD's MASKMOV before Zen 5, check alignment or not; to Intel's an expanded load
+///   may be beyond the segment though what it loads is not;
 /// - gathers and scatters are single-stepped by the element, AVX-512 gathers clear what is above their result or do not;
 /// - FXSAVE and FXRSTOR, FNSAVE and FRSTOR, XSAVE and XRSTOR begin in the middle or at the end; FNSAVE, FRSTOR and the like
 ///   check alignment or not, and go on at the other end of a segment of 4 GiB;
@@ -143,7 +157,7 @@ pub struct Ignore {
 /// - far CALL from 64-bit code to other code has a stack of 32 bits already, and pushes before it checks RIP;
 /// - XSAVE tries all of its area, even where nothing is to be saved;
 /// - XSAVE and XRSTOR check their own alignment before the segment's limit and #AC's;
-/// - which of CMPS's two operands faults first depends on the processor's generation: of REPE CMPSB, before Zen 5.
+/// - which of CMPS's two operands faults first depends on the processor's generation: of REPE CMPSB, on AMD's before Zen 5.
 pub fn known(case: &Case, native: &Outcome, translated: &Outcome) -> bool {
     use Mnemonic::*;
     let place = |o: &Outcome| (o.rip, o.fault.vector, o.fault.address);
@@ -171,12 +185,14 @@ pub fn known(case: &Case, native: &Outcome, translated: &Outcome) -> bool {
             let no_address = case.bits == 64 && translated.fault.vector == vector::SS;
             same_place && (low() || pushed() || no_address)
         }
-        Maskmovq | Maskmovdqu | Vmaskmovdqu => checks_alignment || same_place,
+        Maskmovq | Maskmovdqu | Vmaskmovdqu => is_amd() && (checks_alignment || same_place),
         Vcompresspd | Vcompressps | Vpcompressb | Vpcompressd | Vpcompressq | Vpcompressw => checks_alignment,
-        Vexpandpd | Vexpandps | Vpexpandb | Vpexpandd | Vpexpandq | Vpexpandw => checks_alignment,
+        Vexpandpd | Vexpandps | Vpexpandb | Vpexpandd | Vpexpandq | Vpexpandw => {
+            checks_alignment || !is_amd() && same_place && either([vector::SS, vector::GP])
+        }
         Cmpsb | Cmpsw | Cmpsd | Cmpsq => {
             let faulted = |o: &Outcome| matches!(o.fault.vector, 12..=14);
-            same_place && faulted(native) && faulted(translated)
+            is_amd() && same_place && faulted(native) && faulted(translated)
         }
         Enter => checks_alignment || same_fault,
         Popa | Popad => same_fault,

@@ -30,6 +30,7 @@ pub fn guests_have(code: Code) -> bool {
                 | INVLPGB
                 | PKU
                 | RTM
+                | TSXLDTRK
                 | HLE_or_RTM
                 | WAITPKG
                 | MOVDIRI

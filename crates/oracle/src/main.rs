@@ -4,7 +4,8 @@ use std::{collections::BTreeMap, fs, path::PathBuf, time::Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
-use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
+use iced_x86::{Decoder, Formatter, IntelFormatter};
+use purlin_engine_translator::translate::source::DECODER_OPTIONS;
 use purlin_oracle::{
     case::Case,
     check::{Oracle, Verdict},
@@ -163,7 +164,7 @@ fn report(oracle: &mut Oracle, seed: u64, generated: &Generated, args: &RunArgs)
 
 fn show(case: &Case, verdict: &Verdict) {
     print!("{case}");
-    let mut decoder = Decoder::with_ip(case.bits, &case.code, case.entry, DecoderOptions::AMD);
+    let mut decoder = Decoder::with_ip(case.bits, &case.code, case.entry, *DECODER_OPTIONS);
     let mut formatter = IntelFormatter::new();
     while decoder.can_decode() {
         let insn = decoder.decode();

@@ -56,6 +56,30 @@ fn limits_and_types() {
     assert!(!code.permits(0xffff, 2, Write, false));
 }
 
+/// Whether an access goes on behind 4 GiB: in a flat segment of Intel's processors.
+#[test]
+fn flat_segments_have_no_end_on_intels_processors() {
+    let rw = access::P | access::S | access::RW | access::DB;
+    let mut cpu = cpu(Mode::Protected(0));
+    // (AMD's, base, limit, rights, permitted)
+    let cases = [
+        (false, 0, u32::MAX, rw, true),
+        (true, 0, u32::MAX, rw, false),
+        (false, 0x1000, u32::MAX, rw, false),
+        (false, 0, 0xf_ffff, rw, false),
+        (false, 0, u32::MAX, rw | DOWN, false),
+    ];
+    for (amd, base, limit, access, permitted) in cases {
+        cpu.features.amd = amd;
+        let segment = Segment { base, limit, access, selector: 8 };
+        assert_eq!(
+            cpu.permits(&segment, 0xffff_fffd, 4, Access::Read),
+            permitted,
+            "{amd} {base:#x} {limit:#x} {access:#x}"
+        );
+    }
+}
+
 #[test]
 fn legacy_addresses_wrap_at_4_gib() {
     let mut cpu = cpu(Mode::Protected(0));

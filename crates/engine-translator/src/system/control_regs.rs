@@ -163,16 +163,13 @@ pub fn hlt(cpu: &mut Cpu) -> Result<(), Exception> {
 /// MOV to or from a debug register (SDM vol. 3B 17.2).
 pub fn mov_dr(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
     let load = insn.op_register(0).is_dr();
-    // In user code DR4 and DR5 are undefined first, but not to AMD's processors.
-    if cpu.features.amd {
-        cpu.require_ring0()?;
-    }
+    // Before DR4 and DR5 are undefined.
+    cpu.require_ring0()?;
     let number = match insn.op_register(if load { 0 } else { 1 }).number() {
         number @ (4 | 5) if cpu.cr4 & cr4::DE == 0 => number + 2,
         number @ (0..=3 | 6 | 7) => number,
         _ => return Err(Exception::UD),
     };
-    cpu.require_ring0()?;
     if cpu.dr7 & dr7::GD != 0 {
         return Err(Exception::debug(dr6::BD));
     }

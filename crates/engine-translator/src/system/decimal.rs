@@ -120,12 +120,17 @@ pub fn bound(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
     let size = register.size();
     let signed = |value: u64| (value << (64 - 8 * size)) as i64 >> (64 - 8 * size);
     // Two accesses: each has its own alignment.
-    let mut limit = |by: usize| {
+    let limit = |cpu: &mut Cpu, by: usize| {
         let address = cpu.part_linear(insn, by, size, Access::Read)?;
         cpu.read_sized(address, size).map(signed)
     };
-    let (lower, upper) = (limit(0)?, limit(size)?);
+    let lower = limit(cpu, 0)?;
     let index = signed(cpu.register(register));
+    // Intel's processors do not look at the upper limit then.
+    if index < lower && !cpu.features.amd {
+        return Err(Exception::plain(vector::BR));
+    }
+    let upper = limit(cpu, size)?;
     if (lower..=upper).contains(&index) { Ok(()) } else { Err(Exception::plain(vector::BR)) }
 }
 

@@ -105,6 +105,13 @@ fn check_offset(cpu: &Cpu, code: &Descriptor, offset: u64) -> Result<(), Excepti
     if inside { Ok(()) } else { Err(Exception::GP0) }
 }
 
+/// The offset in `code` that a far branch or return to it leads to. On Intel's processors that has the width of the mode, however
+/// wide the operand is.
+fn offset_in(cpu: &Cpu, code: &Descriptor, offset: u64) -> u64 {
+    let as_wide_as_it_is = cpu.features.amd || cpu.long_mode() && code.is_code64();
+    if as_wide_as_it_is { offset } else { truncate(offset, 4) }
+}
+
 /// The stack in `segment` at `pointer`, with the addresses of the mode that `code` is of.
 fn stack_of(cpu: &Cpu, code: &Descriptor, segment: Segment, pointer: u64, cpl: u8) -> Stack {
     if cpu.long_mode() && code.is_code64() {
@@ -116,7 +123,7 @@ fn stack_of(cpu: &Cpu, code: &Descriptor, segment: Segment, pointer: u64, cpl: u
 
 /// Goes to `code` at the same privilege level, whether named directly or by a gate.
 fn go(cpu: &mut Cpu, kind: Kind, code: Descriptor, selector: u16, offset: u64, size: usize, next: u64) -> Done {
-    let offset = truncate(offset, size);
+    let offset = offset_in(cpu, &code, truncate(offset, size));
     // A CALL that changes the mode pushes with the stack addresses of the mode it goes to (seen on AMD, and in Bochs).
     let mut stack = stack_of(cpu, &code, cpu.seg[SS], cpu.gpr[RSP], cpu.cpl);
     check_offset(cpu, &code, offset)?;
@@ -325,6 +332,7 @@ pub fn return_outward(
     outer: OuterStack,
     release: u64,
 ) -> Result<(), Exception> {
+    let rip = offset_in(cpu, code, rip);
     check_offset(cpu, code, rip)?;
     let cpl = rpl(selector);
     let outward = cpl > cpu.cpl;
@@ -343,6 +351,7 @@ pub fn return_outward(
 /// The same, at the same level and on the same stack, of which `popped` bytes go: a return that changes the mode moves the
 /// stack pointer as wide as it is in the mode it goes to (seen on AMD, and in Bochs).
 pub fn return_here(cpu: &mut Cpu, code: &Descriptor, selector: u16, rip: u64, popped: u64) -> Result<(), Exception> {
+    let rip = offset_in(cpu, code, rip);
     check_offset(cpu, code, rip)?;
     let mut stack = stack_of(cpu, code, cpu.seg[SS], cpu.gpr[RSP], cpu.cpl);
     stack.skip(popped);

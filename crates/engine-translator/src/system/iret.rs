@@ -130,7 +130,14 @@ fn iret_protected(cpu: &mut Cpu, size: usize) -> Result<(), Exception> {
     let mask = writable_flags(cpu);
     // 64-bit code always gets its stack back; other code only from an inner level.
     if cpu.code64() || rpl(selector) != cpu.cpl {
-        let outer = OuterStack::pop(cpu, &mut stack, &code, selector, size)?;
+        let before = cpu.rflags;
+        if !cpu.features.amd {
+            // On Intel's processors the new flags say whether the alignment of these is checked.
+            cpu.rflags = before & !AC | flags & AC;
+        }
+        let outer = OuterStack::pop(cpu, &mut stack, &code, selector, size);
+        cpu.rflags = before;
+        let outer = outer?;
         return_outward(cpu, &code, selector, rip, outer, 0)?;
     } else {
         return_here(cpu, &code, selector, rip, 3 * size as u64)?;

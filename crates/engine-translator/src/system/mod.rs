@@ -141,6 +141,7 @@ fn execute(cpu: &mut Cpu, insn: &Instruction) -> Done {
             plain(xstate::masked(cpu, insn))
         }
         _ if insn.is_vsib() && !is_prefetch(insn) => plain(xstate::masked(cpu, insn)),
+        Fnclex | Fclex => plain(xstate::fnclex(cpu, insn)),
         Fnstenv | Fstenv | Fldenv | Fnsave | Fsave | Frstor => plain(xstate::environment(cpu, insn)),
 
         Aaa | Aas | Aam | Aad | Daa | Das | Salc => plain(decimal::execute(cpu, insn)),

@@ -52,12 +52,20 @@ fn call(cpu: &mut Cpu, insn: &Instruction) -> Result<(), crate::exception::Excep
     let (target, size) = target(cpu, insn)?;
     let target = truncate(target, size);
     let next = cpu.next_rip(insn);
-    // A stack that cannot be written comes before a target that cannot be reached; with that nothing is written.
-    let mut pushed = Stack::current(cpu);
-    pushed.skip((size as u64).wrapping_neg());
-    pushed.probe_aligned_store(cpu, size)?;
-    cpu.check_target(target)?;
-    cpu.push(size, next)?;
+    // A stack that cannot be written comes before a target that cannot be reached.
+    let mut stack = Stack::current(cpu);
+    if cpu.features.amd {
+        // With that nothing is written.
+        let mut pushed = Stack::current(cpu);
+        pushed.skip((size as u64).wrapping_neg());
+        pushed.probe_aligned_store(cpu, size)?;
+        cpu.check_target(target)?;
+        stack.push(cpu, size, next)?;
+    } else {
+        stack.push(cpu, size, next)?;
+        cpu.check_target(target)?;
+    }
+    stack.commit(cpu);
     cpu.rip = target;
     Ok(())
 }

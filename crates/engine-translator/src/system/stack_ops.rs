@@ -32,14 +32,22 @@ pub fn execute(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
 }
 
 fn push(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
-    let value = cpu.read_op(insn, 0)?;
-    cpu.push(stack_width(insn), value)
+    let (value, size) = (cpu.read_op(insn, 0)?, stack_width(insn));
+    if size != 4 || !is_selector_alone(cpu, insn) {
+        return cpu.push(size, value);
+    }
+    let mut stack = Stack::current(cpu);
+    stack.skip((size as u64).wrapping_neg());
+    stack.poke(cpu, SELECTOR, value)?;
+    stack.commit(cpu);
+    Ok(())
 }
 
 fn pop(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
     let size = stack_width(insn);
     let mut stack = Stack::current(cpu);
-    let value = stack.pop(cpu, size)?;
+    let value = stack.peek(cpu, 0, if is_selector_alone(cpu, insn) { SELECTOR } else { size })?;
+    stack.skip(size as u64);
     if insn.op_kind(0) == OpKind::Register {
         return pop_register(cpu, insn.op_register(0), &stack, value);
     }
@@ -47,6 +55,16 @@ fn pop(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
     let before = cpu.gpr[RSP];
     stack.commit(cpu);
     cpu.write_op(insn, 0, value).inspect_err(|_| cpu.gpr[RSP] = before)
+}
+
+/// Bytes of a selector.
+const SELECTOR: usize = 2;
+
+/// Whether the access is to a selector, however far the stack pointer moves: so do Intel's processors have it, but where they push
+/// 64 bits (SDM vol. 2, "PUSH").
+fn is_selector_alone(cpu: &Cpu, insn: &Instruction) -> bool {
+    let selector = insn.op_kind(0) == OpKind::Register && insn.op_register(0).is_segment_register();
+    selector && !cpu.features.amd
 }
 
 fn pop_register(cpu: &mut Cpu, register: Register, stack: &Stack, value: u64) -> Result<(), Exception> {

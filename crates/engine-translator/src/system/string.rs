@@ -131,13 +131,7 @@ pub(super) fn execute(cpu: &mut Cpu, insn: &Instruction) -> Done {
         if count == 0 {
             return Ok(Flow::Next);
         }
-        let done = step(cpu, &shape, operation, count).inspect_err(|_| {
-            // A fault finds the flags as they were before the first repetition (SDM vol. 2B, "REP"); on AMD's
-            // processors as after the last.
-            if !cpu.features.amd {
-                cpu.rflags = cpu.rflags & !rflags::STATUS | flags & rflags::STATUS;
-            }
-        })?;
+        let done = step(cpu, &shape, operation, count).inspect_err(|_| restore_flags(cpu, operation, flags))?;
         if operation != Operation::Store && operation != Operation::Scan {
             shape.advance(cpu, RSI, done);
         }
@@ -149,8 +143,17 @@ pub(super) fn execute(cpu: &mut Cpu, insn: &Instruction) -> Done {
             return Ok(Flow::Next);
         }
         if shape.pauses(cpu) {
+            restore_flags(cpu, operation, flags);
             return Ok(Flow::Set);
         }
+    }
+}
+
+/// A fault or a pause finds the flags as they were before the first repetition (SDM vol. 2B, "REP"); on AMD's processors as after
+/// the last.
+fn restore_flags(cpu: &mut Cpu, operation: Operation, before: u64) {
+    if !cpu.features.amd && matches!(operation, Operation::Compare | Operation::Scan) {
+        cpu.rflags = cpu.rflags & !rflags::STATUS | before & rflags::STATUS;
     }
 }
 
@@ -195,7 +198,8 @@ fn step(cpu: &mut Cpu, shape: &Shape, operation: Operation, count: u64) -> Resul
             let find_right = |cpu: &mut Cpu, most| Span::find(cpu, shape, seg::ES, RDI, Access::Read, most);
             // Which of two faults comes first is not in the manuals. AMD's processors before Zen 5 read ES:RDI first, but for
             // REPE CMPSB, which some of them treat by itself.
-            let right_first = cpu.features.cmps_right_first && (size, shape.repeat) != (1, Repeat::Equal);
+            let by_itself = (size, shape.repeat) == (1, Repeat::Equal) && cpu.features.amd;
+            let right_first = cpu.features.cmps_right_first && !by_itself;
             let (left, right) = if right_first {
                 let right = find_right(cpu, count)?;
                 (find_left(cpu, right.count)?, right)

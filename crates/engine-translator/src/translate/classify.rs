@@ -257,6 +257,7 @@ fn legacy(insn: &Instruction) -> Class {
         Fnstenv | Fldenv | Fnsave | Frstor | Fxsave | Fxsave64 | Fxrstor | Fxrstor64 | Xsave | Xsave64 | Xsavec
         | Xsavec64 | Xsaveopt | Xsaveopt64 | Xsaves | Xsaves64 | Xrstor | Xrstor64 | Xrstors | Xrstors64 | Ldmxcsr
         | Stmxcsr | Maskmovdqu | Maskmovq => Class::Emulate,
+        Fnclex if !*AMD => Class::Emulate,
         Wait => Class::Vector(Needs { x87: true, ..Needs::default() }),
         _ => legacy_vector(insn),
     }
@@ -319,8 +320,8 @@ pub fn needs_alignment(insn: &Instruction) -> bool {
         (Cmpxchg16b, _) => true,
         (Movups | Movupd | Movdqu | Lddqu, _) => false,
         (Pcmpestri | Pcmpestri64 | Pcmpestrm | Pcmpestrm64 | Pcmpistri | Pcmpistrm, _) => false,
-        // The two vendors differ; where the host is strict, it says so itself.
-        (Sha1msg1 | Sha1msg2 | Sha1nexte | Sha1rnds4 | Sha256msg1 | Sha256msg2 | Sha256rnds2, _) => false,
+        // The two vendors differ.
+        (Sha1msg1 | Sha1msg2 | Sha1nexte | Sha1rnds4 | Sha256msg1 | Sha256msg2 | Sha256rnds2, _) => !*AMD,
         (_, EncodingKind::Legacy) => whole_register,
         (Vmovaps | Vmovapd | Vmovdqa | Vmovdqa32 | Vmovdqa64, _) => whole_register,
         (Vmovntps | Vmovntpd | Vmovntdq | Vmovntdqa, _) => whole_register,

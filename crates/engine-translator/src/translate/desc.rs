@@ -49,6 +49,14 @@ impl AccessDesc {
     /// The same with an address of 16 bits.
     pub const PARTS_16: u16 = 1 << 10;
 
+    /// What a store raises comes when the instruction is done (see `helpers.rs`).
+    pub const LATE: u16 = 1 << 11;
+    /// A store that faults has begun to enter MMX's state.
+    pub const MMX: u16 = 1 << 12;
+
+    /// Its alignment is not checked.
+    pub const UNCHECKED: u16 = 1 << 13;
+
     /// A descriptor.
     pub fn new(rip: u64, next: u64, size: usize, flags: u16, segment: usize, masking: Masking) -> Self {
         Self { rip, next, size: size as u16, flags, masking, segment: segment as u8, _pad: [0; 7] }

@@ -18,7 +18,7 @@ use super::{
     operands::{Operand, keeps_hosts},
     place::{distance, is_movable, placed, resolve},
     plan::{Check, GROUPS, plan},
-    source::{BMI2, MAX_INSN},
+    source::{AMD, BMI2, MAX_INSN},
     spare,
     stubs::Stubs,
     trace::{SHORT_LOOK_AHEAD, ends_block},
@@ -299,9 +299,14 @@ impl<'a> Emitter<'a> {
     pub(super) fn x87_pointers(&mut self, insn: &Insn, memory: bool) {
         if insn.insn.mnemonic() == Mnemonic::Fninit {
             self.asm.mov_ri(reg::R10, 0);
-            for field in [at::FIP, at::FDP, at::FOP] {
+            for field in [at::FIP, at::FDP, at::FOP, at::SETTLED_FDP, at::SETTLED_FOP] {
                 self.asm.store(field, reg::R10);
             }
+        }
+        if insn.insn.mnemonic() == Mnemonic::Fldcw && !*AMD {
+            // It may unmask an exception that came before; the pointers are not that one's.
+            self.settled_pointer(at::SETTLED_FDP, at::FDP);
+            self.settled_pointer(at::SETTLED_FOP, at::FOP);
         }
         if !matches!(insn.class, Class::Vector(needs) if needs.pointers) {
             return;
@@ -309,12 +314,20 @@ impl<'a> Emitter<'a> {
         if memory {
             self.asm.load(reg::R10, at::TEMP);
             self.asm.store(at::FDP, reg::R10);
+        } else if !*AMD {
+            self.settled_pointer(at::SETTLED_FDP, at::FDP);
         }
         self.load_rip(reg::R10, insn.rip());
         self.asm.store(at::FIP, reg::R10);
         let at = insn.bytes.iter().position(|&b| (0xd8..=0xdf).contains(&b)).unwrap_or(0);
         let opcode = u32::from(insn.bytes[at] & 7) << 8 | u32::from(insn.bytes[(at + 1).min(14)]);
         self.asm.store_imm(at::FOP, opcode as i32, 4);
+    }
+
+    /// See `XState::settle_pointers`: the one of the last instruction but those that have raised nothing since. Changes R10.
+    fn settled_pointer(&mut self, settled: Mem, field: Mem) {
+        self.asm.load(reg::R10, settled);
+        self.asm.store(field, reg::R10);
     }
 
     /// Leaves for the run loop to emulate `insn`.
@@ -623,7 +636,7 @@ impl<'a> Emitter<'a> {
     pub(super) fn refill(&mut self, insn: &Insn, labels: [Label; 2], access: Access, size: u16, stub: u64) {
         let group = matches!(self.check, Check::Lead(_));
         let desc = access.desc(insn);
-        let special = AccessDesc::ALIGNED | AccessDesc::X87 | AccessDesc::LOCK;
+        let special = AccessDesc::ALIGNED | AccessDesc::X87 | AccessDesc::LOCK | AccessDesc::LATE;
         let exact = group || desc.flags & special != 0 || desc.masking != Masking::default();
         let mut flags = if exact { RefillDesc::EXACT } else { 0 };
         flags |= if desc.flags & AccessDesc::WRITE != 0 { RefillDesc::STORE } else { 0 };

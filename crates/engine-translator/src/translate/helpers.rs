@@ -11,6 +11,7 @@ use crate::{
     cpu::{Block, Cpu},
     exception::Exception,
     mem::{Access, Target, page_rest},
+    xstate::XState,
 };
 
 /// The functions behind `EmittedState::helpers`.
@@ -66,11 +67,11 @@ extern "C" fn quick_access(block: *mut Block, address: u64, desc: *const AccessD
     let access = if desc.flags & AccessDesc::WRITE != 0 { Access::Write } else { Access::Read };
     let target = cpu.resolve_leanly(address, access);
     // Others may come before a page fault.
-    if desc.flags & (AccessDesc::ALIGNED | AccessDesc::X87) == 0 && desc.masking.register == 0 {
+    if desc.flags & (AccessDesc::ALIGNED | AccessDesc::X87 | AccessDesc::LATE) == 0 && desc.masking.register == 0 {
         cpu.note_fault(&target);
     }
     let Ok(Target::Ram(host)) = target else { return std::ptr::null_mut() };
-    cpu.emitted.bounce_for = None;
+    (cpu.emitted.bounce_for, cpu.emitted.late) = (None, None);
     cpu.emitted.slow_host = host;
     host
 }
@@ -120,6 +121,15 @@ extern "C" fn commit(block: *mut Block, desc: *const AccessDesc) -> u64 {
     u64::from(wanted && desc.flags & AccessDesc::STAY == 0)
 }
 
+/// What a store raises that the instruction comes before.
+pub struct LateFault {
+    fault: Exception,
+    /// The extended state that an x87 instruction leaves as it was.
+    before: Option<Box<XState>>,
+    /// Linear address of what is stored all the same.
+    first_part: Option<u64>,
+}
+
 /// The processor accesses an x87 operand of ten bytes in two parts; this is the first one's size. The second's offset is
 /// cut to the address size, as the first's is (seen on AMD's processors; SDM vol. 3A 5.3 leaves it open).
 const FIRST_PART: usize = 8;
@@ -160,6 +170,40 @@ impl Cpu {
         if desc.flags & AccessDesc::X87 != 0 {
             crate::xstate::check_pending_x87(self)?;
         }
+        // What an earlier one held back, and an exception of the instruction's own has kept from being raised.
+        self.emitted.late = None;
+        let prepared = self.prepare(address, desc);
+        if prepared.is_err() && desc.flags & AccessDesc::MMX != 0 {
+            self.xstate.enter_mmx_by_half();
+        }
+        match prepared {
+            Err(fault) if desc.flags & AccessDesc::LATE != 0 => Ok(Some(self.hold(fault, address, desc))),
+            other => other,
+        }
+    }
+
+    /// The instruction goes on with a copy, and `fault` is raised afterwards: see [`Self::raise_late`].
+    fn hold(&mut self, fault: Exception, address: u64, desc: &AccessDesc) -> *mut u8 {
+        let x87 = desc.flags & AccessDesc::X87 != 0;
+        let first_part = match usize::from(desc.size) {
+            10 => self.first_part(address, desc).ok(),
+            _ => None,
+        };
+        let before = x87.then(|| Box::new(self.xstate.clone()));
+        self.emitted.late = Some(LateFault { fault, before, first_part });
+        self.emitted.bounce.as_mut_ptr()
+    }
+
+    /// Where the first part of an operand of ten bytes is stored, though the second is not.
+    fn first_part(&mut self, address: u64, desc: &AccessDesc) -> Result<u64, Exception> {
+        let (_, offset) = self.place(address, desc);
+        let linear = self.linear(desc.segment.into(), offset, FIRST_PART, Access::Write)?;
+        self.probe(linear, FIRST_PART, Access::Write, self.privilege())?;
+        Ok(linear)
+    }
+
+    /// Finds the place, or makes a copy. `None`: as for [`Self::slow_access`].
+    fn prepare(&mut self, address: u64, desc: &AccessDesc) -> Result<Option<*mut u8>, Exception> {
         if desc.masking.register != 0 {
             return self.masked_access(address, desc).map(Some);
         }
@@ -170,7 +214,10 @@ impl Cpu {
         if desc.wraps_behind(FIRST_PART, offset) {
             return self.access_in_two(offset, desc, access).map(Some);
         }
-        let linear = self.linear(desc.segment.into(), offset, size, access)?;
+        let linear = match desc.flags & AccessDesc::UNCHECKED {
+            0 => self.linear(desc.segment.into(), offset, size, access)?,
+            _ => self.element_linear(desc.segment.into(), offset, 0, size, access)?,
+        };
         if self.dr7 & 0xff != 0 {
             crate::debug::data_breakpoints(self, linear, size, access);
         }
@@ -240,13 +287,28 @@ impl Cpu {
         let mask = self.xstate.opmask(desc.masking.register.into());
         let privilege = self.privilege();
         let mut data = [0; 64];
-        for (offset, size) in desc.masking.pieces(mask, size) {
+        let by_ends = access == Access::Write && desc.masking.lanes > 1 && !self.features.amd;
+        let mut ends = None;
+        for (offset, part) in desc.masking.pieces(mask, size) {
             self.check_aligned(start, desc)?;
-            let linear = self.element_linear(desc.segment.into(), first, offset, size, access)?;
-            self.probe(linear, size, access, privilege)?;
-            if desc.flags & AccessDesc::READ != 0 {
-                self.read_as(linear, &mut data[offset..offset + size], privilege)?;
+            let linear = self.element_linear(desc.segment.into(), first, offset, part, access)?;
+            // Of an element on AMD's processors, of the operand on Intel's.
+            let (checked, bytes) = if self.features.amd { (linear, part) } else { (start, size) };
+            if desc.flags & AccessDesc::UNCHECKED == 0 {
+                self.check_alignment(checked, bytes, privilege)?;
             }
+            if by_ends {
+                let (lowest, _) = ends.unwrap_or((linear, 0));
+                ends = Some((lowest, linear.wrapping_add(part as u64 - 1)));
+                continue;
+            }
+            self.probe(linear, part, access, privilege)?;
+            if desc.flags & AccessDesc::READ != 0 {
+                self.read_as(linear, &mut data[offset..offset + part], privilege)?;
+            }
+        }
+        if let Some((lowest, last)) = ends {
+            self.probe_ends(lowest, last)?;
         }
         let at = (start & 63) as usize;
         self.emitted.bounce[at..at + size].copy_from_slice(&data[..size]);
@@ -275,7 +337,28 @@ impl Cpu {
         if self.code64() { linear } else { linear & 0xffff_ffff }
     }
 
+    /// What the store raises, now that the instruction has done what it does beside it. Whether it raises anything: not if an
+    /// x87 exception keeps it from storing. Else an x87 instruction has done nothing, but stored what it could.
+    fn raise_late(&mut self, late: LateFault) -> bool {
+        if let Some(before) = late.before {
+            if self.xstate.keeps_from_storing() {
+                return false;
+            }
+            self.xstate = *before;
+        }
+        if let Some(linear) = late.first_part {
+            let mut data = [0; FIRST_PART];
+            data.copy_from_slice(&self.emitted.bounce[..FIRST_PART]);
+            let _ = self.write_as(linear, &data, self.privilege());
+        }
+        self.emitted.pending = Some(late.fault);
+        true
+    }
+
     fn commit(&mut self, desc: &AccessDesc) -> bool {
+        if let Some(late) = self.emitted.late.take() {
+            return self.raise_late(late);
+        }
         let size = usize::from(desc.size);
         let Some(linear) = self.emitted.bounce_for.take() else {
             let host = self.emitted.slow_host;

@@ -4,6 +4,7 @@ use std::mem::offset_of;
 
 use super::{
     asm::{Mem, reg},
+    helpers::LateFault,
     jumps::{Context, JumpTables, PAGE_ENTRIES, PageEntry, page_index},
 };
 use crate::{
@@ -21,6 +22,8 @@ use crate::{
 pub struct EmittedState {
     /// Where an access that cannot go to memory directly is made instead: it crosses a page, or is not memory.
     pub bounce: [u8; 128],
+    /// What the access under way raises when the instruction is done.
+    pub late: Option<LateFault>,
     /// The linear address that `bounce` stands for, if the access under way uses it.
     pub bounce_for: Option<u64>,
     /// The mask under which it does.
@@ -108,6 +111,7 @@ impl Default for EmittedState {
     fn default() -> Self {
         Self {
             bounce: [0; 128],
+            late: None,
             bounce_for: None,
             bounce_mask: 0,
             slow_host: std::ptr::null_mut(),
@@ -284,6 +288,8 @@ pub mod at {
     pub const XSTATE: Mem = Mem::gs((CPU + offset_of!(Cpu, xstate) + offset_of!(XState, area)) as i32);
     pub const FIP: Mem = Mem::gs((CPU + offset_of!(Cpu, xstate) + offset_of!(XState, fip)) as i32);
     pub const FDP: Mem = Mem::gs((CPU + offset_of!(Cpu, xstate) + offset_of!(XState, fdp)) as i32);
+    pub const SETTLED_FDP: Mem = Mem::gs((CPU + offset_of!(Cpu, xstate) + offset_of!(XState, settled)) as i32);
+    pub const SETTLED_FOP: Mem = Mem::gs(SETTLED_FDP.disp + 8);
     pub const FOP: Mem = Mem::gs((CPU + offset_of!(Cpu, xstate) + offset_of!(XState, fop)) as i32);
 }
 

@@ -41,6 +41,14 @@ impl Masking {
         let whole = info.memory_size();
         let element = match info.broadcast_memory_size() {
             _ if insn.mnemonic() == Mnemonic::Vpshufbitqmb => 1,
+            // A complex number.
+            _ if matches!(
+                insn.mnemonic(),
+                Mnemonic::Vfcmaddcsh | Mnemonic::Vfmaddcsh | Mnemonic::Vfcmulcsh | Mnemonic::Vfmulcsh
+            ) =>
+            {
+                4
+            }
             MemorySize::Unknown => whole.element_size(),
             // The operand's own elements may be smaller than what a mask bit stands for.
             broadcast => broadcast.size(),

@@ -227,6 +227,7 @@ impl Emitter<'_> {
             // An unmasked exception keeps an x87 instruction from storing, without being raised at once.
             flags |= AccessDesc::READ;
         }
+        flags |= peculiarities(insn, flags);
         if matches!(insn.insn.memory_size(), MemorySize::Float80 | MemorySize::Bcd) {
             flags |= match operand.bits {
                 32 => AccessDesc::PARTS_32,
@@ -238,6 +239,13 @@ impl Emitter<'_> {
         let uses = insn.flags;
         let pointers = matches!(insn.class, Class::Vector(needs) if needs.pointers);
         let bit_string = is_bit_string(&insn.insn);
+        if insn.insn.mnemonic() == Mnemonic::Fldcw {
+            self.access(insn, &operand, access, &uses, live_after, &mut |this, mem| {
+                this.substitute(insn, Some(mem));
+                this.x87_pointers(insn, true);
+            });
+            return;
+        }
         if !pointers && !bit_string {
             self.access(insn, &operand, access, &uses, live_after, &mut |this, mem| this.substitute(insn, Some(mem)));
             return;
@@ -517,6 +525,22 @@ pub(super) fn access_flags(insn: &Instruction, operand: u32) -> u16 {
         // Part of it may be left alone: a bounced access has to know what was there.
         OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite => read | write,
         _ => read,
+    }
+}
+
+/// What Intel's processors do by themselves: [`AccessDesc::LATE`] and [`AccessDesc::MMX`], for before they store they have converted
+/// to half precision, found an x87 exception, and set the x87's TOP to MMX's 0 (AMD's look at the memory first); and
+/// [`AccessDesc::UNCHECKED`], for half precision.
+fn peculiarities(insn: &Insn, flags: u16) -> u16 {
+    let Class::Vector(needs) = insn.class else { return 0 };
+    let stores = flags & AccessDesc::WRITE != 0;
+    match insn.insn.mnemonic() {
+        _ if *AMD => 0,
+        Mnemonic::Vcvtps2ph => AccessDesc::LATE | AccessDesc::UNCHECKED,
+        Mnemonic::Vcvtph2ps => AccessDesc::UNCHECKED,
+        _ if needs.pointers && stores => AccessDesc::LATE,
+        _ if needs.x87 && stores && insn.insn.op1_register().is_mm() => AccessDesc::MMX,
+        _ => 0,
     }
 }
 

@@ -42,6 +42,9 @@ struct Environment {
 /// FNSTENV, FLDENV, FNSAVE, FRSTOR.
 pub fn execute(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
     checks::check_x87(cpu, insn)?;
+    if !cpu.features.amd {
+        cpu.xstate.settle_pointers();
+    }
     let format = |wide| Format { wide, protected: cpu.protected() && !cpu.v86() };
     match insn.code() {
         Code::Fnstenv_m14byte | Code::Fstenv_m14byte => store_environment(cpu, insn, format(false)),
@@ -76,7 +79,7 @@ fn load_environment(cpu: &mut Cpu, insn: &Instruction, format: Format) -> Result
     let mut image = [0; 28];
     let image = &mut image[..format.size()];
     read(cpu, insn, image)?;
-    Environment::decode(format, image).load(&mut cpu.xstate);
+    Environment::decode(format, image).load(cpu);
     Ok(())
 }
 
@@ -98,7 +101,7 @@ fn restore(cpu: &mut Cpu, insn: &Instruction, format: Format) -> Result<(), Exce
     let mut image = [0; 28 + REGISTERS];
     let image = &mut image[..format.size() + REGISTERS];
     read(cpu, insn, image)?;
-    Environment::decode(format, image).load(&mut cpu.xstate);
+    Environment::decode(format, image).load(cpu);
     for (i, register) in image[format.size()..].chunks(10).enumerate() {
         let at = offset::ST + 16 * i;
         cpu.xstate.area[at..at + 10].copy_from_slice(register);
@@ -151,14 +154,15 @@ impl Environment {
         }
     }
 
-    fn load(self, state: &mut XState) {
+    fn load(self, cpu: &mut Cpu) {
+        let state = &mut cpu.xstate;
         state.materialise(0);
         state.set_top(self.fsw >> 11);
         state.set_u16(offset::FCW, self.fcw & 0x1f3f | 0x40);
         state.set_u16(offset::FSW, self.fsw);
         state.area[offset::FTW] = (0..8).filter(|i| self.tags >> (2 * i) & 3 != 3).fold(0, |used, i| used | 1 << i);
-        (state.fip, state.fdp, state.fop) = (self.fip, self.fdp, u64::from(self.fop));
-        (state.fcs, state.fds) = (self.fcs, self.fds);
+        state.set_pointers(self.fip, self.fdp, self.fop.into());
+        (state.fcs, state.fds) = if cpu.features.no_pointer_selectors { (0, 0) } else { (self.fcs, self.fds) };
         update_summary(state);
     }
 

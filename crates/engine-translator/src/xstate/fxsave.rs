@@ -124,6 +124,9 @@ pub(super) fn put_x87_control(cpu: &mut Cpu, image: &mut [u8], pointers: Pointer
     let idle = cpu.features.idle_pointers;
     let state = &mut cpu.xstate;
     state.materialise_for_reading();
+    if idle == IdlePointers::Kept {
+        state.settle_pointers();
+    }
     image[..offset::FOP].copy_from_slice(&state.area[..offset::FOP]);
     let [fop, fip, fdp] = match (state.u16(offset::FSW) & FSW_ES != 0, idle, pointers) {
         (false, IdlePointers::Skipped, _) => return,
@@ -156,11 +159,13 @@ pub(super) fn take_x87(cpu: &mut Cpu, image: &[u8], pointers: Pointers) {
     let canonical = |pointer: u64, unused: u32| ((pointer << unused) as i64 >> unused) as u64;
     let [of_fip, of_fdp] = cpu.features.pointer_sign_bits;
     let (fip, fdp) = (canonical(number(offset::FIP), of_fip), canonical(number(offset::FDP), of_fdp));
-    state.fop = number(offset::FOP) & u64::from(FOP_MASK);
-    (state.fip, state.fdp, state.fcs, state.fds) = match pointers {
+    let fop = number(offset::FOP) & u64::from(FOP_MASK);
+    let (fip, fdp, fcs, fds) = match pointers {
         Pointers::Bits64 => (fip, fdp, 0, 0),
         Pointers::Bits32 => (fip & 0xffff_ffff, fdp & 0xffff_ffff, (fip >> 32) as u16, (fdp >> 32) as u16),
     };
+    state.set_pointers(fip, fdp, fop);
+    (state.fcs, state.fds) = if cpu.features.no_pointer_selectors { (0, 0) } else { (fcs, fds) };
 }
 
 impl XState {

@@ -2,8 +2,8 @@
 //! mask leaves out are not touched, and cannot fault (SDM vol. 2, VMASKMOV, VPMASKMOV, MASKMOVDQU, VPGATHER,
 //! VPSCATTER).
 
-use iced_x86::{EncodingKind, Instruction, Mnemonic, OpKind, Register};
-use purlin_arch::x86_64::regs::{gpr::RDI, rflags};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+use purlin_arch::x86_64::regs::gpr::RDI;
 
 use super::checks;
 use crate::{
@@ -48,7 +48,7 @@ fn load(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
     let (segment, offset) = cpu.effective_address(insn);
     let mut value = [0; 64];
     for i in active(bits, length / size) {
-        let at = element_linear(cpu, segment, offset, i * size, size, Access::Read)?;
+        let at = cpu.element_linear(segment, offset, i * size, size, Access::Read)?;
         let bytes = &mut value[i * size..(i + 1) * size];
         bytes.copy_from_slice(&cpu.read_sized(at, size)?.to_le_bytes()[..size]);
     }
@@ -64,7 +64,7 @@ fn store(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
     let bits = sign_bits(&mask, size, length / size);
     let (segment, offset) = cpu.effective_address(insn);
     store_active(cpu, &value, bits, size, length / size, |cpu, i| {
-        element_linear(cpu, segment, offset, i * size, size, Access::Write)
+        cpu.element_linear(segment, offset, i * size, size, Access::Write)
     })
 }
 
@@ -92,20 +92,16 @@ fn store_bytes(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
     if mmx {
         cpu.xstate.enter_mmx();
     }
-    // The whole operand is checked, whatever the mask: the SDM leaves that open (vol. 2, "MASKMOVDQU"). AMD's processors
-    // access it by halves, each aligned and with an address of its own.
-    let unit = if cpu.features.amd { HALF } else { length };
-    let aligned = cpu.features.amd || insn.encoding() != EncodingKind::VEX;
-    let mut units = [0; 2];
-    for (linear, by) in units.iter_mut().zip((0..length).step_by(unit)) {
-        let offset = truncate(start.wrapping_add(by as u64), width);
-        *linear = match aligned {
-            true => cpu.linear(segment, offset, unit, Access::Write)?,
-            false => element_linear(cpu, segment, offset, 0, unit, Access::Write)?,
-        };
-        cpu.probe(*linear, unit, Access::Write, cpu.privilege())?;
+    // It is in halves, each aligned and with an address of its own; Intel's processors begin with the upper one. All of it is
+    // checked, whatever the mask (the SDM leaves that open, vol. 2, "MASKMOVDQU").
+    let mut halves = [0; 2];
+    let (count, upper_first) = (length / HALF, !cpu.features.amd);
+    for i in (0..count).map(|i| if upper_first { count - 1 - i } else { i }) {
+        let offset = truncate(start.wrapping_add((i * HALF) as u64), width);
+        halves[i] = cpu.linear(segment, offset, HALF, Access::Write)?;
+        cpu.probe(halves[i], HALF, Access::Write, cpu.privilege())?;
     }
-    store_active(cpu, &value, bits, 1, length, |_, i| Ok(units[i / unit].wrapping_add((i % unit) as u64)))
+    store_active(cpu, &value, bits, 1, length, |_, i| Ok(halves[i / HALF].wrapping_add((i % HALF) as u64)))
 }
 
 /// Bytes of an XMM register's half.
@@ -119,31 +115,29 @@ fn store_active(
     count: usize,
     mut address: impl FnMut(&mut Cpu, usize) -> Result<u64, Exception>,
 ) -> Result<(), Exception> {
-    let mut addresses = [0; 64];
+    let (mut addresses, mut bits, mut beyond) = ([0; 64], bits, None);
     for i in active(bits, count) {
-        addresses[i] = address(cpu, i)?;
-        cpu.probe(addresses[i], size, Access::Write, cpu.privilege())?;
+        match address(cpu, i) {
+            Ok(address) => addresses[i] = address,
+            Err(fault) if cpu.features.amd => return Err(fault),
+            Err(fault) => {
+                // To Intel's processors that is the next one's, and comes behind the stores of those before.
+                (bits, beyond) = (bits & ((1 << i) - 1), Some(fault));
+                break;
+            }
+        }
+        if cpu.features.amd {
+            cpu.probe(addresses[i], size, Access::Write, cpu.privilege())?;
+        }
+    }
+    if !cpu.features.amd && bits != 0 {
+        let [first, last] = [bits.trailing_zeros(), bits.ilog2()].map(|i| addresses[i as usize]);
+        cpu.probe_ends(first, last.wrapping_add(size as u64 - 1))?;
     }
     for i in active(bits, count) {
         cpu.write_as(addresses[i], &value[i * size..(i + 1) * size], cpu.privilege())?;
     }
-    Ok(())
-}
-
-/// The linear address of the element `by` bytes into an operand at `offset`. Its alignment is not checked.
-fn element_linear(
-    cpu: &mut Cpu,
-    segment: usize,
-    offset: u64,
-    by: usize,
-    size: usize,
-    access: Access,
-) -> Result<u64, Exception> {
-    let checked = cpu.rflags;
-    cpu.rflags &= !rflags::AC;
-    let linear = cpu.element_linear(segment, offset, by, size, access);
-    cpu.rflags = checked;
-    linear
+    beyond.map_or(Ok(()), Err)
 }
 
 /// A gather's or scatter's memory operand: an address for each element of the index register.
@@ -184,7 +178,7 @@ impl Vector {
             _ => u64::from_le_bytes(bytes.try_into().unwrap_or_default()),
         };
         let offset = truncate(self.base.wrapping_add(index.wrapping_mul(self.scale)), self.width);
-        element_linear(cpu, self.segment, offset, 0, size, access)
+        cpu.element_linear(self.segment, offset, 0, size, access)
     }
 }
 
@@ -220,11 +214,17 @@ impl Mask {
         }
     }
 
-    /// At a fault of element `at`: strikes those before it out, and leaves the rest as it is.
-    fn strike_out(self, cpu: &mut Cpu, at: usize, size: usize) {
+    /// At a fault of element `at`: strikes those before it out. The rest stays as it is on AMD's processors; on Intel's all bits of
+    /// an element are what its sign bit was, and what is above the instruction's `length` is gone.
+    fn strike_out(self, cpu: &mut Cpu, at: usize, size: usize, length: usize) {
         match self {
             Self::Vector(register, _) => {
                 let mut value = cpu.xstate.vector(register, 64);
+                if !cpu.features.amd {
+                    let left = sign_bits(&value, size, length / size);
+                    value = [0; 64];
+                    active(left, length / size).for_each(|i| value[i * size..(i + 1) * size].fill(0xff));
+                }
                 value[..at * size].fill(0);
                 cpu.xstate.set_vector(register, &value);
             }
@@ -260,12 +260,17 @@ fn gather(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
     let (size, memory) = (element_size(insn), Vector::of(cpu, insn));
     let count = element_count(target, insn, size);
     let mut value = cpu.xstate.vector(number(target), 64);
-    for i in active(mask.bits(cpu, size, count), count) {
+    let length = target.size().max(index.size());
+    let bits = mask.bits(cpu, size, count);
+    for i in active(bits, count) {
         match memory.linear(cpu, i, size, Access::Read).and_then(|at| cpu.read_sized(at, size)) {
             Ok(element) => value[i * size..(i + 1) * size].copy_from_slice(&element.to_le_bytes()[..size]),
             Err(exception) => {
-                cpu.xstate.set_vector(number(target), &value);
-                mask.strike_out(cpu, i, size);
+                // On Intel's processors each element that is loaded clears what is above the result.
+                let loaded = bits & ((1 << i) - 1) != 0;
+                let kept = if loaded && !cpu.features.amd { length } else { value.len() };
+                cpu.xstate.set_vector(number(target), &value[..kept]);
+                mask.strike_out(cpu, i, size, length);
                 return Err(exception);
             }
         }
@@ -286,7 +291,7 @@ fn scatter(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
             .linear(cpu, i, size, Access::Write)
             .and_then(|at| cpu.write_as(at, &value[i * size..(i + 1) * size], cpu.privilege()));
         if let Err(exception) = stored {
-            mask.strike_out(cpu, i, size);
+            mask.strike_out(cpu, i, size, 0);
             return Err(exception);
         }
     }

@@ -23,8 +23,8 @@ pub(super) enum Memory {
     Host(HostMemory),
 }
 
-/// A memory operand that is accessed in many units. Where addresses end within it, at 4 GiB or 64 KiB, each unit of AMD's
-/// processors has an address of its own, cut to its size and held against the segment's limit by itself: the area goes on at the
+/// A memory operand that is accessed in many units. Where addresses end within it, at 4 GiB or 64 KiB, each unit
+/// has an address of its own, cut to its size and held against the segment's limit by itself: the area goes on at the
 /// beginning of the segment. (The SDM leaves that open, vol. 3A 5.3.)
 pub(super) struct Operand {
     segment: usize,
@@ -50,7 +50,7 @@ impl Operand {
         let (segment, offset) = cpu.effective_address(insn);
         let (width, privilege) = (cpu.address_size(insn), cpu.privilege());
         let mut operand = Self { segment, offset, width, linear: 0, access, privilege };
-        let size = if operand.goes_round(cpu, size) { UNIT } else { size };
+        let size = if operand.goes_round(size) { UNIT } else { size };
         operand.linear = cpu.linear(segment, offset, size, access)?;
         if operand.linear & (alignment - 1) != 0 {
             return Err(Exception::GP0);
@@ -75,7 +75,7 @@ impl Operand {
 
     /// Checks that the segment holds all up to byte `end`, if addresses do not end before.
     fn check_end(&self, cpu: &mut Cpu, end: usize) -> Result<(), Exception> {
-        match self.goes_round(cpu, end) {
+        match self.goes_round(end) {
             true => Ok(()),
             false => cpu.linear(self.segment, self.offset, end, self.access).map(drop),
         }
@@ -83,8 +83,8 @@ impl Operand {
 
     /// Whether addresses end within its first `size` bytes, and it goes on at their beginning. (Those of 64 bits end where no
     /// address is canonical.)
-    fn goes_round(&self, cpu: &Cpu, size: usize) -> bool {
-        cpu.features.amd && self.width < 8 && self.offset + size as u64 > 1 << (8 * self.width)
+    fn goes_round(&self, size: usize) -> bool {
+        self.width < 8 && self.offset + size as u64 > 1 << (8 * self.width)
     }
 
     /// Calls `act` with the linear address of each part of the `size` bytes from `at` on that is accessed by itself.
@@ -96,7 +96,7 @@ impl Operand {
         unit: usize,
         mut act: impl FnMut(&mut Cpu, u64, Range<usize>) -> Result<(), Exception>,
     ) -> Result<(), Exception> {
-        if !self.goes_round(cpu, at + size) {
+        if !self.goes_round(at + size) {
             return act(cpu, self.linear.wrapping_add(at as u64), 0..size);
         }
         for start in (0..size).step_by(unit) {

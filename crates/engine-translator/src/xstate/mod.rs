@@ -55,6 +55,7 @@ const MXCSR_INIT: u32 = 0x1f80;
 /// XCOMP_BV is zero.
 ///
 /// A component whose XSTATE_BV bit is clear is in its initial state, whatever its bytes are. MXCSR is always valid.
+#[derive(Clone)]
 #[repr(C, align(64))]
 pub struct XState {
     /// The area.
@@ -62,10 +63,13 @@ pub struct XState {
     /// x87 instruction pointer, data pointer and opcode of the last non-control x87 instruction: the area's own
     /// fields hold addresses of the translator's.
     pub fip: u64,
-    /// See `fip`.
+    /// See `fip`. Intel's processors keep this one and FOP of the last instruction only that raised an unmasked exception:
+    /// see [`XState::settle_pointers`].
     pub fdp: u64,
     /// See `fip`: FOP, 11 bits.
     pub fop: u64,
+    /// FDP and FOP, as they were settled last.
+    pub settled: [u64; 2],
     /// Selectors of `fip` and `fdp`, as far as software has loaded them: x87 instructions do not record theirs, which
     /// is how processors with CPUID.7.EBX bit 13 behave.
     pub fcs: u16,
@@ -75,7 +79,7 @@ pub struct XState {
 
 impl Default for XState {
     fn default() -> Self {
-        let mut state = Self { area: [0; AREA], fip: 0, fdp: 0, fop: 0, fcs: 0, fds: 0 };
+        let mut state = Self { area: [0; AREA], fip: 0, fdp: 0, fop: 0, settled: [0; 2], fcs: 0, fds: 0 };
         state.set_u16(offset::FCW, FCW_INIT);
         state.set_u32(offset::MXCSR, MXCSR_INIT);
         state
@@ -213,8 +217,24 @@ impl XState {
     }
 
     fn clear_pointers(&mut self) {
-        (self.fip, self.fdp, self.fop) = (0, 0, 0);
+        self.set_pointers(0, 0, 0);
         (self.fcs, self.fds) = (0, 0);
+    }
+
+    /// Sets FIP, FDP and FOP.
+    pub fn set_pointers(&mut self, fip: u64, fdp: u64, fop: u64) {
+        (self.fip, self.fdp, self.fop) = (fip, fdp, fop);
+        self.settled = [fdp, fop];
+    }
+
+    /// FDP and FOP become what software can see, on a processor on which they are those of the last instruction that raised an
+    /// unmasked exception (SDM vol. 1 8.1.8 and 8.1.9.1). Before anything reads them, or clears exceptions.
+    pub fn settle_pointers(&mut self) {
+        if self.x87_exception_pending() {
+            self.settled = [self.fdp, self.fop];
+        } else {
+            [self.fdp, self.fop] = self.settled;
+        }
     }
 
     /// Sets TOP while the registers keep their physical places: they are stored from ST(0) on.
@@ -230,6 +250,19 @@ impl XState {
         self.materialise(0);
         self.set_top(0);
         self.area[offset::FTW] = 0xff;
+    }
+
+    /// What is left of that at a fault of the store of an MMX instruction: TOP is 0.
+    pub fn enter_mmx_by_half(&mut self) {
+        self.materialise(0);
+        self.set_top(0);
+    }
+
+    /// Whether an unmasked exception waits with which an x87 instruction does not store: any but the one for precision (SDM vol. 1
+    /// 8.5).
+    pub fn keeps_from_storing(&self) -> bool {
+        const BUT_PRECISION: u16 = 0x1f;
+        self.x87_exception_pending() && self.u16(offset::FSW) & !self.u16(offset::FCW) & BUT_PRECISION != 0
     }
 
     /// What the processor makes of control and status words that it loads: reserved bits of the one have their fixed
@@ -262,6 +295,16 @@ impl XState {
             bytes[8 * number..8 * number + 8].copy_from_slice(&value.to_le_bytes());
         }
     }
+}
+
+/// FNCLEX, on a processor whose pointers are to be settled before.
+pub fn fnclex(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Exception> {
+    const EXCEPTIONS: u16 = 0x80ff;
+    check_x87(cpu, insn)?;
+    cpu.xstate.settle_pointers();
+    let status = cpu.xstate.fsw();
+    cpu.xstate.set_u16(offset::FSW, status & !EXCEPTIONS);
+    Ok(())
 }
 
 /// VZEROUPPER and VZEROALL outside of 64-bit mode, where there are eight registers: the host's own would change sixteen.

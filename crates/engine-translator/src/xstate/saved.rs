@@ -4,7 +4,7 @@ use purlin_arch::x86_64::regs::xcr0;
 use purlin_state::StateError;
 
 use super::{
-    AREA, Layout, XState,
+    AREA, IdlePointers, Layout, XState,
     layout::COMPONENTS,
     offset::{self, HEADER_END, XSTATE_BV},
 };
@@ -16,6 +16,9 @@ pub fn save(cpu: &mut Cpu) -> Vec<u8> {
     let state = &mut cpu.xstate;
     let mut area = vec![0; layout.standard_size(u64::MAX)];
     state.materialise_for_reading();
+    if cpu.features.idle_pointers == IdlePointers::Kept {
+        state.settle_pointers();
+    }
     area[..offset::XMM].copy_from_slice(&state.area[..offset::XMM]);
     area[offset::FOP..offset::FOP + 2].copy_from_slice(&(state.fop as u16).to_le_bytes());
     area[offset::FIP..offset::FIP + 8].copy_from_slice(&state.fip.to_le_bytes());
@@ -55,9 +58,7 @@ pub fn restore(cpu: &mut Cpu, area: &[u8]) -> Result<(), StateError> {
         state.materialise(0);
         state.area[..offset::FOP].copy_from_slice(&area[..offset::FOP]);
         state.area[offset::ST..offset::XMM].copy_from_slice(&area[offset::ST..offset::XMM]);
-        state.fop = word(offset::FOP) & 0x7ff;
-        state.fip = word(offset::FIP);
-        state.fdp = word(offset::FDP);
+        state.set_pointers(word(offset::FIP), word(offset::FDP), word(offset::FOP) & 0x7ff);
     }
     for component in (1..COMPONENTS).filter(|i| present & 1 << i != 0) {
         let Some(source) = layout.range(component) else { continue };

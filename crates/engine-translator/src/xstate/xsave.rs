@@ -183,6 +183,10 @@ fn save_or_restore(cpu: &mut Cpu, form: Form, memory: &Memory) -> Result<(), Exc
 fn save(cpu: &mut Cpu, Form { kind, pointers }: Form, memory: &Memory) -> Result<(), Exception> {
     let requested = requested(cpu);
     let mut in_use = cpu.xstate.in_use();
+    if !cpu.code64() && !cpu.features.amd {
+        // Registers that there are none of are in their initial state, to Intel's processors.
+        in_use &= !(1 << 7);
+    }
     if kind == Kind::Compacted && cpu.xstate.mxcsr() != MXCSR_INIT {
         in_use |= xcr0::SSE;
     }

@@ -593,7 +593,8 @@ fn the_last_of_many_indirect_calls() {
             }
             None => assert_eq!((stop, guest.state().regs.gpr[RBX]), (Stop::Done(2), call + 2)),
         }
-        let pushed = if vector.is_none() { call + 2 } else { 0 };
+        // Of an address that is not canonical Intel's processors take note behind the push.
+        let pushed = if vector.is_none() || target == astray && !is_amd() { call + 2 } else { 0 };
         assert_eq!(m.peek::<u64>(elsewhere - 8), pushed, "{target:#x} {stack:#x}");
     }
 }

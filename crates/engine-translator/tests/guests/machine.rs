@@ -12,7 +12,7 @@ use iced_x86::{
     code_asm::{CodeAssembler, eax},
 };
 use purlin_arch::x86_64::{
-    cpuid::{CpuModel, leaves},
+    cpuid::{CpuModel, Vendor, leaves},
     msr,
     regs::{
         cr0, cr4, efer,
@@ -224,6 +224,11 @@ fn host_cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
         let r = std::arch::x86_64::__cpuid_count(leaf, subleaf);
         [r.eax, r.ebx, r.ecx, r.edx]
     })
+}
+
+/// Whether guests are AMD's processors, as the host is.
+pub fn is_amd() -> bool {
+    Vendor::of(host_cpuid(0, 0)) == Vendor::Amd
 }
 
 /// The engine that tests begin with. With `PURLIN_TEST_MOVABLE_CODE` their code is translated as what lies above 4 GiB is.

@@ -1,7 +1,10 @@
 //! The instruction forms that cases are made of.
 
-use iced_x86::{Code, CpuidFeature, Decoder, DecoderOptions, EncodingKind, Mnemonic, OpCodeOperandKind};
-use purlin_engine_translator::translate::classify::{Class, classify};
+use iced_x86::{Code, CpuidFeature, Decoder, EncodingKind, Mnemonic, OpCodeOperandKind};
+use purlin_engine_translator::translate::{
+    classify::{Class, classify},
+    source::DECODER_OPTIONS,
+};
 
 use super::{
     operands::Operands,
@@ -84,7 +87,7 @@ pub fn form(code: Code, bits: u32) -> Result<Form, Left> {
         let mut operands = Operands::new(bits, bits, &mut rng);
         let Some(insn) = operands.instruction(code, &mut rng) else { continue };
         let Some(bytes) = program::encode(&program::near(&insn, EXAMPLE), bits, EXAMPLE) else { continue };
-        let decoded = Decoder::with_ip(bits, &bytes, EXAMPLE, DecoderOptions::AMD).decode();
+        let decoded = Decoder::with_ip(bits, &bytes, EXAMPLE, *DECODER_OPTIONS).decode();
         if decoded.code() != code {
             reason = Left::Alias;
             continue;

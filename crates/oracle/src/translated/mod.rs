@@ -279,14 +279,15 @@ fn load(cpu: &mut Cpu, case: &Case, area: &Area) {
     cpu.pending_debug = 0;
     (cpu.sti_shadow, cpu.mov_ss_shadow) = (false, false);
     cpu.xstate.area.copy_from_slice(&area.0);
-    cpu.xstate.fip = 0;
-    cpu.xstate.fdp = 0;
-    cpu.xstate.fop = 0;
+    cpu.xstate.set_pointers(0, 0, 0);
     (cpu.xstate.fcs, cpu.xstate.fds) = (0, 0);
 }
 
 fn outcome(cpu: &mut Cpu, exception: Exception, memory: Vec<u8>) -> Outcome {
     let mut area = Area(cpu.xstate.area);
+    if !cpu.features.amd {
+        cpu.xstate.settle_pointers();
+    }
     area.set(at::FIP, &cpu.xstate.fip.to_le_bytes());
     area.set(at::FDP, &cpu.xstate.fdp.to_le_bytes());
     area.set(at::FOP, &(cpu.xstate.fop as u16).to_le_bytes());

@@ -127,13 +127,14 @@ fn which_operand_of_a_comparison_faults_first_is_the_processors() {
     with_small_pages(cpu, 0x21);
     (cpu.gpr[RSI], cpu.gpr[RDI], cpu.gpr[RCX]) = (0x21000, 0x21800, 5);
     let (source, target) = (Err(Exception::page_fault(0x21000, 0)), Err(Exception::page_fault(0x21800, 0)));
-    for right_first in [false, true] {
-        cpu.features.cmps_right_first = right_first;
+    // (AMD's, the target first, which it is for REPE CMPSB)
+    for (amd, right_first, by_itself) in [(true, false, source), (true, true, source), (false, true, target)] {
+        (cpu.features.amd, cpu.features.cmps_right_first) = (amd, right_first);
         let usual = if right_first { target } else { source };
         for cmps in [&[0xa6][..], &[0xf2, 0xa6], &[0xa7], &[0xf3, 0xa7], &[0x48, 0xa7]] {
             assert_eq!(run(cpu, cmps), usual, "{cmps:02x?}");
         }
-        assert_eq!(run(cpu, &[0xf3, 0xa6]), source, "repe cmpsb");
+        assert_eq!(run(cpu, &[0xf3, 0xa6]), by_itself, "repe cmpsb");
     }
 }
 

@@ -2,6 +2,7 @@ use iced_x86::Register;
 use purlin_arch::x86_64::regs::{
     gpr::{RAX, RBX, RSI},
     rflags::{AF, CF, FIXED, OF, PF, SF, ZF},
+    seg::DS,
 };
 
 use crate::{
@@ -82,6 +83,15 @@ fn bound() {
         let result = step(&mut cpu, b"\x62\x05\x00\x50\x00\x00");
         assert_eq!(result, if inside { Ok(()) } else { Err(Exception::plain(vector::BR)) }, "{index}");
     }
+    // The upper limit is not there: nor is it looked at by Intel's processors, if the lower one is enough. BOUND EAX, [ESI]
+    for (amd, faults) in [(true, true), (false, false)] {
+        cpu.features.amd = amd;
+        cpu.seg[DS].limit = 0x5003;
+        (cpu.gpr[RSI], cpu.gpr[RAX]) = (0x5000, -6i32 as u32 as u64);
+        let expected = if faults { Exception::GP0 } else { Exception::plain(vector::BR) };
+        assert_eq!(step(&mut cpu, b"\x62\x06"), Err(expected));
+    }
+    cpu.seg[DS].limit = u32::MAX;
     // 16-bit operands
     poke(&cpu, 0x5000, 0x7fff_8000u32);
     assert_eq!(step(&mut cpu, b"\x66\x62\x05\x00\x50\x00\x00"), Ok(()));

@@ -107,6 +107,27 @@ fn segment_registers() {
     assert_eq!((long.seg[FS].selector, long.gpr[RSP]), (selector::USER_DATA, STACK + 8));
 }
 
+/// Of 32 bits Intel's processors push the lower half only, and of whatever they pop the selector.
+#[test]
+fn selectors_alone_on_intels_processors() {
+    let mut cpu = cpu(Mode::Protected(0));
+    for (amd, pushed) in [(false, 0xaaaa_0000 | u32::from(selector::DATA)), (true, selector::DATA.into())] {
+        cpu.features.amd = amd;
+        poke(&cpu, STACK - 4, 0xaaaa_aaaau32);
+        step(&mut cpu, b"\x1e").unwrap();
+        assert_eq!((peek(&cpu, STACK - 4) as u32, cpu.gpr[RSP]), (pushed, STACK - 4));
+        cpu.gpr[RSP] = STACK;
+    }
+    // POP DS two bytes before the end of the stack
+    cpu.seg[SS].limit = STACK as u32 - 3;
+    for (amd, expected) in [(true, Err(Exception::SS0)), (false, Ok(()))] {
+        cpu.features.amd = amd;
+        cpu.gpr[RSP] = STACK - 4;
+        assert_eq!(step(&mut cpu, b"\x1f"), expected);
+    }
+    assert_eq!(cpu.gpr[RSP], STACK);
+}
+
 #[test]
 fn all_registers() {
     let mut cpu = cpu(Mode::Protected(0));
