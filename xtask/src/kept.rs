@@ -48,6 +48,7 @@ pub fn run(args: &KeptArgs) -> Result<()> {
     check_launch(&home, args)?;
     check_commands(&home)?;
     check_snapshots(&home)?;
+    check_memory(&home, &args.memory)?;
     measure_clone(&home, args.rounds)?;
     check_clones(&home, args.clones)?;
     check_killed(&home)?;
@@ -111,6 +112,33 @@ fn check_snapshots(home: &Home) -> Result<()> {
     println!("{}", home.purlin(&["snapshot", "list", "a"])?.trim_end());
     home.purlin(&["snapshot", "delete", "a", "s1"])?;
     home.purlin(&["snapshot", "delete", "a", "s2"])?;
+    Ok(())
+}
+
+/// A guest makes do with less memory while it runs, goes back to that with a snapshot, and has all of it again.
+fn check_memory(home: &Home, all: &str) -> Result<()> {
+    let guest = |field: &str| -> Result<u64> {
+        home.info("a")?["process"]["memory"][field].as_u64().with_context(|| format!("it says no {field}"))
+    };
+    let total = || -> Result<u64> { Ok(home.exec("a", "awk '/MemTotal/ {print $2}' /proc/meminfo")?.trim().parse()?) };
+    let (most, before) = (guest("most")?, total()?);
+    // A guest that has just booted can do without a quarter.
+    let less = most / 4 * 3;
+    let setting = format!("memory={}K", less >> 10);
+    home.purlin(&["set", "a", &setting])?;
+    let begin = Instant::now();
+    home.wait("a", "it has given memory back", |_| Ok(guest("now")? == less))?;
+    println!("{} MiB given back: {:.1?}", (most - less) >> 20, begin.elapsed());
+    let missing = (before - total()?) << 10;
+    ensure!(missing.abs_diff(most - less) < most / 64, "the guest misses {missing} bytes, not {}", most - less);
+    home.purlin(&["snapshot", "create", "a", "less"])?;
+    home.purlin(&["set", "a", &format!("memory={all}")])?;
+    home.wait("a", "it has all of it again", |_| Ok(guest("now")? == most && total()? == before))?;
+    home.purlin(&["snapshot", "restore", "a", "less"])?;
+    ensure!((guest("wanted")?, guest("now")?) == (less, less), "it does not go on with what it had");
+    home.purlin(&["set", "a", &format!("memory={all}")])?;
+    home.wait("a", "it has all of it again", |_| Ok(guest("now")? == most && total()? == before))?;
+    home.purlin(&["snapshot", "delete", "a", "less"])?;
     Ok(())
 }
 

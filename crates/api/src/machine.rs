@@ -57,6 +57,11 @@ impl Machine {
         self.memory.unwrap_or(Self::MEMORY)
     }
 
+    /// Bytes of memory that the guest is left with by its balloon.
+    pub fn memory_left(&self) -> u64 {
+        self.memory().saturating_sub(self.balloon.map_or(0, |balloon| balloon.size))
+    }
+
     /// Virtual CPUs.
     pub fn cpus(&self) -> u32 {
         self.cpus.unwrap_or(1)

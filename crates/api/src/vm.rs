@@ -96,6 +96,9 @@ pub struct Process {
     #[serde(default)]
     #[schema(value_type = Vec<String>)]
     pub disks: Vec<PathBuf>,
+    /// The guest's memory, as it is now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<GuestMemory>,
     /// How its shares of the host are enforced.
     #[serde(default)]
     pub shares: String,
@@ -109,6 +112,17 @@ pub struct Process {
     /// The ports of the host's that lead to the guest's, as they came to be.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub published: Vec<String>,
+}
+
+/// What a guest has of memory, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct GuestMemory {
+    /// What it was started with: it cannot have more before its next start.
+    pub most: u64,
+    /// What it is to have: it is asked to give back the rest, through its balloon.
+    pub wanted: u64,
+    /// What it has, by what it says that it has given back.
+    pub now: u64,
 }
 
 /// Whether a guest runs.
@@ -194,6 +208,14 @@ pub struct Cap {
     /// In percent of one processor; none if left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub percent: Option<u32>,
+}
+
+/// How much memory the guest is to have: more than it was started with is as much as that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SetMemory {
+    /// Bytes.
+    pub bytes: u64,
 }
 
 /// How a run ended.

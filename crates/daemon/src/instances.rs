@@ -3,6 +3,7 @@
 mod clones;
 mod create;
 mod disks;
+mod memory;
 mod shares;
 mod snapshots;
 
@@ -398,8 +399,8 @@ impl Instances {
         Ok(())
     }
 
-    /// Changes the hardware of an instance, by a JSON merge patch (RFC 7396): its shares at once, the rest from its next
-    /// start on.
+    /// Changes the hardware of an instance, by a JSON merge patch (RFC 7396): its shares at once, its memory too as far as the
+    /// guest was started with that much, the rest from its next start on.
     pub async fn change_machine(&self, name: &str, patch: &serde_json::Value) -> Result<(), ErrorBody> {
         let entry = self.get(name)?;
         let record = entry.record();
@@ -409,7 +410,9 @@ impl Instances {
         let machine = serde_json::from_value(machine).map_err(|e| ErrorBody::new(Reason::BadRequest, e))?;
         create::check_machine(&machine)?;
         if let Some(vm) = entry.vm() {
+            memory::check(&record, &machine, &vm).await?;
             shares::change(&record, &machine, &vm).await?;
+            memory::change(&record, &machine, &vm).await?;
         }
         self.change(&entry, |record| record.machine = machine)
     }

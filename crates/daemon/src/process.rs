@@ -14,7 +14,7 @@ use purlin_api::{
     ErrorBody, InstanceProcess, Reason, Usage,
     client::{Client, ClientError, WebSocket},
     unix::Address,
-    vm::{self, Act, Action, Cap, Freeze, Ready, SnapshotTaken, TakeSnapshot},
+    vm::{self, Act, Action, Cap, Freeze, Ready, SetMemory, SnapshotTaken, TakeSnapshot},
 };
 use purlin_vmm::process::VERB;
 use rustix::{
@@ -177,6 +177,19 @@ impl Vm {
     /// Has it keep another cap, where it does that itself.
     pub async fn set_cap(&self, percent: Option<u32>) -> Result<(), ErrorBody> {
         self.client.put::<vm::Process>("/1.0/cap", &Cap { percent }).await.map(drop).map_err(refused)
+    }
+
+    /// Has its guest make do with other memory, as far as it can have that before its next start.
+    pub async fn set_memory(&self, bytes: u64) -> Result<(), ErrorBody> {
+        match self.client.put::<vm::Process>("/1.0/memory", &SetMemory { bytes }).await {
+            Ok(said) => {
+                self.set_said(said);
+                Ok(())
+            }
+            // A process that an older Purlin has started.
+            Err(ClientError::Refused(ErrorBody { reason: Reason::NotFound, .. })) => Ok(()),
+            Err(error) => Err(refused(error)),
+        }
     }
 
     /// Its process's number.

@@ -209,6 +209,11 @@ impl Machine {
         &self.ram
     }
 
+    /// Bytes of memory that it was made with.
+    pub fn memory(&self) -> u64 {
+        self.config.memory
+    }
+
     /// The disks, by number.
     pub fn disks(&self) -> &[Arc<Disk>] {
         &self.config.disks

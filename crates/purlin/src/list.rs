@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use clap::Args;
-use purlin_api::{Instance, Network};
+use purlin_api::{Instance, Network, vm::GuestMemory};
 
 use crate::{
     client::Api,
@@ -49,9 +49,18 @@ fn row(instance: &Instance) -> [String; 6] {
         instance.status.as_str().to_owned(),
         instance.image.clone(),
         instance.machine.cpus().to_string(),
-        in_units(instance.machine.memory()),
+        memory_in_short(instance),
         ssh.map_or("-".into(), |ssh| ssh.to_string()),
     ]
+}
+
+/// `384 MiB (now 400 MiB)`
+fn memory_in_short(instance: &Instance) -> String {
+    let size = in_units(instance.machine.memory());
+    match instance.process.as_ref().and_then(|process| process.said.memory) {
+        Some(guest) if guest.now != instance.machine.memory_left() => format!("{size} (now {})", in_units(guest.now)),
+        _ => size,
+    }
 }
 
 /// Shows one.
@@ -75,7 +84,7 @@ fn lines(instance: &Instance) -> Vec<(&'static str, String)> {
         ("id", instance.id.clone()),
         ("age", age(Duration::from_secs(instance.created))),
         ("cpus", machine.cpus().to_string()),
-        ("memory", in_units(machine.memory())),
+        ("memory", memory(instance)),
         ("network", network(&machine.network)),
     ];
     lines.extend(machine.cpu_shares.iter().map(|weight| ("cpu shares", weight.to_string())));
@@ -103,6 +112,20 @@ fn lines(instance: &Instance) -> Vec<(&'static str, String)> {
             .map(|end| ("last end", format!("{} ago: {}", age(Duration::from_millis(end.time)), end.message))),
     );
     lines
+}
+
+/// `384 MiB; the guest has 400 MiB now, of 512 MiB that it was started with`
+fn memory(instance: &Instance) -> String {
+    let size = in_units(instance.machine.memory());
+    match instance.process.as_ref().and_then(|process| process.said.memory) {
+        Some(GuestMemory { most, now, .. })
+            if most != instance.machine.memory() || now != instance.machine.memory_left() =>
+        {
+            let (now, most) = (in_units(now), in_units(most));
+            format!("{size}; the guest has {now} now, of {most} that it was started with")
+        }
+        _ => size,
+    }
 }
 
 fn network(network: &Network) -> String {

@@ -150,6 +150,7 @@ mod tests {
             state: vm::State::Running,
             engine: String::new(),
             disks: Vec::new(),
+            memory: None,
             shares: String::new(),
             sandbox_lacks: Vec::new(),
             ssh: None,

@@ -587,3 +587,39 @@ fn a_cap_is_kept_and_can_be_changed() {
     }
     home.ok("delete -f a");
 }
+
+#[test]
+fn memory_can_be_less_at_once_and_more_than_it_was_started_with_later() {
+    let home = Home::new();
+    home.ok("launch tiny a --memory 64M --engine translator");
+    let memory = |name: &str| {
+        let memory = info(&home, name)["process"]["memory"].clone();
+        ["most", "wanted", "now"].map(|field| memory[field].as_u64().unwrap() >> 20)
+    };
+    assert_eq!(memory("a"), [64, 64, 64]);
+    assert!(stderr(&home.run("set a memory=32M")).is_empty(), "nothing waits for a start");
+    // Its kernel knows no balloon, so it has given back nothing.
+    assert_eq!(memory("a"), [64, 32, 64]);
+    assert!(home.ok("list").contains("32 MiB (now 64 MiB)"), "{}", home.ok("list"));
+    let said = home.ok("info a");
+    assert!(said.contains("32 MiB; the guest has 64 MiB now, of 64 MiB that it was started with"), "{said}");
+
+    // Whoever goes on from there goes on with that.
+    home.ok("snapshot create a s");
+    home.ok("clone a b");
+    assert_eq!(memory("b"), [64, 32, 64]);
+    home.ok("set b memory=64M");
+    assert_eq!((memory("b"), memory("a")), ([64, 64, 64], [64, 32, 64]));
+    let more = home.run("set a memory=96M");
+    assert_one_line(&more, 0, &["'a' was started with 64 MiB", "next start", "purlin restart a"]);
+    assert_eq!(memory("a"), [64, 64, 64]);
+    home.ok("snapshot restore a s");
+    assert_eq!((memory("a"), &info(&home, "a")["machine"]["memory"]), ([64, 32, 64], &(32 << 20).into()));
+
+    // Its process may need all that it was started with.
+    assert_one_line(&home.run("set a memory-max=48M"), 2, &["started with, 64 MiB", "stop 'a' first"]);
+    home.ok("restart -f a");
+    assert_eq!(memory("a"), [32, 32, 32]);
+    home.ok("set a memory-max=48M");
+    home.ok("delete -f a b");
+}

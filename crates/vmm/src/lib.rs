@@ -30,5 +30,5 @@ pub use purlin_machine::{
 pub use purlin_network as network;
 pub use purlin_snapshot as snapshots;
 pub use purlin_storage as storage;
-pub use running::{Brake, Running, Vmm};
+pub use running::{Brake, GuestMemory, Running, Vmm};
 pub use snapshot::{Pages, RestoreError, SnapshotSpec, Snapshotted, TakeError, check_engine};

@@ -164,6 +164,17 @@ impl Brake {
     }
 }
 
+/// What a guest has of memory, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GuestMemory {
+    /// All that the machine has.
+    pub most: u64,
+    /// What the guest is to make do with.
+    pub wanted: u64,
+    /// What it has, by what it says that it has given back: never believe it more than that.
+    pub now: u64,
+}
+
 /// How the run ended, once it has.
 #[derive(Default)]
 struct End {
@@ -244,6 +255,22 @@ impl Running {
     /// What steers the guest's memory balloon, if it has one.
     pub fn balloon(&self) -> Option<&BalloonHandle> {
         self.balloon.as_ref()
+    }
+
+    /// What the guest has of memory; nothing of a run that is over.
+    pub fn guest_memory(&self) -> Option<GuestMemory> {
+        let most = self.machine().ok()?.memory();
+        let left = |given_back: u64| most.saturating_sub(given_back);
+        let balloon = self.balloon.as_ref();
+        let (wanted, now) = balloon.map_or((most, most), |b| (left(b.target()), left(b.actual())));
+        Some(GuestMemory { most, wanted, now })
+    }
+
+    /// Asks the guest to make do with this much memory, by its balloon, if it has one. It cannot have more than all.
+    pub fn set_guest_memory(&self, bytes: u64) {
+        if let (Some(balloon), Ok(machine)) = (&self.balloon, self.machine()) {
+            balloon.set_target(machine.memory().saturating_sub(bytes));
+        }
     }
 
     /// The machine's memory; to be read or written only while it is paused.

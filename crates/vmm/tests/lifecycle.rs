@@ -15,7 +15,7 @@ use purlin_arch::x86_64::cpuid::CpuModel;
 use purlin_engine::{After, EngineError, Exit};
 use purlin_machine::testing::{Run, ScriptedEngine, kernels};
 use purlin_vmm::{
-    BalloonConfig, GuestEvent, LifecycleError, OptionalDevice, Outcome, RunConfig, Running, Vmm,
+    BalloonConfig, GuestEvent, GuestMemory, LifecycleError, OptionalDevice, Outcome, RunConfig, Running, Vmm,
     vsock::{HostSocket, VsockConfig},
 };
 use vm_memory::{Bytes, GuestAddress};
@@ -384,7 +384,12 @@ fn a_machine_with_a_balloon_and_a_vsock_goes_on_with_both() {
     eventually("the guest", || seen.load(Ordering::SeqCst) > 0);
     let balloon = first.balloon().unwrap();
     assert_eq!((balloon.target(), balloon.actual()), (1 << 20, 0));
-    balloon.set_target(2 << 20);
+    let memory = |running: &Running| running.guest_memory().unwrap();
+    assert_eq!(memory(&first), GuestMemory { most: 4 << 20, wanted: 3 << 20, now: 4 << 20 });
+    first.set_guest_memory(u64::MAX);
+    assert_eq!(memory(&first).wanted, 4 << 20);
+    first.set_guest_memory(2 << 20);
+    assert_eq!((memory(&first).wanted, balloon.target()), (2 << 20, 2 << 20));
     first.pause().unwrap();
     let state = first.save().unwrap();
     drop(first);
@@ -393,7 +398,7 @@ fn a_machine_with_a_balloon_and_a_vsock_goes_on_with_both() {
     let given = RunConfig { balloon: None, ..config.clone() };
     let second = Vmm::restore(given, &state, |_| Ok(()), Box::new(io::sink())).unwrap();
     assert_eq!(second.save().unwrap(), state);
-    assert_eq!(second.balloon().unwrap().target(), 2 << 20);
+    assert_eq!(memory(&second), GuestMemory { most: 4 << 20, wanted: 2 << 20, now: 4 << 20 });
     drop(second);
 
     let without = RunConfig { vsock: None, ..config.clone() };

@@ -49,7 +49,8 @@ pub async fn get(State(Shared(shared)): State<Shared>, Segment(name): Segment) -
 }
 
 /// Changes the hardware of an instance, by a JSON merge patch (RFC 7396) of `machine`: `cpu_shares`, `cpu_cap` and
-/// `memory_max` at once, the rest from its next start on.
+/// `memory_max` at once; `memory` and the balloon's `size` at once, too, as far as the guest was started with that much (see
+/// `process.memory`); the rest from its next start on.
 #[utoipa::path(patch, path = "/1.0/instances/{name}", params(("name" = String, Path)), request_body = Object, responses(
     (status = 200, body = Instance),
     (status = 400, body = ErrorBody),

@@ -15,7 +15,7 @@ use axum::{
 use purlin_api::{
     ErrorBody, Reason,
     server::{self, Body, Refusal, Segment},
-    vm::{self, Act, Action, Cap, Freeze, SnapshotTaken, TakeSnapshot},
+    vm::{self, Act, Action, Cap, Freeze, SetMemory, SnapshotTaken, TakeSnapshot},
 };
 use purlin_shares::throttle::Governor;
 use tokio::{
@@ -29,7 +29,7 @@ use super::{
     console::Console,
     freezer::{self, Freezer},
 };
-use crate::{LifecycleError, Running};
+use crate::{GuestMemory, LifecycleError, Running};
 
 /// Bytes of the longest request.
 const MAX_BODY: usize = 64 << 10;
@@ -76,9 +76,14 @@ impl Shared {
     pub fn process(&self) -> vm::Process {
         let About { started, engine, shares, sandbox_lacks, ssh, published } = self.about.clone();
         let state = if self.running.is_paused() { vm::State::Paused } else { vm::State::Running };
-        let disks = self.running.disk_paths();
-        vm::Process { started, state, engine, disks, shares, sandbox_lacks, ssh, published }
+        let (disks, memory) = (self.running.disk_paths(), self.running.guest_memory().map(guest_memory));
+        vm::Process { started, state, engine, disks, memory, shares, sandbox_lacks, ssh, published }
     }
+}
+
+fn guest_memory(memory: GuestMemory) -> vm::GuestMemory {
+    let GuestMemory { most, wanted, now } = memory;
+    vm::GuestMemory { most, wanted, now }
 }
 
 #[derive(OpenApi)]
@@ -87,7 +92,7 @@ impl Shared {
         title = "Purlin's VM process",
         description = "Steers one virtual machine, over the Unix socket in its directory."
     ),
-    paths(process, act, console, end, snapshot, cap, freeze, thaw),
+    paths(process, act, console, end, snapshot, cap, memory, freeze, thaw),
     components(schemas(vm::Process, vm::State, Act, Action, vm::End, ErrorBody, Reason))
 )]
 struct Description;
@@ -106,6 +111,7 @@ pub async fn serve(listener: UnixListener, shared: Shared) {
         .route("/1.0/end", get(end))
         .route("/1.0/snapshot", post(snapshot))
         .route("/1.0/cap", put(cap))
+        .route("/1.0/memory", put(memory))
         .route("/1.0/freezes", post(freeze))
         .route("/1.0/freezes/{freeze}", delete(thaw))
         .with_state(shared);
@@ -163,6 +169,16 @@ async fn snapshot(
 ))]
 async fn cap(State(shared): State<Shared>, Body(Cap { percent }): Body<Cap>) -> Json<vm::Process> {
     shared.governor.iter().for_each(|governor| governor.set(percent));
+    Json(shared.process())
+}
+
+/// Changes how much memory the guest is to have, by its balloon; where it has none, nothing.
+#[utoipa::path(put, path = "/1.0/memory", request_body = SetMemory, responses(
+    (status = 200, body = vm::Process),
+    (status = 400, body = ErrorBody),
+))]
+async fn memory(State(shared): State<Shared>, Body(SetMemory { bytes }): Body<SetMemory>) -> Json<vm::Process> {
+    shared.running.set_guest_memory(bytes);
     Json(shared.process())
 }
 

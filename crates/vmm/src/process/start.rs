@@ -24,13 +24,17 @@ use super::{
     now, sandbox, shares,
 };
 use crate::{
-    OnIoError, OptionalDevice, Pages, RunConfig, Running, Vmm, engines, setup,
+    BalloonConfig, OnIoError, OptionalDevice, Pages, RunConfig, Running, Vmm, engines, setup,
     setup::{Connected, Guest},
     vsock::{HostSocket, VsockConfig},
 };
 
 /// The guest's context ID: each VM has a vsock of its own, so they need not differ.
 const CID: u32 = 3;
+
+/// The balloon of a machine that was not given one: through it the guest can be told while it runs to make do with less
+/// memory. What it has given back by that it cannot take back, as little as memory that was never there.
+const BALLOON: BalloonConfig = BalloonConfig { size: 0, deflate_on_oom: false, free_page_reporting: false };
 
 /// A machine that runs, and what belongs to it.
 pub struct Started {
@@ -187,7 +191,7 @@ fn config(spec: &vm::Spec, engine: Arc<dyn Engine>) -> RunConfig {
         console: None,
         on_io_error: on_io_error(machine.on_io_error),
         vsock: None,
-        balloon: machine.balloon.map(setup::balloon),
+        balloon: Some(machine.balloon.map_or(BALLOON, setup::balloon)),
         no_reboot: false,
     }
 }
