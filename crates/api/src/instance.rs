@@ -47,6 +47,9 @@ pub struct Usage {
     pub cpu_ms: u64,
     /// Memory of the host, in bytes; what it shares with others is in it.
     pub memory: u64,
+    /// Memory that counts against the machine's `memory_max`, in bytes; left out where it has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_limited: Option<u64>,
 }
 
 /// What an instance is doing.

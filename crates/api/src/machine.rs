@@ -51,6 +51,8 @@ pub struct Machine {
 impl Machine {
     /// Bytes of memory where none are given: an image's.
     pub const MEMORY: u64 = 1 << 30;
+    /// The weight of who says none.
+    pub const CPU_SHARES: u32 = 100;
 
     /// Bytes of memory.
     pub fn memory(&self) -> u64 {
@@ -60,6 +62,11 @@ impl Machine {
     /// Bytes of memory that the guest is left with by its balloon.
     pub fn memory_left(&self) -> u64 {
         self.memory().saturating_sub(self.balloon.map_or(0, |balloon| balloon.size))
+    }
+
+    /// Its weight against other machines.
+    pub fn cpu_shares(&self) -> u32 {
+        self.cpu_shares.unwrap_or(Self::CPU_SHARES)
     }
 
     /// Virtual CPUs.

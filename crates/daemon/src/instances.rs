@@ -214,11 +214,14 @@ impl Instances {
 
     /// What is known of one.
     pub async fn describe(&self, entry: &Entry) -> Instance {
-        let process = match entry.vm() {
+        let mut process = match entry.vm() {
             Some(vm) => Some(vm.describe().await),
             None => None,
         };
         let record = entry.record();
+        if let Some(process) = &mut process {
+            process.usage.memory_limited = shares::memory_limited(&record);
+        }
         let status = match (record.stage, &process) {
             (Stage::Creating, _) => Status::Creating,
             (Stage::Deleting, _) => Status::Deleting,

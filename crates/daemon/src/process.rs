@@ -326,5 +326,5 @@ fn usage(pid: u32) -> Usage {
     let ticks = |field: usize| fields.get(field).and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
     let pages = statm.split_whitespace().nth(1).and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
     let cpu_ms = (ticks(11) + ticks(12)) * 1000 / rustix::param::clock_ticks_per_second();
-    Usage { cpu_ms, memory: pages * rustix::param::page_size() as u64 }
+    Usage { cpu_ms, memory: pages * rustix::param::page_size() as u64, memory_limited: None }
 }

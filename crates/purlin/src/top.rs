@@ -33,14 +33,17 @@ pub struct TopArgs {
     #[arg(long)]
     once: bool,
 
-    /// Print it once, as JSON: an array of name, status, cpu_percent, memory (bytes), memory_size and up_ms
+    /// Print it once, as JSON: an array of name, status, cpu_percent, cpu_cap, cpu_shares, memory (bytes), memory_size,
+    /// memory_max, memory_max_used and up_ms
     #[arg(long)]
     json: bool,
 }
 
 const HELP: &str = "\
-CPU is in percent of one CPU of the host: a guest with two CPUs can use 200. MEMORY is what the machine has of the host's
-memory now, OF what its guest believes to have. On a terminal it is shown anew every 2 s, until q or Ctrl-C.";
+CPU is in percent of one CPU of the host: a guest with two CPUs can use 200. CAP is the most of that, and how much of the
+most is used; SHARES are the weight against others. MEMORY is what the machine has of the host's memory now, OF what its
+guest believes to have; MAX is the most, and how much of the most is used (the host's cache of its disks counts, too). On a
+terminal it is shown anew every 2 s, until q or Ctrl-C.";
 
 /// Shows it.
 pub fn top(args: &TopArgs, signals: Signals) -> Result<Ended> {
@@ -72,10 +75,18 @@ struct Row {
     status: Status,
     /// Of one CPU of the host's; unknown too for a process that was not there before.
     cpu_percent: Option<f64>,
+    /// The most that may be.
+    cpu_cap: Option<u32>,
+    /// Its weight.
+    cpu_shares: u32,
     /// Bytes.
     memory: Option<u64>,
     /// The guest's, in bytes.
     memory_size: u64,
+    /// The most, in bytes.
+    memory_max: Option<u64>,
+    /// What counts against that.
+    memory_max_used: Option<u64>,
     up_ms: Option<u64>,
 }
 
@@ -94,14 +105,19 @@ impl Reading {
     }
 
     fn row(&self, instance: &Instance, before: Option<&Self>) -> Row {
-        let process = instance.process.as_ref();
+        let (machine, process) = (&instance.machine, instance.process.as_ref());
+        let guest = process.and_then(|process| process.said.memory);
         let now = since_1970().as_millis() as u64;
         Row {
             name: instance.name.clone(),
             status: instance.status,
             cpu_percent: before.and_then(|before| self.cpu_percent(instance, before)),
+            cpu_cap: machine.cpu_cap,
+            cpu_shares: machine.cpu_shares(),
             memory: process.map(|process| process.usage.memory),
-            memory_size: instance.machine.memory(),
+            memory_size: guest.map_or(machine.memory(), |guest| guest.now),
+            memory_max: machine.memory_max,
+            memory_max_used: process.and_then(|process| process.usage.memory_limited),
             up_ms: process.map(|process| now.saturating_sub(process.said.started)),
         }
     }
@@ -130,12 +146,20 @@ fn table(rows: &[Row]) -> String {
             row.name.clone(),
             row.status.as_str().to_owned(),
             or_none(row.cpu_percent.map(|percent| format!("{percent:.1} %"))),
+            or_none(row.cpu_cap.map(|cap| of(format!("{cap} %"), row.cpu_percent, cap.into()))),
+            row.cpu_shares.to_string(),
             or_none(row.memory.map(in_units)),
             in_units(row.memory_size),
+            or_none(row.memory_max.map(|most| of(in_units(most), row.memory_max_used.map(|b| b as f64), most as f64))),
             or_none(row.up_ms.map(|ms| age(since(ms)))),
         ]
     };
-    columns(["NAME", "STATUS", "CPU", "MEMORY", "OF", "UP"], rows.iter().map(cells))
+    columns(["NAME", "STATUS", "CPU", "CAP", "SHARES", "MEMORY", "OF", "MAX", "UP"], rows.iter().map(cells))
+}
+
+/// `50 % (98 %)`: a limit, and how much of it is used, where that is known.
+fn of(limit: String, used: Option<f64>, most: f64) -> String {
+    used.map_or(limit.clone(), |used| format!("{limit} ({:.0} %)", 100.0 * used / most))
 }
 
 #[cfg(test)]
@@ -159,7 +183,7 @@ mod tests {
         let process = process.map(|(pid, cpu_ms)| InstanceProcess {
             pid,
             said: said.clone(),
-            usage: Usage { cpu_ms, memory: 1 << 20 },
+            usage: Usage { cpu_ms, memory: 1 << 20, memory_limited: Some(3 << 29) },
         });
         Instance {
             name: name.into(),
@@ -203,7 +227,20 @@ mod tests {
         // No time has passed.
         assert!(now.since(Some(&now)).iter().all(|row| row.cpu_percent.is_none()));
         let table = table(&rows);
-        assert!(table.lines().nth(1).unwrap().starts_with("busy   running  150.6 %  1 MiB"), "{table}");
-        assert!(table.lines().last().unwrap().starts_with("off    stopped  -        -"), "{table}");
+        assert!(table.lines().nth(1).unwrap().starts_with("busy   running  150.6 %  -    100     1 MiB"), "{table}");
+        assert!(table.lines().last().unwrap().starts_with("off    stopped  -        -    100     -"), "{table}");
+    }
+
+    #[test]
+    fn limits_are_shown_with_what_is_used_of_them() {
+        let (before, mut now) = (instance("a", Some((1, 0))), instance("a", Some((1, 450))));
+        now.machine = Machine { cpu_cap: Some(50), cpu_shares: Some(200), memory_max: Some(2 << 30), ..now.machine };
+        let at = Instant::now();
+        let before = Reading { at, instances: vec![before] };
+        let now = Reading { at: at + Duration::from_secs(1), instances: vec![now] };
+        let first = table(&now.since(None));
+        assert!(first.contains("-    50 %  200     1 MiB   1 GiB  2 GiB (75 %)"), "{first}");
+        let table = table(&now.since(Some(&before)));
+        assert!(table.contains("45.0 %  50 % (90 %)  200     1 MiB   1 GiB  2 GiB (75 %)"), "{table}");
     }
 }

@@ -35,7 +35,10 @@ fn once() {
     for words in ["top", "top --once"] {
         let table = home.ok(words);
         let lines: Vec<_> = table.lines().collect();
-        assert_eq!(lines[0].split_whitespace().collect::<Vec<_>>(), ["NAME", "STATUS", "CPU", "MEMORY", "OF", "UP"]);
+        assert_eq!(
+            lines[0].split_whitespace().collect::<Vec<_>>(),
+            ["NAME", "STATUS", "CPU", "CAP", "SHARES", "MEMORY", "OF", "MAX", "UP"]
+        );
         assert!(lines[1].starts_with("busy  running  ") && lines[1].contains(" %  "), "{table}");
         assert!(lines[2].starts_with("off   stopped  -"), "{table}");
     }

@@ -21,6 +21,12 @@ pub async fn change(record: &Record, machine: &Machine, vm: &Vm) -> Result<(), E
     Ok(())
 }
 
+/// The memory that counts against a machine's limit, if it has one.
+pub fn memory_limited(record: &Record) -> Option<u64> {
+    record.machine.memory_max?;
+    Group::find(&record.id).ok()??.usage().ok().map(|usage| usage.memory)
+}
+
 /// Removes the group of a machine whose process is gone. The kernel may take a moment to notice.
 pub async fn forget(record: Record) {
     let removed = tokio::task::spawn_blocking(move || match Group::find(&record.id) {

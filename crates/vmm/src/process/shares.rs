@@ -11,13 +11,12 @@ use purlin_shares::{
 use super::start::failed;
 use crate::{Brake, Running};
 
+// What users are told, and what is so.
+const _: () = assert!(Machine::CPU_SHARES == Shares::DEFAULT_WEIGHT);
+
 /// The shares of a machine.
 pub fn shares(machine: &Machine) -> Shares {
-    Shares {
-        cpu_weight: machine.cpu_shares.unwrap_or(Shares::DEFAULT_WEIGHT),
-        cpu_cap: machine.cpu_cap,
-        memory_max: machine.memory_max,
-    }
+    Shares { cpu_weight: machine.cpu_shares(), cpu_cap: machine.cpu_cap, memory_max: machine.memory_max }
 }
 
 /// Puts this process, and what it starts from now on, into a group of its own: called before it takes memory. Who says
