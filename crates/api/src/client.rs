@@ -1,13 +1,14 @@
 //! A client of the daemon, and of a VM's process: HTTP over a Unix socket, or by TLS over TCP.
 
 mod remote;
+mod upload;
 
-use std::{io, path::PathBuf, sync::Arc};
+use std::{error::Error, io, path::PathBuf, sync::Arc};
 
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{
     Method, Request, Response,
-    body::{Bytes, Incoming},
+    body::{Body, Bytes, Incoming},
     header::{AUTHORIZATION, HOST, HeaderMap, HeaderValue},
 };
 use hyper_util::rt::TokioIo;
@@ -147,12 +148,16 @@ impl Client {
 
     async fn ask(&self, method: Method, path: &str, body: Option<&impl Serialize>) -> Result<Bytes, ClientError> {
         let body = body.map(serde_json::to_vec).transpose().map_err(|e| self.broken(e))?.unwrap_or_default();
-        let mut request = Request::builder()
-            .method(method)
-            .uri(path)
-            .header("content-type", "application/json")
-            .body(Full::new(Bytes::from(body)))
-            .map_err(|e| self.broken(e))?;
+        self.send(method, path, "application/json", Full::new(Bytes::from(body))).await
+    }
+
+    async fn send<B>(&self, method: Method, path: &str, content_type: &str, body: B) -> Result<Bytes, ClientError>
+    where
+        B: Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<Box<dyn Error + Send + Sync>>,
+    {
+        let request = Request::builder().method(method).uri(path).header("content-type", content_type);
+        let mut request = request.body(body).map_err(|e| self.broken(e))?;
         self.introduce(request.headers_mut());
         let stream = self.connect().await?;
         let (mut sender, connection) =

@@ -7,6 +7,7 @@ pub mod client;
 mod error;
 mod event;
 mod fingerprint;
+mod image;
 mod instance;
 pub mod keep_alive;
 mod machine;
@@ -20,6 +21,7 @@ pub mod vm;
 pub use error::{ErrorBody, Reason};
 pub use event::{Event, EventKind};
 pub use fingerprint::{Fingerprint, InvalidFingerprint};
+pub use image::{Image, ImageFormat, ImageOrigin, Images, NewImage};
 pub use instance::{
     ChangeState, Instance, InstanceProcess, NewClones, NewInstance, NewSnapshot, Rename, ServerInfo, Snapshot, Status,
     Usage, check_name,

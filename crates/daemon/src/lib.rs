@@ -9,6 +9,7 @@ pub mod api;
 mod database;
 mod error;
 mod events;
+mod images;
 mod instances;
 mod operations;
 mod process;
@@ -18,5 +19,6 @@ mod run;
 mod tokens;
 
 pub use error::StartError;
+pub use images::shown as shown_image;
 pub use remote::{Listen, Listening};
 pub use run::{Places, run};

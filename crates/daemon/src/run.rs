@@ -29,6 +29,7 @@ use crate::{
     database::Database,
     error::StartError,
     events::Events,
+    images::Images,
     instances::Instances,
     operations::Operations,
     remote::{Listen, Listener, Listening, authorize::Gate, peer::Peers},
@@ -114,13 +115,14 @@ async fn serve(
     let operations = Arc::new(Operations::new(database.clone(), events.clone()).map_err(wrong)?);
     let tokens = Arc::new(Tokens::new(database.clone()).map_err(wrong)?);
     let store = Store::at(places.data.join("images"));
+    let images = Images::new(Store::at(places.data.join("images")), operations.clone());
     let dir = places.data.join("instances");
     let instances = Instances::new(dir, store, database, events.clone(), operations.clone()).map_err(wrong)?;
     instances.recover().await;
     let listener = bind(&places.socket).map_err(StartError::host("listen at", &places.socket))?;
     let end = Arc::new(Notify::new());
     let gate = Gate { tokens, peers: Peers::new() };
-    let shared = Shared::new(instances, operations, events, end.clone(), gate.clone(), told);
+    let shared = Shared::new(instances, images, operations, events, end.clone(), gate.clone(), told);
     let mut servers = JoinSet::new();
     servers.spawn(server::serve(listener, api::router(shared.clone())));
     if let Some(remote) = remote {

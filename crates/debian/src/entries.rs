@@ -4,6 +4,7 @@
 //! until it is whole. The lock's file is there as long as the lock: its holder, and nobody else, removes it.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     io,
     os::unix::{ffi::OsStrExt, fs::MetadataExt},
@@ -38,6 +39,23 @@ impl Entries {
     /// Where the entry `name` is, if it is there.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
+    }
+
+    /// Takes the lock of an entry, unless another process has it.
+    pub fn try_lock<'a>(&'a self, name: &'a str) -> Result<Option<Locked<'a>>, Error> {
+        let path = self.dir.join(format!("{name}.lock"));
+        Ok(try_lock(&path)?.map(|file| Locked { entries: self, name, path, _file: file }))
+    }
+
+    /// Names of entries that somebody makes or removes, or was at when they were killed.
+    pub fn with_leftovers(&self) -> BTreeSet<String> {
+        let found = fs::read_dir(&self.dir).into_iter().flatten().flatten();
+        let names = found.filter_map(|entry| entry.file_name().into_string().ok());
+        let of = |name: String| {
+            let temporary = name.split_once(".tmp-").map(|(of, _)| of.to_owned());
+            temporary.or_else(|| name.strip_suffix(".lock").map(str::to_owned))
+        };
+        names.filter_map(of).collect()
     }
 
     /// Takes the lock of an entry, which need not be there; it is given back with the value, however the process ends.
@@ -141,7 +159,8 @@ impl Locked<'_> {
         }
     }
 
-    fn remove_leftovers(&self) -> Result<(), Error> {
+    /// Removes the directories that a killed process left behind.
+    pub fn remove_leftovers(&self) -> Result<(), Error> {
         for path in self.leftovers()? {
             fs::remove_dir_all(&path).map_err(Error::file("remove", &path))?;
         }
@@ -194,6 +213,23 @@ mod tests {
         assert!(dir.path().join("e.lock").exists());
         drop(lock);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_a_killed_process_left_behind_is_found_and_what_somebody_is_at_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let entries = Entries::at(dir.path());
+        for left in ["dead.tmp-abc/new", "alive.tmp-abc/new", "whole"] {
+            fs::create_dir_all(dir.path().join(left)).unwrap();
+        }
+        fs::write(dir.path().join("dead.lock"), "").unwrap();
+        let alive = entries.lock("alive", "", &Silent).unwrap();
+        assert_eq!(entries.with_leftovers().into_iter().collect::<Vec<_>>(), ["alive", "dead"]);
+        assert!(entries.try_lock("alive").unwrap().is_none());
+        entries.try_lock("dead").unwrap().unwrap().remove_leftovers().unwrap();
+        assert_eq!(entries.with_leftovers().into_iter().collect::<Vec<_>>(), ["alive"]);
+        assert!(dir.path().join("alive.tmp-abc").exists() && dir.path().join("whole").exists());
+        drop(alive);
     }
 
     #[test]

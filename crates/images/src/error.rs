@@ -105,6 +105,12 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// Not received.
+    #[error("the image did not arrive: {reason}; nothing was kept")]
+    Upload {
+        /// Why.
+        reason: String,
+    },
     /// Fetched by nothing here.
     #[error("'{0}' cannot be fetched: only http and https are; fetch it with another program, then import the file")]
     Scheme(String),

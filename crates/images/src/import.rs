@@ -29,26 +29,58 @@ pub struct Import<'a> {
 }
 
 impl Import<'_> {
+    /// What can be known to be wrong before anything is fetched.
+    pub fn check(&self, store: &Store) -> Result<(), Error> {
+        self.check_scheme()?;
+        match store.get(self.name) {
+            Err(Error::NoImage(_)) => Ok(()),
+            Ok(_) => Err(Error::Exists(self.name.into())),
+            Err(other) => Err(other),
+        }
+    }
+
     /// Makes the image.
     pub fn run(&self, store: &Store, progress: &dyn Progress) -> Result<Image, Error> {
-        self.check_scheme()?;
-        let lock = store.lock(self.name, progress)?;
-        match store.get(self.name) {
-            Err(Error::NoImage(_)) => {}
-            Ok(_) => return Err(Error::Exists(self.name.into())),
-            Err(other) => return Err(other),
-        }
-        store.add(&lock, self.name, |new, work| {
+        self.add(store, progress, |new, work| {
             if !is_url(self.source) {
-                return self.take(Path::new(self.source), new, progress);
+                return self.take(Path::new(self.source), self.origin(), new, progress);
             }
             let file = work.join("download");
             download(self.source, &file, progress)?;
-            self.take(&file, new, progress)
+            self.take(&file, self.origin(), new, progress)
         })
     }
 
-    fn take(&self, file: &Path, new: &Path, progress: &dyn Progress) -> Result<Metadata, Error> {
+    /// Makes the image of what `data` has, of which there are `length` bytes, if that is known. The source is only what it
+    /// is called where it comes from.
+    pub fn run_on(
+        &self,
+        data: &mut dyn Read,
+        length: Option<u64>,
+        store: &Store,
+        progress: &dyn Progress,
+    ) -> Result<Image, Error> {
+        self.add(store, progress, |new, work| {
+            let file = work.join("upload");
+            progress.step(&format!("receiving {}", self.source));
+            receive(data, length, &file, progress, |reason| Error::Upload { reason })?;
+            self.take(&file, self.source.to_owned(), new, progress)
+        })
+    }
+
+    fn add(
+        &self,
+        store: &Store,
+        progress: &dyn Progress,
+        make: impl FnOnce(&Path, &Path) -> Result<Metadata, Error>,
+    ) -> Result<Image, Error> {
+        let lock = store.lock(self.name, progress)?;
+        // With the lock: another process may have made it.
+        self.check(store)?;
+        store.add(&lock, self.name, make)
+    }
+
+    fn take(&self, file: &Path, origin: String, new: &Path, progress: &dyn Progress) -> Result<Metadata, Error> {
         if let Some(wanted) = self.sha256 {
             progress.step("comparing the checksum");
             let found = cache::checksum(file).map_err(HostError::file("read", file))?;
@@ -73,7 +105,7 @@ impl Import<'_> {
             return Err(HostError::Cancelled.into());
         }
         let size = purlin_storage::info(&disk, Some(Format::Qcow2))?.virtual_size;
-        let metadata = Metadata::of_disk(&disk, Format::Qcow2, size, Origin::Imported(self.origin()));
+        let metadata = Metadata::of_disk(&disk, Format::Qcow2, size, Origin::Imported(origin));
         Ok(metadata.map_err(HostError::file("read", &disk))?)
     }
 
@@ -111,7 +143,8 @@ impl Import<'_> {
     }
 }
 
-fn is_url(source: &str) -> bool {
+/// Whether a source is one that is fetched.
+pub fn is_url(source: &str) -> bool {
     let scheme = source.split_once("://").map_or("", |(scheme, _)| scheme);
     ["http", "https"].iter().any(|known| scheme.eq_ignore_ascii_case(known))
 }
@@ -124,8 +157,8 @@ fn public_part(url: &str) -> String {
     format!("{scheme}://{}/{path}", host.rsplit_once('@').map_or(host, |(_, host)| host))
 }
 
-/// The most that is fetched; a disk with more data does not come as one file.
-const MAX_DOWNLOAD: u64 = 1 << 40;
+/// The most bytes that are fetched or received; a disk with more data does not come as one file.
+pub const MAX_BYTES: u64 = 1 << 40;
 
 fn download(url: &str, to: &Path, progress: &dyn Progress) -> Result<(), Error> {
     let failed = |reason: String| Error::Download { url: public_part(url), reason };
@@ -139,14 +172,25 @@ fn download(url: &str, to: &Path, progress: &dyn Progress) -> Result<(), Error> 
     let agent = ureq::Agent::new_with_config(config.tls_config(tls).build());
     let mut response = agent.get(url).call().map_err(|error| failed(error.to_string()))?;
     let all = response.body().content_length();
-    let mut body = response.body_mut().with_config().limit(MAX_DOWNLOAD).reader();
+    let mut body = response.body_mut().with_config().limit(MAX_BYTES).reader();
+    receive(&mut body, all, to, progress, failed)
+}
+
+/// Writes what comes to a file.
+fn receive(
+    data: &mut dyn Read,
+    all: Option<u64>,
+    to: &Path,
+    progress: &dyn Progress,
+    failed: impl Fn(String) -> Error,
+) -> Result<(), Error> {
     let mut file = File::create(to).map_err(HostError::file("create", to))?;
     let (mut buffer, mut done) = (vec![0; 256 << 10], 0_u64);
     loop {
         if progress.cancelled() {
             return Err(HostError::Cancelled.into());
         }
-        let count = body.read(&mut buffer).map_err(|error| failed(error.to_string()))?;
+        let count = data.read(&mut buffer).map_err(|error| failed(error.to_string()))?;
         if count == 0 {
             break;
         }

@@ -128,6 +128,16 @@ impl Store {
         Ok(lock.remove()?)
     }
 
+    /// Removes what makers of images have left behind that were killed. What somebody is at stays; so does what takes another
+    /// build to be removed.
+    pub fn sweep(&self) {
+        for name in self.entries.with_leftovers() {
+            if let Ok(Some(lock)) = self.entries.try_lock(&name) {
+                let _ = lock.remove_leftovers();
+            }
+        }
+    }
+
     fn path(&self, name: &str) -> Result<PathBuf, Error> {
         check_name(name)?;
         Ok(self.entries.path(name))

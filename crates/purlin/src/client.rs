@@ -1,6 +1,7 @@
 //! The daemon, as verbs talk to it.
 
 use std::{
+    fs::File,
     future::Future,
     io::{self, Write},
     process,
@@ -84,6 +85,13 @@ impl Api {
     /// PUT.
     pub fn put<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T> {
         Ok(self.runtime.block_on(self.client.put(path, body))?)
+    }
+
+    /// PUT of a file's content, with its progress shown.
+    pub fn put_file<T: DeserializeOwned>(&self, path: &str, file: File) -> Result<T> {
+        let shown = Shown::new(Arc::default());
+        shown.step("sending it");
+        Ok(self.runtime.block_on(self.client.put_file(path, file, move |sent| shown.fraction(sent)))?)
     }
 
     /// PATCH.

@@ -2,32 +2,45 @@
 
 mod args;
 mod table;
+mod there;
 
 use std::sync::Arc;
 
 use anyhow::Result;
+use purlin_api::Image;
+use purlin_daemon::shown_image;
 use purlin_images::{
     Error,
     build::{self, Recipe},
     convert,
     import::Import,
-    store::{Image, Store},
+    store::Store,
 };
 use purlin_storage::Format;
+use serde::Serialize;
 
 pub use self::args::ImageArgs;
 use self::args::{Build, Convert, Delete, Do, ImportArgs, Info, List};
 use crate::{
+    client,
     exit::Ended,
     progress::Shown,
+    remote,
     signals::Signals,
     stop::{Reason, Stop},
     table::print,
     terminal,
 };
 
-/// Does what the user asks for.
+/// Does what the user asks for, here or on the host that they mean.
 pub fn image(args: &ImageArgs, signals: Signals) -> Result<Ended> {
+    if remote::chosen().is_some() && !args.is_of_this_host() {
+        return client::ended(there::image(args, signals));
+    }
+    image_here(args, signals)
+}
+
+fn image_here(args: &ImageArgs, signals: Signals) -> Result<Ended> {
     let stop = Arc::new(Stop::default());
     let asked = stop.clone();
     signals.watch(move |signal| asked.request(Reason::Signal(signal)), || {}, || {});
@@ -54,37 +67,50 @@ fn build(store: &Store, args: &Build, stop: &Arc<Stop>) -> Result<(), Error> {
     let recipe = Recipe::of_name(&args.what)?;
     let name = args.name.as_deref().unwrap_or(recipe.image);
     let image = build::build(store, recipe, name, args.rebuild, &Shown::new(stop.clone()))?;
-    say_ready(&image);
+    say_ready(&image.name);
     Ok(())
 }
 
 fn import(store: &Store, args: &ImportArgs, stop: &Arc<Stop>) -> Result<(), Error> {
     let name = args.name.clone().unwrap_or_else(|| args::name_of_source(&args.source));
     let import = Import { source: &args.source, name: &name, format: args.format, sha256: args.sha256.as_deref() };
-    say_ready(&import.run(store, &Shown::new(stop.clone()))?);
+    say_ready(&import.run(store, &Shown::new(stop.clone()))?.name);
     Ok(())
 }
 
-fn say_ready(image: &Image) {
-    terminal::say(&format!("image '{}' is ready", image.name));
+fn say_ready(name: &str) {
+    terminal::say(&format!("image '{name}' is ready"));
 }
 
 fn list(store: &Store, args: &List) -> Result<(), Error> {
     let mut images = vec![];
     for image in store.list()? {
         match image {
-            Ok(image) => images.push(image),
+            Ok(image) => images.push(shown_image(&image)),
             Err(damaged) => terminal::say(&damaged.to_string()),
         }
     }
-    print(&if args.json { table::json_of_all(&images) } else { table::of_all(&images) });
+    show(&images, args);
     Ok(())
 }
 
+fn show(images: &[Image], args: &List) {
+    print(&if args.json { json(&images) } else { table::of_all(images) });
+}
+
+/// As the API has it.
+fn json(value: &impl Serialize) -> String {
+    serde_json::to_string(value).unwrap_or_default()
+}
+
 fn info(store: &Store, args: &Info) -> Result<(), Error> {
-    let image = store.get(build::image_name(store, &args.name))?;
-    print(&if args.json { table::json(&image).to_string() } else { table::of_one(&image) });
+    let image = shown_image(&store.get(build::image_name(store, &args.name))?);
+    show_one(&image, args);
     Ok(())
+}
+
+fn show_one(image: &Image, args: &Info) {
+    print(&if args.json { json(image) } else { table::of_one(image) });
 }
 
 fn delete(store: &Store, args: &Delete, stop: &Arc<Stop>) -> Result<(), Error> {

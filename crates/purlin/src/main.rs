@@ -130,7 +130,8 @@ fn main() -> ExitCode {
     };
     terminal::log_to_stderr();
     if cli.host.is_some() && is_of_this_host(&cli.verb) {
-        return Ended::WrongUsage("--host is for machines that are kept; this is done on this host".into()).report();
+        return Ended::WrongUsage("--host is for machines that are kept, and images; this is done on this host".into())
+            .report();
     }
     remote::choose(cli.host);
     let ended = match cli.verb {
@@ -158,7 +159,11 @@ fn main() -> ExitCode {
 /// Whether it is not what another host's daemon could do.
 fn is_of_this_host(verb: &Verb) -> bool {
     use Verb::{Completions, Daemon, Doctor, Image, Man, Run, Token};
-    matches!(verb, Run(_) | Image(_) | Daemon(_) | Token(_) | Doctor(_) | Completions(_) | Man(_))
+    match verb {
+        Run(_) | Daemon(_) | Token(_) | Doctor(_) | Completions(_) | Man(_) => true,
+        Image(args) => args.is_of_this_host(),
+        _ => false,
+    }
 }
 
 /// Whether the daemon goes on with it though nobody waits.

@@ -623,3 +623,21 @@ fn memory_can_be_less_at_once_and_more_than_it_was_started_with_later() {
     home.ok("set a memory-max=48M");
     home.ok("delete -f a b");
 }
+
+#[test]
+fn an_image_that_a_killed_daemon_was_receiving_leaves_nothing() {
+    let home = Home::new();
+    home.ok("list");
+    let images = || fs::read_dir(home.path().join("data/images")).unwrap().count();
+    let before = images();
+    let mut sender = std::os::unix::net::UnixStream::connect(home.path().join("run/daemon.sock")).unwrap();
+    sender.write_all(b"PUT /1.0/images/half HTTP/1.1\r\nhost: x\r\ncontent-length: 1048576\r\n\r\n").unwrap();
+    sender.write_all(&[7; 1000]).unwrap();
+    wait_for("its beginning", || images() > before);
+    kill(home.daemon().unwrap());
+    wait_for("the daemon's end", || home.daemon().is_none());
+    assert!(images() > before, "it was killed in the midst of it");
+    home.ok("list");
+    assert_eq!(images(), before);
+    assert!(!home.ok("image list").contains("half"));
+}

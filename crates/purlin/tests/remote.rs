@@ -208,3 +208,42 @@ fn a_certificate_of_the_users_own() {
     let taken = said[1].split([' ', ';']).nth(2).unwrap().trim_start_matches("https://").to_owned();
     assert_one_line(&fails(&[&taken]), 1, &["cannot listen at", &taken]);
 }
+
+#[test]
+fn images_of_another_host() {
+    let hosts = Hosts::new();
+    let file = hosts.here.path().join("some disk.img");
+    fs::write(&file, vec![7; 1 << 20]).unwrap();
+    let import = hosts.purlin().args(["image", "import", "--name", "sent"]).arg(&file).output().unwrap();
+    assert_eq!(stderr(&import).last().unwrap(), "purlin: image 'sent' is ready", "{import:?}");
+    let listed: Value = serde_json::from_str(&hosts.ok("image list --json")).unwrap();
+    let names: Vec<_> = listed.as_array().unwrap().iter().map(|image| image["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["sent", "tiny"]);
+    assert_eq!(listed[0]["origin"]["imported"], "some disk.img");
+    assert_eq!(listed, serde_json::from_str::<Value>(&hosts.there.ok("image list --json")).unwrap());
+    assert!(hosts.ok("image info sent").contains("imported from some disk.img"));
+    assert!(hosts.ok("image list").contains("sent  1 MiB"));
+    let again = hosts.purlin().args(["image", "import", "--name", "sent"]).arg(&file).output().unwrap();
+    assert_eq!((again.status.code(), stderr(&again).last().unwrap().contains("'sent' already")), (Some(1), true));
+    for (words, status, told) in [
+        ("image info nope", 1, "no image 'nope'"),
+        ("image delete nope", 1, "no image 'nope'"),
+        ("image import http://127.0.0.1:1/x --name x", 1, "cannot fetch"),
+        ("image import ftp://x/y --name x", 2, "only http and https"),
+        ("image import /nope --name x", 1, "/nope"),
+        ("image build windows", 2, "cannot be built"),
+    ] {
+        let output = hosts.purlin().args(words.split(' ')).output().unwrap();
+        assert_eq!(output.status.code(), Some(status), "{words}: {output:?}");
+        assert!(stderr(&output).last().unwrap().contains(told), "{words}: {output:?}");
+    }
+    hosts.ok("image delete sent");
+    assert_eq!(hosts.there.run("image info sent").status.code(), Some(1));
+    // Files of this host are this host's business, whoever is asked otherwise.
+    let copy = hosts.here.path().join("copy.qcow2");
+    let convert = hosts.purlin().args(["image", "convert"]).arg(&file).arg(&copy).output().unwrap();
+    assert!(convert.status.success() && copy.exists(), "{convert:?}");
+    let told = hosts.purlin().args(["--host", &hosts.url, "image", "convert", "a", "b"]).output().unwrap();
+    assert_one_line(&told, 2, &["on this host"]);
+    assert!(!hosts.here.path().join("data/images").exists());
+}

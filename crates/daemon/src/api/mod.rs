@@ -1,6 +1,7 @@
 //! The REST API, under /1.0, as its description ([`description`]) says.
 
 mod description;
+mod images;
 mod instances;
 mod operations;
 mod relay;
@@ -30,6 +31,7 @@ use utoipa::{IntoParams, OpenApi};
 use self::description::Everywhere;
 use crate::{
     events::Events,
+    images::Images,
     instances::Instances,
     operations::Operations,
     remote::{
@@ -47,6 +49,7 @@ pub struct Shared(Arc<Inner>);
 
 struct Inner {
     instances: Arc<Instances>,
+    images: Arc<Images>,
     operations: Arc<Operations>,
     events: Arc<Events>,
     end: Arc<Notify>,
@@ -58,13 +61,14 @@ struct Inner {
 impl Shared {
     pub(crate) fn new(
         instances: Arc<Instances>,
+        images: Arc<Images>,
         operations: Arc<Operations>,
         events: Arc<Events>,
         end: Arc<Notify>,
         gate: Gate,
         listening: Option<Listening>,
     ) -> Self {
-        Self(Arc::new(Inner { instances, operations, events, end, gate, listening }))
+        Self(Arc::new(Inner { instances, images, operations, events, end, gate, listening }))
     }
 }
 
@@ -89,6 +93,11 @@ impl Shared {
         snapshots::restore,
         snapshots::delete,
         snapshots::clone_instance,
+        images::list,
+        images::create,
+        images::get,
+        images::send,
+        images::delete,
         relay::console,
         relay::agent,
         operations::list,
@@ -137,6 +146,8 @@ fn routes() -> Router<Shared> {
         .route("/1.0/instances/{name}/clone", post(snapshots::clone_instance))
         .route("/1.0/instances/{name}/console", get(relay::console))
         .route("/1.0/instances/{name}/agent", get(relay::agent))
+        .route("/1.0/images", get(images::list).post(images::create))
+        .route("/1.0/images/{name}", get(images::get).put(images::send).delete(images::delete))
         .route("/1.0/operations", get(operations::list))
         .route("/1.0/operations/{id}", get(operations::get))
         .route("/1.0/operations/{id}/wait", get(operations::wait))

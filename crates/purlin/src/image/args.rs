@@ -13,6 +13,13 @@ pub struct ImageArgs {
     pub what: Do,
 }
 
+impl ImageArgs {
+    /// Whether it is about files of this host, whichever daemon is asked.
+    pub fn is_of_this_host(&self) -> bool {
+        matches!(self.what, Do::Convert(_))
+    }
+}
+
 const EXAMPLES: &str = "\
 Examples:
   purlin image build debian
@@ -21,7 +28,8 @@ Examples:
   purlin image list --json
   purlin image convert debian-12 copy.raw
 
-Images are kept in $PURLIN_HOME/data/images, or else in ~/.local/share/purlin/images. A machine never writes its image.";
+Images are kept in $PURLIN_HOME/data/images, or else in ~/.local/share/purlin/images. A machine never writes its image.
+With --host they are those of the other host: a file is sent there, and what a URL leads to is fetched there.";
 
 #[derive(Subcommand)]
 pub enum Do {
