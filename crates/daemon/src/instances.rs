@@ -4,6 +4,7 @@ mod clones;
 mod create;
 mod disks;
 mod memory;
+mod merge;
 mod shares;
 mod snapshots;
 
@@ -23,6 +24,8 @@ use purlin_api::{
     vm::{self, Action},
 };
 use purlin_images::store::Store;
+
+use tokio::sync::Notify;
 
 use crate::{
     database::{Database, DatabaseError},
@@ -56,6 +59,10 @@ pub struct Instances {
     deleted: Mutex<Vec<Record>>,
     /// Held by whoever looks for files that nobody needs, and by whoever makes one before a record has it.
     files: Mutex<()>,
+    /// An image that is being made and in no record yet.
+    merging: Mutex<Option<PathBuf>>,
+    /// Something may have to be merged.
+    to_merge: Notify,
 }
 
 /// An instance.
@@ -142,6 +149,8 @@ impl Instances {
             entries,
             deleted,
             files: Mutex::default(),
+            merging: Mutex::default(),
+            to_merge: Notify::new(),
         }))
     }
 
@@ -165,6 +174,7 @@ impl Instances {
         if let Err(error) = self.sweep() {
             tracing::warn!("{error}");
         }
+        tokio::spawn(self.clone().merge_for_ever());
     }
 
     async fn find_again(self: Arc<Self>, entry: Arc<Entry>) {
@@ -184,6 +194,7 @@ impl Instances {
             tracing::warn!("'{}': {error}", record.name);
         }
         entry.is_starting.store(false, Ordering::SeqCst);
+        self.to_merge.notify_one();
     }
 
     /// A run that ended while nobody waited for it has said how.
@@ -316,6 +327,7 @@ impl Instances {
             let changed = instances.change(&entry, |record| record.last_end = Some(end));
             changed.unwrap_or_else(|error| tracing::warn!("{error}"));
             *lock(&entry.vm) = None;
+            instances.to_merge.notify_one();
             instances.tell(&entry.record().name, Some(status), Some(message));
         });
     }

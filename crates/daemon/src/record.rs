@@ -91,6 +91,8 @@ impl Boot {
 
 /// What the names of disks' images begin with.
 pub const DISK: &str = "disk";
+/// What is added to the name of an image whose place a merged one is to take.
+pub const MERGED: &str = "merged";
 /// What the names of snapshots' files begin with.
 pub const MEMORY: &str = "memory";
 

@@ -6,7 +6,8 @@ use std::{
     fs,
     io::{BufRead, BufReader, Write},
     os::unix::process::ExitStatusExt,
-    process::{Output, Stdio},
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
     sync::{
         atomic::{AtomicU32, Ordering},
         mpsc,
@@ -15,6 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use purlin_storage::{Disk, DiskSpec, Merge, Request};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use support::{Home, Killed, assert_one_line, kill, stderr, wait};
@@ -360,6 +362,9 @@ fn one_cycle(home: &Home, number: usize, known: Known) -> Known {
     }
     home.run(&format!("clone {name} k{number}"));
     home.run(&format!("delete -f k{number}"));
+    // What nobody needs then is merged meanwhile.
+    home.run(&format!("snapshot create {name} more"));
+    home.run(&format!("snapshot delete {name} {snapshot}"));
     let there = home.run(&format!("info {name}")).status.success();
     let lost = !there && known == Known::There && says_there_is_none(&home.run(&format!("info {name}")));
     assert!(!lost, "{name} was lost");
@@ -640,4 +645,149 @@ fn an_image_that_a_killed_daemon_was_receiving_leaves_nothing() {
     home.ok("list");
     assert_eq!(images(), before);
     assert!(!home.ok("image list").contains("half"));
+}
+
+/// An instance's directory.
+fn dir(home: &Home, name: &str) -> PathBuf {
+    home.path().join("data/instances").join(info(home, name)["id"].as_str().unwrap())
+}
+
+/// Writes to a disk, which no machine runs on: everywhere a bit, so that each image has some of it.
+fn write(disk: &Path, round: u8) {
+    let disk = Disk::open(&DiskSpec::new(disk)).unwrap();
+    disk.write_at(&[round; 100_000], u64::from(round) * 70_000).unwrap();
+    disk.write_at(&[round; 512], 7 << 20).unwrap();
+    disk.request::<()>(Request::WriteZeroes { offset: 4 << 20, length: u64::from(round) << 16, unmap: true }).unwrap();
+}
+
+fn qemu_img(words: &[&str]) {
+    let output = Command::new("qemu-img").args(words).output().expect("qemu-img (package qemu-utils)");
+    assert!(output.status.success(), "{words:?}: {output:?}");
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// All of a disk as a raw image, to compare it with later.
+fn copy_of(home: &Home, disk: &Path) -> PathBuf {
+    let copy = home.path().join(disk.file_name().unwrap()).with_extension("copy");
+    qemu_img(&["convert", "-U", "-O", "raw", text(disk), text(&copy)]);
+    copy
+}
+
+fn assert_same(disk: &Path, copy: &Path) {
+    qemu_img(&["check", "-q", "-U", "-f", "qcow2", text(disk)]);
+    qemu_img(&["compare", "-q", "-U", "-f", "qcow2", "-F", "raw", text(disk), text(copy)]);
+}
+
+#[test]
+fn images_that_no_snapshot_needs_are_merged() {
+    let home = Home::new();
+    home.ok("launch tiny a --memory 64M --engine translator --no-start");
+    let dir = dir(&home, "a");
+    let disk = |number: u32| match number {
+        0 => dir.join("disk.qcow2"),
+        _ => dir.join(format!("disk-{number}.qcow2")),
+    };
+    for number in 0..6 {
+        write(&disk(number), number as u8 + 1);
+        home.ok(&format!("snapshot create a s{number}"));
+    }
+    write(&disk(6), 7);
+    let needed = [0, 3, 5, 6].map(disk);
+    let copies = needed.each_ref().map(|disk| copy_of(&home, disk));
+    assert_eq!(files(&home, "a", "disk").len(), 7);
+    for number in [1, 2, 4] {
+        home.ok(&format!("snapshot delete a s{number}"));
+    }
+    wait_for("the merges", || files(&home, "a", "disk").len() == 4);
+    let paths: Vec<_> = files(&home, "a", "disk").iter().map(|name| dir.join(name)).collect();
+    assert_eq!(paths, [disk(3), disk(5), disk(6), disk(0)]);
+    needed.iter().zip(&copies).for_each(|(disk, copy)| assert_same(disk, copy));
+    home.ok("snapshot restore a s3");
+    assert_same(&disk(7), &copies[1]);
+    home.ok("start a");
+    echo(&home, "a", "up");
+
+    // Often enough to stand on more than can be, if nothing were merged. The machine runs on it.
+    for _ in 0..65 {
+        home.ok("snapshot create a x");
+        home.ok("snapshot delete a x");
+    }
+    for name in ["s0", "s3", "s5"] {
+        home.ok(&format!("snapshot delete a {name}"));
+    }
+    wait_for("the merges", || files(&home, "a", "disk").len() == 2);
+    echo(&home, "a", "still there");
+    home.ok("stop -f a");
+    for _ in 0..65 {
+        home.ok("clone a b");
+        home.ok("delete b");
+    }
+    wait_for("the merges", || files(&home, "a", "disk").len() == 2);
+    home.ok("start a");
+    echo(&home, "a", "and again");
+    for name in files(&home, "a", "disk") {
+        qemu_img(&["check", "-q", "-U", "-f", "qcow2", text(&dir.join(name))]);
+    }
+}
+
+#[test]
+fn images_are_merged_below_a_clone_that_runs_and_is_frozen_again() {
+    let home = Home::new();
+    home.ok("launch tiny a --memory 64M --engine translator --no-start");
+    let there = dir(&home, "a");
+    write(&there.join("disk.qcow2"), 1);
+    home.ok("snapshot create a s");
+    write(&there.join("disk-1.qcow2"), 2);
+    home.ok("start a");
+    home.ok("clone a b");
+    let copy = copy_of(&home, &there.join("disk-1.qcow2"));
+    // Now the disks of both stand on one that stands on what nobody else needs.
+    home.ok("snapshot delete a s");
+    wait_for("the merge", || files(&home, "a", "disk") == ["disk-1.qcow2", "disk-2.qcow2"]);
+    assert_same(&there.join("disk-1.qcow2"), &copy);
+    for name in ["a", "b"] {
+        home.ok(&format!("snapshot create {name} again"));
+        echo(&home, name, "goes on");
+        home.ok(&format!("snapshot restore {name} again"));
+        echo(&home, name, "went back");
+    }
+    home.ok("delete -f a");
+    home.ok("restart -f b");
+    wait_for("b", || home.ok("console --log b").ends_with("ready\n"));
+}
+
+/// A daemon that is killed has made a merged image by half, or put it in its place and not told the records.
+#[test]
+fn a_merge_is_gone_on_with_wherever_the_daemon_was_killed() {
+    let home = Home::new();
+    home.ok("launch tiny a --memory 64M --engine translator --no-start");
+    let dir = dir(&home, "a");
+    let disk = |number: u32| dir.join(format!("disk-{number}.qcow2"));
+    for (number, path) in [dir.join("disk.qcow2"), disk(1), disk(2), disk(3)].iter().enumerate() {
+        write(path, number as u8 + 1);
+        if number < 3 {
+            home.ok(&format!("snapshot create a s{number}"));
+        }
+    }
+    let copies = [disk(2), disk(3)].map(|disk| copy_of(&home, &disk));
+    home.ok("snapshot delete a s0");
+    wait_for("the merge", || files(&home, "a", "disk").len() == 3);
+    kill(home.daemon().unwrap());
+    wait_for("the daemon's end", || home.daemon().is_none());
+    // What would be left of it is made here.
+    let base = fs::read_dir(home.path().join("data/bases")).unwrap().next().unwrap().unwrap().path();
+    let (upper, lower) = (disk(2), disk(1));
+    let merged = disk(2).with_added_extension("merged");
+    Merge { upper, lower, below: base }.run(&merged, &|| true).unwrap();
+    fs::rename(&merged, disk(2)).unwrap();
+    fs::write(disk(3).with_added_extension("merged"), "half").unwrap();
+    home.ok("snapshot delete a s1");
+    wait_for("the end of it", || files(&home, "a", "disk") == ["disk-2.qcow2", "disk-3.qcow2"]);
+    [disk(2), disk(3)].iter().zip(&copies).for_each(|(disk, copy)| assert_same(disk, copy));
+    home.ok("snapshot restore a s2");
+    home.ok("start a");
+    echo(&home, "a", "up");
 }

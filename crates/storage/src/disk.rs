@@ -114,21 +114,39 @@ impl<B: BitmapSlice> Request<'_, B> {
     }
 }
 
+/// What an image itself has of a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Own {
+    /// Content.
+    Data,
+    /// The word that it reads as zeroes.
+    Zeroes,
+    /// Nothing: it reads as what is below.
+    Nothing,
+}
+
 impl Disk {
     /// Opens the disk and locks its image and those below it, until the last handle is gone.
     pub fn open(spec: &DiskSpec) -> Result<Arc<Self>, OpenError> {
         let active = open::open(spec)?;
         let limiter = (!spec.limits.is_unlimited()).then(|| Mutex::new(Limiter::new(spec.limits, Instant::now())));
-        Ok(Arc::new(Self {
-            serial: spec.serial.clone().unwrap_or_default(),
+        let mut disk = Self::of(active, spec.read_only);
+        (disk.serial, disk.limiter) = (spec.serial.clone().unwrap_or_default(), limiter);
+        Ok(Arc::new(disk))
+    }
+
+    /// The disk of an image that is open.
+    pub(crate) fn of(active: Active, read_only: bool) -> Self {
+        Self {
+            serial: String::new(),
             size: active.image.size(),
-            read_only: spec.read_only,
+            read_only,
             active: ArcSwap::from_pointee(active),
             mappings: RwLock::new(()),
-            limiter,
+            limiter: None,
             failed: AtomicBool::new(false),
             frozen: Unsynced::default(),
-        }))
+        }
     }
 
     /// The image that is written: the one that was opened, or after a freeze the overlay.
@@ -206,6 +224,23 @@ impl Disk {
             offset += length;
         }
         Ok(None)
+    }
+
+    /// What an image that was opened without those below it has from `offset` on, and of how many bytes of `length` that is so.
+    pub(crate) fn own(&self, offset: u64, length: u64) -> Result<(Own, u64), IoError> {
+        let active = self.active.load_full();
+        let Image::Mapped(image) = &active.image else { return Ok((Own::Data, length)) };
+        let mapping = block_on(fence(image.get_mapping(offset, length))).unwrap_or_else(|Panicked| {
+            self.fail();
+            Err(io::ErrorKind::InvalidData.into())
+        });
+        Ok(match mapping? {
+            // It would go on for ever.
+            (_, 0) => return Err(IoError::IO),
+            (Mapping::Zero { explicit: true, .. }, length) => (Own::Zeroes, length),
+            (Mapping::Zero { .. }, length) => (Own::Nothing, length),
+            (_, length) => (Own::Data, length),
+        })
     }
 
     /// Makes the image larger. The disk's size as others see it stays: it is for tools.

@@ -25,6 +25,7 @@ mod info;
 pub mod limit;
 #[allow(unsafe_code, reason = "fcntl with open file description locks, which rustix lacks")]
 mod lock;
+mod merge;
 mod open;
 mod qcow2_count;
 mod qcow2_header;
@@ -42,6 +43,7 @@ pub use disk::{Disk, Request};
 pub use error::{IoError, OpenError};
 pub use freeze::{FrozenDisk, Overlay, Switch};
 pub use info::{BackingInfo, ImageInfo, SourceFormat, UnknownSourceFormat, info, open_read_only};
+pub use merge::{Merge, MergeError};
 pub use queue::{Completion, Queue};
 pub use reader::DiskReader;
 pub use spec::{DiskSpec, Format, MAX_SERIAL, UnknownFormat};

@@ -72,6 +72,21 @@ pub(crate) fn open(spec: &DiskSpec) -> Result<Active, OpenError> {
     Ok(Active { path: spec.path.clone(), format, image, file })
 }
 
+/// A qcow2 image that is opened without what it stands on: what it has nothing of reads as zeroes.
+pub(crate) struct Alone {
+    pub header: Header,
+    pub active: Active,
+}
+
+/// Opens such an image. A link is none.
+pub(crate) fn open_alone(path: &Path, writable: bool) -> Result<Alone, OpenError> {
+    let file = Arc::new(open_file_by(path, writable, libc::O_NOFOLLOW)?);
+    let header = qcow2_header(&file, path, writable)?;
+    let image = Image::Mapped(qcow2(file.clone(), path, &header, writable, None)?);
+    check_size(&image, path, Format::Qcow2)?;
+    Ok(Alone { header, active: Active { path: path.to_owned(), format: Format::Qcow2, image, file } })
+}
+
 /// The format of a disk: what the user says, or what the file's name means.
 fn format(spec: &DiskSpec, file: &File) -> Result<Format, OpenError> {
     if let Some(format) = spec.format {
@@ -112,8 +127,12 @@ const LEAVING: Duration = Duration::from_millis(300);
 
 /// Opens and locks one file.
 pub(crate) fn open_file(path: &Path, writable: bool) -> Result<LockedFile, OpenError> {
+    open_file_by(path, writable, 0)
+}
+
+fn open_file_by(path: &Path, writable: bool, flags: i32) -> Result<LockedFile, OpenError> {
     // Non-blocking, so that a pipe in an image's place does not hang us; for files and disks it means nothing.
-    let options = File::options().read(true).write(writable).custom_flags(libc::O_NONBLOCK).open(path);
+    let options = File::options().read(true).write(writable).custom_flags(libc::O_NONBLOCK | flags).open(path);
     let file = options.map_err(|source| host("open", path, source))?;
     let kind = file.metadata().map_err(|source| host("open", path, source))?.file_type();
     if !kind.is_file() && !kind.is_block_device() {
@@ -166,21 +185,9 @@ impl Chain<'_> {
         path: &Path,
         writable: bool,
     ) -> Result<FormatAccess<HostFile>, OpenError> {
-        let broken = |reason| OpenError::Image { path: path.to_owned(), format: Format::Qcow2, reason };
-        let length = host_file::length(&file).map_err(|source| host("read", path, source))?;
-        if length == 0 {
-            return Err(broken("it is empty".to_owned()));
-        }
-        let header = Header::read(&file, length).map_err(broken)?;
-        qcow2_tables::check(&header, &file, length, writable).map_err(broken)?;
-
+        let header = qcow2_header(&file, path, writable)?;
         let backing = header.backing.as_ref().map(|backing| self.open_backing(path, backing)).transpose()?;
-        let file = raw_file(file, path)?.for_qcow2(&header, writable);
-        let builder = Qcow2::<HostFile>::builder(file).write(writable).backing(backing).data_file(None);
-        match block_on(fence(builder.open(DenyImplicitOpenGate::default()))) {
-            Ok(image) => image.map(FormatAccess::new).map_err(|e| broken(e.to_string())),
-            Err(Panicked) => Err(broken("it is corrupt: repair it with 'qemu-img check -r all'".to_owned())),
-        }
+        qcow2(file, path, &header, writable, backing)
     }
 
     fn open_backing(&mut self, overlay: &Path, backing: &Backing) -> Result<FormatAccess<HostFile>, OpenError> {
@@ -210,6 +217,37 @@ impl Chain<'_> {
                 raw.map(FormatAccess::new).map_err(|source| host("open", &path, source))
             }
         }
+    }
+}
+
+fn broken(path: &Path) -> impl Fn(String) -> OpenError {
+    move |reason| OpenError::Image { path: path.to_owned(), format: Format::Qcow2, reason }
+}
+
+/// What a qcow2 image says of itself, with its tables checked.
+fn qcow2_header(file: &LockedFile, path: &Path, writable: bool) -> Result<Header, OpenError> {
+    let length = host_file::length(file).map_err(|source| host("read", path, source))?;
+    if length == 0 {
+        return Err(broken(path)("it is empty".to_owned()));
+    }
+    let header = Header::read(file, length).map_err(broken(path))?;
+    qcow2_tables::check(&header, file, length, writable).map_err(broken(path))?;
+    Ok(header)
+}
+
+/// Opens a qcow2 image on what it is to stand on.
+fn qcow2(
+    file: Arc<LockedFile>,
+    path: &Path,
+    header: &Header,
+    writable: bool,
+    backing: Option<FormatAccess<HostFile>>,
+) -> Result<FormatAccess<HostFile>, OpenError> {
+    let file = raw_file(file, path)?.for_qcow2(header, writable);
+    let builder = Qcow2::<HostFile>::builder(file).write(writable).backing(backing).data_file(None);
+    match block_on(fence(builder.open(DenyImplicitOpenGate::default()))) {
+        Ok(image) => image.map(FormatAccess::new).map_err(|e| broken(path)(e.to_string())),
+        Err(Panicked) => Err(broken(path)("it is corrupt: repair it with 'qemu-img check -r all'".to_owned())),
     }
 }
 

@@ -28,7 +28,7 @@ impl Instances {
         if boot.layers.len() >= MOST_LAYERS {
             let name = &record.name;
             return Err(conflict(format!(
-                "the disk of '{name}' has been frozen {MOST_LAYERS} times for snapshots and clones, and cannot be again"
+                "the disk of '{name}' stands on {MOST_LAYERS} images of snapshots and clones: delete those of no use"
             )));
         }
         if let Some(disk) = record.machine.disks.iter().find(|disk| !disk.read_only) {
@@ -65,7 +65,11 @@ impl Instances {
                 boot.next_disk = None;
             }
         })?;
-        if is_used { Ok(()) } else { self.sweep() }
+        if !is_used {
+            return self.sweep();
+        }
+        self.to_merge.notify_one();
+        Ok(())
     }
 
     /// Freezes the disk of an instance that does not run.
@@ -78,6 +82,7 @@ impl Instances {
             Ok(()) => boot.go_on_with(overlay),
             Err(_) => boot.next_disk = None,
         })?;
+        self.to_merge.notify_one();
         made
     }
 
@@ -94,7 +99,8 @@ impl Instances {
     pub(super) fn sweep(&self) -> Result<(), ErrorBody> {
         let _files = lock(&self.files);
         let there: Vec<Record> = self.entries().iter().map(|entry| entry.record()).collect();
-        let needed: HashSet<PathBuf> = there.iter().flat_map(|record| record.files(&self.dir_of(record))).collect();
+        let needed = there.iter().flat_map(|record| record.files(&self.dir_of(record)));
+        let needed: HashSet<PathBuf> = needed.chain(self.merging()).collect();
         for record in there.iter().filter(|record| record.boot.is_some()) {
             sweep_dir(&self.dir_of(record), &needed, |name| name.starts_with(DISK) || name.starts_with(MEMORY))?;
         }
@@ -123,6 +129,7 @@ impl Instances {
             }
         }
         *deleted = stay;
+        self.to_merge.notify_one();
         Ok(())
     }
 
