@@ -69,6 +69,14 @@ pub enum Error {
         /// The packages, separated by blanks.
         packages: String,
     },
+    /// A user without an ssh key, and none can be made.
+    #[error("guests let in whoever has your ssh key; you have none, and none can be made: {reason}; {advice}")]
+    SshKey {
+        /// Why.
+        reason: String,
+        /// What to do.
+        advice: &'static str,
+    },
     /// The host gives an unprivileged process no way to make a root directory.
     #[error(
         "this user cannot make a root directory here: user namespaces with subordinate ids do not work, nor is fakechroot \

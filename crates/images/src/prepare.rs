@@ -16,7 +16,7 @@ use crate::{
     Error, Origin, boot,
     build::{Recipe, build},
     seed::{self, Seed},
-    ssh,
+    ssh::{self, Keys},
     store::{Image, Store},
 };
 
@@ -102,8 +102,10 @@ fn checked_image(store: &Store, request: &Request, progress: &dyn Progress) -> R
 }
 
 fn make_files(dir: &Path, image: Image, request: &Request) -> Result<Files, Error> {
-    let own = ssh::keys_of_user()?;
-    let keys = request.ssh_keys.map_or(own.public, <[String]>::to_vec);
+    let keys = match request.ssh_keys {
+        Some(keys) => Keys { public: keys.to_vec(), identity: None },
+        None => ssh::keys_of_user()?,
+    };
     let disk = dir.join("disk.qcow2");
     let overlay = NewImage::overlay(&disk, image.disk(), image.format);
     request.disk_size.into_iter().fold(overlay, NewImage::size).create()?;
@@ -118,13 +120,13 @@ fn make_files(dir: &Path, image: Image, request: &Request) -> Result<Files, Erro
     let user_data = request.user_data.map(<[u8]>::to_vec);
     // What was built has it.
     let agent = !matches!(image.metadata.origin, Origin::Built(_));
-    let seed = Seed { instance_id: instance_id(), host_name, ssh_keys: keys, user_data, agent };
+    let seed = Seed { instance_id: instance_id(), host_name, ssh_keys: keys.public, user_data, agent };
     let seed_path = dir.join("seed.img");
     let seed = write(dir, "seed.img", &seed.to_disk().map_err(HostError::file("make", &seed_path))?)?;
     // The name is there before cloud-init is.
     let words = [Some(files.cmdline.as_str()), Some(hostname_argument.as_str()), request.arguments];
     let cmdline = words.into_iter().flatten().filter(|w| !w.is_empty()).collect::<Vec<_>>().join(" ");
-    Ok(Files { image, disk, seed, kernel, initrds, cmdline, identity: own.identity })
+    Ok(Files { image, disk, seed, kernel, initrds, cmdline, identity: keys.identity })
 }
 
 fn write(dir: &Path, name: &str, content: &[u8]) -> Result<PathBuf, Error> {

@@ -49,7 +49,7 @@ fn keys_in(dir: &Path) -> Result<Keys, Error> {
     if public_key(&public).is_none() || !private.exists() {
         make_pair(dir, &private, &public)?;
     }
-    let line = public_key(&public).ok_or_else(|| Error::Build {
+    let line = public_key(&public).ok_or_else(|| Error::SshKey {
         reason: format!("{} holds no public key", public.display()),
         advice: "remove it, then try again",
     })?;
@@ -63,13 +63,13 @@ fn make_pair(dir: &Path, private: &Path, public: &Path) -> Result<(), Error> {
     let new = temporary.path().join("id_ed25519");
     let mut command = Command::new("ssh-keygen");
     command.args(["-q", "-t", "ed25519", "-N", "", "-C", "purlin", "-f"]).arg(&new);
-    let output = command
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|_| Error::MissingTools { programs: "ssh-keygen".into(), packages: "openssh-client".into() })?;
+    let output = command.stdin(Stdio::null()).output().map_err(|error| Error::SshKey {
+        reason: format!("ssh-keygen cannot be started: {error}"),
+        advice: "install it as root with 'apt-get install openssh-client', or put a key of yours into ~/.ssh",
+    })?;
     if !output.status.success() {
         let reason = format!("ssh-keygen failed: {}", String::from_utf8_lossy(&output.stderr).trim());
-        return Err(Error::Build { reason, advice: "see whether ssh-keygen works here" });
+        return Err(Error::SshKey { reason, advice: "see whether ssh-keygen works here" });
     }
     for (from, to) in [(new.clone(), private), (new.with_extension("pub"), public)] {
         match fs::hard_link(&from, to) {

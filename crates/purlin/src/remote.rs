@@ -21,7 +21,7 @@ static HOST: OnceLock<Option<String>> = OnceLock::new();
 
 /// What `--help` says of `--host`.
 pub const HELP: &str = "\
-Ask the daemon of another host about machines that are kept, and not the one here; that runs as 'purlin daemon --listen
+Ask the daemon of another host about machines that are kept and images, and not the one here; that runs as 'purlin daemon --listen
 ADDRESS:PORT' there. The environment may say it, too: PURLIN_HOST.
 
 What lets you in is a token, which 'purlin token create' prints there: PURLIN_TOKEN, or the file PURLIN_TOKEN_FILE, has it.
@@ -47,7 +47,7 @@ pub fn parse(url: &str) -> Result<String, String> {
 
 /// The daemon at `url`, once it is known what certificate it is to have.
 pub fn find(url: &str, runtime: &Runtime) -> Result<Remote> {
-    let token = token()?;
+    let token = token(url)?;
     let fingerprint = match set("PURLIN_FINGERPRINT") {
         Some(text) => text.parse().map_err(|e| anyhow!("PURLIN_FINGERPRINT is no fingerprint: {e}"))?,
         None => Known::of_user()?.fingerprint(url, runtime)?,
@@ -61,12 +61,17 @@ pub fn who_says_which() -> String {
     set("PURLIN_FINGERPRINT").map_or(known, |_| "PURLIN_FINGERPRINT".into())
 }
 
-fn token() -> Result<String> {
+/// What lets one in at `url`.
+fn token(url: &str) -> Result<String> {
     if let Some(token) = set("PURLIN_TOKEN") {
         return Ok(token);
     }
     let Some(path) = env::var_os("PURLIN_TOKEN_FILE").filter(|path| !path.is_empty()).map(PathBuf::from) else {
-        bail!("it takes a token: set PURLIN_TOKEN to one that 'purlin token create' has printed there");
+        let host = url.split("://").nth(1).unwrap_or(url);
+        let host = host.rsplit_once(':').map_or(host, |(host, _)| host);
+        bail!(
+            "it takes a token: run 'purlin token create NAME' on {host}, and set PURLIN_TOKEN here to what it prints"
+        );
     };
     let text = fs::read_to_string(&path).map_err(|e| anyhow!("cannot read {}: {e}", path.display()))?;
     Ok(text.trim().to_owned())
