@@ -167,6 +167,9 @@ pub struct TakeSnapshot {
     /// The overlay that the machine's own disk goes on with; nothing is there yet.
     #[schema(value_type = String)]
     pub overlay: PathBuf,
+    /// It is to stand on no other.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub whole: bool,
 }
 
 /// A snapshot that was taken.

@@ -6,24 +6,45 @@ use std::path::Path;
 
 use purlin_api::{Event, Operation};
 use redb::{
-    Database as Redb, Durability, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition,
-    WriteTransaction,
+    Database as Redb, Durability, Key, Range, ReadTransaction, ReadableDatabase, ReadableTable, ReadableTableMetadata,
+    TableDefinition, WriteTransaction,
 };
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{error::StartError, record::Record, tokens::TokenRecord};
 
-/// Records by the instance's identity.
-const INSTANCES: TableDefinition<&str, &[u8]> = TableDefinition::new("instances");
 /// Operations by when they began, and their identity.
 const OPERATIONS: TableDefinition<(u64, &str), &[u8]> = TableDefinition::new("operations");
 /// Events by number.
 const EVENTS: TableDefinition<u64, &[u8]> = TableDefinition::new("events");
-/// Tokens by name.
-const TOKENS: TableDefinition<&str, &[u8]> = TableDefinition::new("tokens");
 
 /// So many operations and events are kept.
 const MOST: u64 = 10_000;
+
+/// What is kept, each by a text, until somebody removes it.
+pub trait Kept: Serialize + DeserializeOwned {
+    /// Where.
+    const TABLE: TableDefinition<'static, &'static str, &'static [u8]>;
+
+    /// By what.
+    fn key(&self) -> &str;
+}
+
+impl Kept for Record {
+    const TABLE: TableDefinition<'static, &'static str, &'static [u8]> = TableDefinition::new("instances");
+
+    fn key(&self) -> &str {
+        &self.id
+    }
+}
+
+impl Kept for TokenRecord {
+    const TABLE: TableDefinition<'static, &'static str, &'static [u8]> = TableDefinition::new("tokens");
+
+    fn key(&self) -> &str {
+        &self.name
+    }
+}
 
 /// Why the database could not do it.
 #[derive(Debug, thiserror::Error)]
@@ -45,49 +66,39 @@ impl Database {
 
     fn make_tables(&self) -> Result<(), DatabaseError> {
         self.write(Durability::Immediate, |transaction| {
-            transaction.open_table(INSTANCES)?;
+            transaction.open_table(Record::TABLE)?;
             transaction.open_table(OPERATIONS)?;
             transaction.open_table(EVENTS)?;
-            transaction.open_table(TOKENS)?;
+            transaction.open_table(TokenRecord::TABLE)?;
             Ok(())
         })
     }
 
-    /// All instances.
-    pub fn instances(&self) -> Result<Vec<Record>, DatabaseError> {
-        let read = || -> Result<_, redb::Error> {
-            let table = self.0.begin_read()?.open_table(INSTANCES)?;
-            let values = table.iter()?.map(|entry| Ok(entry?.1.value().to_vec()));
-            values.collect::<Result<Vec<_>, redb::Error>>()
-        };
-        read().map_err(failed)?.iter().map(|value| decode(value)).collect()
+    /// All of a table.
+    pub fn all<T: Kept>(&self) -> Result<Vec<T>, DatabaseError> {
+        self.read(|transaction| bytes(transaction.open_table(T::TABLE)?.iter()?))
     }
 
-    /// Writes an instance.
-    pub fn put_instance(&self, record: &Record) -> Result<(), DatabaseError> {
-        let value = encode(record)?;
+    /// Writes one, in place of what has its key.
+    pub fn put<T: Kept>(&self, value: &T) -> Result<(), DatabaseError> {
+        let bytes = encode(value)?;
         self.write(Durability::Immediate, |transaction| {
-            transaction.open_table(INSTANCES)?.insert(record.id.as_str(), value.as_slice())?;
+            transaction.open_table(T::TABLE)?.insert(value.key(), bytes.as_slice())?;
             Ok(())
         })
     }
 
-    /// Forgets an instance.
-    pub fn remove_instance(&self, id: &str) -> Result<(), DatabaseError> {
+    /// Forgets the one with this key.
+    pub fn remove<T: Kept>(&self, key: &str) -> Result<(), DatabaseError> {
         self.write(Durability::Immediate, |transaction| {
-            transaction.open_table(INSTANCES)?.remove(id)?;
+            transaction.open_table(T::TABLE)?.remove(key)?;
             Ok(())
         })
     }
 
     /// The last operations, oldest first.
     pub fn operations(&self) -> Result<Vec<Operation>, DatabaseError> {
-        let read = || -> Result<_, redb::Error> {
-            let table = self.0.begin_read()?.open_table(OPERATIONS)?;
-            let values = table.iter()?.map(|entry| Ok(entry?.1.value().to_vec()));
-            values.collect::<Result<Vec<_>, redb::Error>>()
-        };
-        read().map_err(failed)?.iter().map(|value| decode(value)).collect()
+        self.read(|transaction| bytes(transaction.open_table(OPERATIONS)?.iter()?))
     }
 
     /// Writes an operation, and forgets the oldest where there are too many. Their order matters, not that the last is there
@@ -106,12 +117,7 @@ impl Database {
 
     /// The events from `number` on, oldest first.
     pub fn events_from(&self, number: u64) -> Result<Vec<Event>, DatabaseError> {
-        let read = || -> Result<_, redb::Error> {
-            let table = self.0.begin_read()?.open_table(EVENTS)?;
-            let values = table.range(number..)?.map(|entry| Ok(entry?.1.value().to_vec()));
-            values.collect::<Result<Vec<_>, redb::Error>>()
-        };
-        read().map_err(failed)?.iter().map(|value| decode(value)).collect()
+        self.read(|transaction| bytes(transaction.open_table(EVENTS)?.range(number..)?))
     }
 
     /// The number of the last event; 0 if there was none.
@@ -136,31 +142,12 @@ impl Database {
         })
     }
 
-    /// All tokens.
-    pub fn tokens(&self) -> Result<Vec<TokenRecord>, DatabaseError> {
-        let read = || -> Result<_, redb::Error> {
-            let table = self.0.begin_read()?.open_table(TOKENS)?;
-            let values = table.iter()?.map(|entry| Ok(entry?.1.value().to_vec()));
-            values.collect::<Result<Vec<_>, redb::Error>>()
-        };
+    fn read<T: DeserializeOwned>(
+        &self,
+        values: impl FnOnce(&ReadTransaction) -> Result<Vec<Vec<u8>>, redb::Error>,
+    ) -> Result<Vec<T>, DatabaseError> {
+        let read = || values(&self.0.begin_read()?);
         read().map_err(failed)?.iter().map(|value| decode(value)).collect()
-    }
-
-    /// Writes a token.
-    pub fn put_token(&self, token: &TokenRecord) -> Result<(), DatabaseError> {
-        let value = encode(token)?;
-        self.write(Durability::Immediate, |transaction| {
-            transaction.open_table(TOKENS)?.insert(token.name.as_str(), value.as_slice())?;
-            Ok(())
-        })
-    }
-
-    /// Forgets a token.
-    pub fn remove_token(&self, name: &str) -> Result<(), DatabaseError> {
-        self.write(Durability::Immediate, |transaction| {
-            transaction.open_table(TOKENS)?.remove(name)?;
-            Ok(())
-        })
     }
 
     fn write(
@@ -176,6 +163,11 @@ impl Database {
         };
         write().map_err(failed)
     }
+}
+
+/// The values of a table's entries.
+fn bytes<K: Key + 'static>(entries: Range<'_, K, &'static [u8]>) -> Result<Vec<Vec<u8>>, redb::Error> {
+    entries.map(|entry| Ok(entry?.1.value().to_vec())).collect()
 }
 
 fn failed(error: redb::Error) -> DatabaseError {

@@ -32,7 +32,7 @@ use crate::{
     events::Events,
     operations::Operations,
     process::{self, Vm, failed},
-    record::{Record, Stage},
+    record::{Record, SnapshotRecord, Stage},
 };
 
 /// How many seconds a guest may take to shut down, if nobody says.
@@ -74,12 +74,14 @@ pub struct Entry {
     is_renewing: AtomicBool,
     /// Held by whoever starts, stops or deletes it.
     busy: tokio::sync::Mutex<()>,
+    /// Snapshots whose files whoever is busy with it needs, also if they are deleted meanwhile.
+    held: Mutex<Vec<SnapshotRecord>>,
 }
 
 impl Entry {
     fn new(record: Record) -> Arc<Self> {
-        let (vm, is_starting, is_renewing, busy) = Default::default();
-        Arc::new(Self { record: Mutex::new(record), vm, is_starting, is_renewing, busy })
+        let (vm, is_starting, is_renewing, busy, held) = Default::default();
+        Arc::new(Self { record: Mutex::new(record), vm, is_starting, is_renewing, busy, held })
     }
 
     fn record(&self) -> Record {
@@ -135,7 +137,7 @@ impl Instances {
         operations: Arc<Operations>,
     ) -> Result<Arc<Self>, DatabaseError> {
         let (deleted, there): (Vec<_>, Vec<_>) =
-            database.instances()?.into_iter().partition(|record| record.stage == Stage::Deleting);
+            database.all::<Record>()?.into_iter().partition(|record| record.stage == Stage::Deleting);
         let entries = there.into_iter().map(|record| (record.name.clone(), Entry::new(record)));
         let (entries, deleted) = (Mutex::new(entries.collect()), Mutex::new(deleted));
         let bases = dir.with_file_name("bases");
@@ -437,7 +439,7 @@ impl Instances {
         let mut record = lock(&entry.record);
         let mut changed = record.clone();
         change(&mut changed);
-        self.database.put_instance(&changed).map_err(failed)?;
+        self.database.put(&changed).map_err(failed)?;
         *record = changed;
         Ok(())
     }

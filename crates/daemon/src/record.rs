@@ -111,6 +111,13 @@ pub struct SnapshotRecord {
     pub machine: Machine,
 }
 
+impl SnapshotRecord {
+    /// All of its files.
+    pub fn files(&self) -> impl Iterator<Item = &PathBuf> {
+        [&self.disk].into_iter().chain(&self.layers).chain(&self.memory)
+    }
+}
+
 impl Record {
     /// What its process is to run.
     pub fn spec(&self, origin: vm::Origin) -> Option<vm::Spec> {
@@ -133,7 +140,7 @@ impl Record {
 
     /// All files that it needs, by absolute paths; `dir` is its directory.
     pub fn files(&self, dir: &Path) -> Vec<PathBuf> {
-        let of_snapshots = self.snapshots.iter().flat_map(|s| [&s.disk].into_iter().chain(&s.layers).chain(&s.memory));
+        let of_snapshots = self.snapshots.iter().flat_map(SnapshotRecord::files);
         let own = self.boot.iter().flat_map(Boot::files).chain(&self.next_memory);
         own.chain(of_snapshots).map(|path| dir.join(path)).collect()
     }

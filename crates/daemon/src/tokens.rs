@@ -55,7 +55,7 @@ pub struct Tokens {
 impl Tokens {
     /// Those in the database.
     pub fn new(database: Arc<Database>) -> Result<Self, DatabaseError> {
-        let known = Mutex::new(database.tokens()?);
+        let known = Mutex::new(database.all()?);
         Ok(Self { database, known })
     }
 
@@ -79,7 +79,7 @@ impl Tokens {
         }
         let token = random_token().map_err(|e| failed(format!("the host has no random numbers: {e}")))?;
         let record = TokenRecord { name: name.to_owned(), created: now_ms() / 1000, hash: hash(&token) };
-        self.database.put_token(&record).map_err(failed)?;
+        self.database.put(&record).map_err(failed)?;
         known.push(record.clone());
         Ok(CreatedToken { name: record.name, created: record.created, token })
     }
@@ -93,7 +93,7 @@ impl Tokens {
                 format!("there is no token '{}': 'purlin token list' shows those there are", name.escape_debug());
             return Err(ErrorBody::new(Reason::NotFound, message));
         };
-        self.database.remove_token(name).map_err(failed)?;
+        self.database.remove::<TokenRecord>(name).map_err(failed)?;
         forget(&known.remove(index).hash);
         Ok(())
     }

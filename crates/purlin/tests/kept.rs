@@ -190,7 +190,8 @@ fn what_makes_no_sense_is_told_and_changes_nothing() {
         ("launch tiny a", 1, &["'a' already"][..]),
         ("launch tiny A", 2, &["'A' cannot be a name"]),
         ("launch tiny -- -a", 2, &["cannot be a name"]),
-        ("launch nothing b", 1, &["nothing"]),
+        ("launch nothing b", 1, &["no image 'nothing'", "purlin image list"]),
+        ("launch No/thing b", 1, &["'No/thing' is no name for an image"]),
         ("launch tiny b --memory 1P", 2, &["memory"]),
         ("launch tiny b --memory 100T", 2, &["memory"]),
         ("launch tiny b --cpus 0", 2, &["0 processors"]),
@@ -789,5 +790,75 @@ fn a_merge_is_gone_on_with_wherever_the_daemon_was_killed() {
     [disk(2), disk(3)].iter().zip(&copies).for_each(|(disk, copy)| assert_same(disk, copy));
     home.ok("snapshot restore a s2");
     home.ok("start a");
+    echo(&home, "a", "up");
+}
+
+#[test]
+fn a_snapshot_is_deleted_whoever_is_busy_with_its_machine() {
+    let home = Home::new();
+    home.ok("launch tiny a --memory 64M --engine translator");
+    home.ok("snapshot create a s");
+    // Its kernel does not listen to the power button.
+    let mut monitor = Killed(home.purlin().args(["monitor", "--from", "1"]).stdout(Stdio::piped()).spawn().unwrap());
+    let mut stop = home.purlin();
+    let _stop = Killed(stop.args(["stop", "a", "--timeout", "100000"]).stderr(Stdio::null()).spawn().unwrap());
+    let mut events = BufReader::new(monitor.0.stdout.take().unwrap()).lines().map_while(Result::ok);
+    assert!(events.any(|line| line.contains("'stop a' begins")));
+    home.ok("snapshot delete a s");
+    assert_eq!((home.ok("snapshot list a --json").trim(), files(&home, "a", "memory").len()), ("[]", 0));
+    home.ok("stop -f a");
+
+    // Who goes back to one just then has it, or is told that it is not there; who takes the next one stands on what was there.
+    home.ok("start a");
+    for round in 0..12_u64 {
+        home.ok("snapshot create a s");
+        let verb = if round % 2 == 0 { &["snapshot", "restore", "a", "s"] } else { &["snapshot", "create", "a", "t"] };
+        let other = home.purlin().args(verb).stderr(Stdio::piped()).spawn().unwrap();
+        thread::sleep(Duration::from_millis(round * 7));
+        home.ok("snapshot delete a s");
+        let other = other.wait_with_output().unwrap();
+        assert!(other.status.success() || stderr(&other)[0].contains("no snapshot 's'"), "{round}: {other:?}");
+        if round % 2 == 1 {
+            home.ok("snapshot restore a t");
+            home.ok("snapshot delete a t");
+        }
+        assert_eq!(status(&home, "a"), "running", "{round}");
+        echo(&home, "a", "up");
+    }
+    assert_eq!(files(&home, "a", "memory").len(), 0);
+}
+
+#[test]
+fn a_host_without_ssh_keygen_is_told_what_is_missing() {
+    let home = Home::new();
+    let nowhere = home.path().join("nowhere");
+    fs::create_dir(&nowhere).unwrap();
+    let launch = |words: &[&str]| {
+        let mut command = home.purlin();
+        command.args(["launch", "tiny", "a", "--no-start"]).args(words).env("HOME", &nowhere).env("PATH", &nowhere);
+        command.output().unwrap()
+    };
+    assert_one_line(&launch(&[]), 1, &["ssh key", "ssh-keygen", "openssh-client", "~/.ssh"]);
+    assert!(list(&home).is_empty());
+    // Who has a key needs none.
+    fs::create_dir(nowhere.join(".ssh")).unwrap();
+    fs::write(nowhere.join(".ssh/id_ed25519"), "").unwrap();
+    fs::write(nowhere.join(".ssh/id_ed25519.pub"), "ssh-ed25519 AAAA me@here").unwrap();
+    assert!(launch(&[]).status.success());
+}
+
+#[test]
+fn files_of_memory_do_not_pile_up_where_the_oldest_snapshot_is_always_deleted() {
+    let home = Home::new();
+    home.ok("launch tiny a --memory 64M --engine translator");
+    home.ok("snapshot create a s0");
+    let mut most = 0;
+    for number in 1..40 {
+        home.ok(&format!("snapshot create a s{number}"));
+        home.ok(&format!("snapshot delete a s{}", number - 1));
+        most = most.max(files(&home, "a", "memory").len());
+    }
+    assert!((5..16).contains(&most), "{most} files");
+    home.ok("snapshot restore a s39");
     echo(&home, "a", "up");
 }

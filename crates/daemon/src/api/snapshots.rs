@@ -60,7 +60,7 @@ pub async fn delete(
     State(Shared(shared)): State<Shared>,
     Segments([name, snapshot]): Segments<2>,
 ) -> Result<Json<Vec<Snapshot>>, Refusal> {
-    shared.instances.delete_snapshot(&name, &snapshot).await?;
+    shared.instances.delete_snapshot(&name, &snapshot)?;
     Ok(Json(shared.instances.snapshots(&name)?))
 }
 

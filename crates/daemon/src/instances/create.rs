@@ -56,7 +56,7 @@ impl Instances {
         if entries.contains_key(&name) {
             return Err(taken(&name));
         }
-        self.database.put_instance(&record).map_err(failed)?;
+        self.database.put(&record).map_err(failed)?;
         entries.insert(name.clone(), entry.clone());
         drop(entries);
         self.tell(&name, Some(Status::Creating), None);
@@ -73,7 +73,7 @@ impl Instances {
             Disk::open(&setup::disk(disk)).map_err(|e| bad(&e))?;
         }
         match (self.store.get(&new.image), Recipe::of_name(&new.image)) {
-            (Err(ImageError::NoImage(_) | ImageError::Name(_)), Err(error)) => {
+            (Err(error @ (ImageError::NoImage(_) | ImageError::Name(_))), Err(_)) => {
                 Err(ErrorBody::new(Reason::NotFound, error))
             }
             _ => Ok(()),

@@ -15,7 +15,7 @@ use purlin_api::{ErrorBody, vm};
 use purlin_vmm::storage::{Format, NewImage, open_read_only};
 
 use super::{Entry, Instances, conflict, failed, lock};
-use crate::record::{Boot, DISK, MEMORY, Record};
+use crate::record::{Boot, DISK, MEMORY, Record, SnapshotRecord};
 
 /// The most images that a disk may stand on; storage opens a few more.
 const MOST_LAYERS: usize = 60;
@@ -98,9 +98,11 @@ impl Instances {
     /// theirs stands on their files.
     pub(super) fn sweep(&self) -> Result<(), ErrorBody> {
         let _files = lock(&self.files);
-        let there: Vec<Record> = self.entries().iter().map(|entry| entry.record()).collect();
+        let entries = self.entries();
+        let there: Vec<Record> = entries.iter().map(|entry| entry.record()).collect();
         let needed = there.iter().flat_map(|record| record.files(&self.dir_of(record)));
-        let needed: HashSet<PathBuf> = needed.chain(self.merging()).collect();
+        let held = entries.iter().zip(&there).flat_map(|(entry, record)| held_files(entry, &self.dir_of(record)));
+        let needed: HashSet<PathBuf> = needed.chain(held).chain(self.merging()).collect();
         for record in there.iter().filter(|record| record.boot.is_some()) {
             sweep_dir(&self.dir_of(record), &needed, |name| name.starts_with(DISK) || name.starts_with(MEMORY))?;
         }
@@ -124,7 +126,7 @@ impl Instances {
                         // It has never been started, or an earlier attempt came as far as this.
                         let _ = fs::remove_file(file);
                     }
-                    self.database.remove_instance(&record.id).map_err(failed)?;
+                    self.database.remove::<Record>(&record.id).map_err(failed)?;
                 }
             }
         }
@@ -152,6 +154,11 @@ impl Instances {
             self.entries().iter().map(|e| e.record()).filter(|r| r.boot.is_none()).map(|r| r.id).collect();
         sweep_dir(&self.bases, needed, |name| !being_made.iter().any(|id| name.starts_with(id)))
     }
+}
+
+/// Files of snapshots that may be deleted by now.
+fn held_files(entry: &Entry, dir: &Path) -> Vec<PathBuf> {
+    lock(&entry.held).iter().flat_map(SnapshotRecord::files).map(|path| dir.join(path)).collect()
 }
 
 /// What an instance boots; one that is ready has it.

@@ -21,7 +21,7 @@ use purlin_api::ErrorBody;
 use purlin_vmm::storage::{Merge, MergeError};
 
 use super::{Entry, Instances, failed, lock};
-use crate::record::{MERGED, Record};
+use crate::record::{MERGED, Record, SnapshotRecord};
 
 /// Disks that stand on so many images are made shorter whatever that costs.
 const LONG: usize = 16;
@@ -89,11 +89,16 @@ impl Instances {
 
     /// All disks and what they stand on.
     fn chains(&self) -> Vec<Chain> {
-        self.entries()
-            .iter()
-            .map(|entry| entry.record())
-            .flat_map(|record| chains(&record, &self.dir_of(&record)))
-            .collect()
+        let of_held = |entry: &Arc<Entry>| {
+            let dir = self.dir_of(&entry.record());
+            lock(&entry.held).iter().map(|snapshot| Chain::of_snapshot(snapshot, &dir)).collect::<Vec<_>>()
+        };
+        let of = |entry: &Arc<Entry>| {
+            let record = entry.record();
+            let own = chains(&record, &self.dir_of(&record));
+            own.into_iter().chain(of_held(entry))
+        };
+        self.entries().iter().flat_map(of).collect()
     }
 
     /// Makes the image of two, unless it is in the upper one's place already.
@@ -187,19 +192,25 @@ struct Chain {
     is_written: bool,
 }
 
+impl Chain {
+    fn new<'a>(is_written: bool, images: impl Iterator<Item = &'a PathBuf>, dir: &Path) -> Self {
+        Self { images: images.map(|path| dir.join(path)).collect(), is_written }
+    }
+
+    fn of_snapshot(snapshot: &SnapshotRecord, dir: &Path) -> Self {
+        Self::new(false, [&snapshot.disk].into_iter().chain(&snapshot.layers), dir)
+    }
+}
+
 /// The disks of an instance: its own, that with which it may be about to go on, and those of its snapshots.
 fn chains(record: &Record, dir: &Path) -> Vec<Chain> {
-    let chain = |is_written, images: &mut dyn Iterator<Item = &PathBuf>| Chain {
-        images: images.map(|path| dir.join(path)).collect(),
-        is_written,
-    };
-    let of_snapshots = record.snapshots.iter().map(|s| chain(false, &mut [&s.disk].into_iter().chain(&s.layers)));
-    let own = record.boot.iter().flat_map(|boot| {
+    let mut chains: Vec<_> = record.snapshots.iter().map(|snapshot| Chain::of_snapshot(snapshot, dir)).collect();
+    if let Some(boot) = &record.boot {
         let disk = || [&boot.disk].into_iter().chain(&boot.layers);
-        let next = boot.next_disk.iter().map(move |next| chain(true, &mut [next].into_iter().chain(disk())));
-        next.chain([chain(true, &mut disk())])
-    });
-    own.chain(of_snapshots).collect()
+        chains.extend(boot.next_disk.iter().map(|next| Chain::new(true, [next].into_iter().chain(disk()), dir)));
+        chains.push(Chain::new(true, disk(), dir));
+    }
+    chains
 }
 
 /// Pairs of images of which the lower one is needed by the upper one only, and neither is written.

@@ -23,6 +23,9 @@ use crate::{
 
 /// The disk that a machine is about to go back to.
 const NEW_DISK: &str = "new.qcow2";
+/// So many files of deleted snapshots' memory may be needed by a new one; where there are more, it stands on none, so that
+/// they can go with those that stand on them.
+const MOST_DEAD: usize = 8;
 
 impl Instances {
     /// The snapshots of an instance, in the order in which they were taken.
@@ -39,8 +42,24 @@ impl Instances {
         Ok(self.operations.begin(format!("snapshot {name}"), name, |_| async move {
             let _busy = entry.busy.lock().await;
             check_free(&entry.record(), &new.name)?;
-            instances.take(&entry, new.name).await
+            // It may stand on any of them.
+            let held = instances.hold(&entry, |record| Ok(record.snapshots.clone()))?;
+            let taken = instances.take(&entry, new.name).await;
+            drop(held);
+            instances.sweep().and(taken)
         }))
+    }
+
+    /// Keeps the files of snapshots until the value is dropped. Its instance is busy.
+    fn hold<'a>(
+        &self,
+        entry: &'a Entry,
+        which: impl FnOnce(&Record) -> Result<Vec<SnapshotRecord>, ErrorBody>,
+    ) -> Result<Held<'a>, ErrorBody> {
+        // Who has deleted one since has not looked for superfluous files yet.
+        let _files = lock(&self.files);
+        *lock(&entry.held) = which(&entry.record())?;
+        Ok(Held(entry))
     }
 
     async fn take(&self, entry: &Entry, name: String) -> Result<(), ErrorBody> {
@@ -68,7 +87,8 @@ impl Instances {
         let file = PathBuf::from(format!("{MEMORY}-{}.snapshot", uuid::Uuid::new_v4()));
         self.change(entry, |record| record.next_memory = Some(file.clone()))?;
         let overlay = self.begin_overlay(entry)?;
-        let taken = vm.take_snapshot(&TakeSnapshot { file: file.clone(), overlay }).await;
+        let whole = dead_files(&entry.record().snapshots) > MOST_DEAD;
+        let taken = vm.take_snapshot(&TakeSnapshot { file: file.clone(), overlay, whole }).await;
         self.settle_disk(entry).await?;
         let taken = match taken {
             Ok(taken) => taken,
@@ -95,13 +115,16 @@ impl Instances {
         let (instances, snapshot) = (self.clone(), snapshot.to_owned());
         Ok(self.operations.begin(format!("restore {name}"), name, |_| async move {
             let _busy = entry.busy.lock().await;
-            instances.restore(&entry, &snapshot).await
+            let held = instances.hold(&entry, |record| Ok(vec![find(record, &snapshot)?]))?;
+            let snapshot = lock(&entry.held)[0].clone();
+            let restored = instances.restore(&entry, &snapshot).await;
+            drop(held);
+            instances.sweep().and(restored)
         }))
     }
 
-    async fn restore(self: &Arc<Self>, entry: &Arc<Entry>, snapshot: &str) -> Result<(), ErrorBody> {
+    async fn restore(self: &Arc<Self>, entry: &Arc<Entry>, snapshot: &SnapshotRecord) -> Result<(), ErrorBody> {
         let record = entry.record();
-        let snapshot = find(&record, snapshot)?;
         let dir = self.dir_of(&record);
         let memory = snapshot.memory.first().map(|file| dir.join(file));
         if let Some(file) = memory.clone() {
@@ -115,7 +138,7 @@ impl Instances {
         let _ = std::fs::remove_file(&new);
         make_overlay(&new, &dir.join(&snapshot.disk), Format::Qcow2, None)?;
         self.stop(entry, true, None).await?;
-        self.go_back(entry, &snapshot, &new)?;
+        self.go_back(entry, snapshot, &new)?;
         self.sweep()?;
         match memory {
             Some(file) => {
@@ -145,16 +168,23 @@ impl Instances {
         })
     }
 
-    /// Deletes a snapshot. Files of it that others stand on stay as long as those.
-    pub async fn delete_snapshot(&self, name: &str, snapshot: &str) -> Result<(), ErrorBody> {
+    /// Deletes a snapshot, whoever is busy with the instance. Files of it that others stand on stay as long as those, and what
+    /// is needed just now until it is not.
+    pub fn delete_snapshot(&self, name: &str, snapshot: &str) -> Result<(), ErrorBody> {
         let entry = self.get(name)?;
-        // What there is not is not waited for.
-        find(&entry.record(), snapshot)?;
-        let _busy = entry.busy.lock().await;
         ready(&entry.record())?;
         find(&entry.record(), snapshot)?;
         self.change(&entry, |record| record.snapshots.retain(|s| s.shown.name != snapshot))?;
         self.sweep()
+    }
+}
+
+/// Snapshots whose files stay ([`Instances::hold`]).
+struct Held<'a>(&'a Entry);
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.held).clear();
     }
 }
 
@@ -181,6 +211,14 @@ fn check_free(record: &Record, snapshot: &str) -> Result<(), ErrorBody> {
         return Err(conflict(format!("'{}' has a snapshot '{snapshot}' already", record.name)));
     }
     Ok(())
+}
+
+/// Files of memory that are there only because the last snapshot stands on them. They cannot be merged: each says by a
+/// checksum which it stands on.
+fn dead_files(snapshots: &[SnapshotRecord]) -> usize {
+    let last = snapshots.iter().rev().find(|snapshot| !snapshot.memory.is_empty());
+    let is_alive = |file: &&PathBuf| snapshots.iter().any(|snapshot| snapshot.memory.first() == Some(file));
+    last.map_or(0, |last| last.memory.iter().filter(|file| !is_alive(file)).count())
 }
 
 /// A snapshot's file first, then those that it stands on.

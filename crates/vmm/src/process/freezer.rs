@@ -58,7 +58,7 @@ pub fn snapshot(running: &Running, wanted: &TakeSnapshot) -> Result<SnapshotTake
         };
         Ok::<_, ErrorBody>(spec)
     };
-    let taken = match running.snapshot(&spec(true, &wanted.overlay)?) {
+    let taken = match running.snapshot(&spec(!wanted.whole, &wanted.overlay)?) {
         // What it would stand on is not there any more.
         Err(TakeError::Refused(_)) => running.snapshot(&spec(false, &wanted.overlay)?),
         other => other,
