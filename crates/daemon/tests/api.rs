@@ -27,6 +27,19 @@ fn the_committed_descriptions_are_true() {
 }
 
 #[test]
+fn parameters_are_described_where_they_are() {
+    let description = api::description();
+    for (path, item) in description["paths"].as_object().unwrap() {
+        for (method, operation) in item.as_object().unwrap() {
+            for parameter in operation["parameters"].as_array().into_iter().flatten() {
+                let is_in_path = path.contains(&format!("{{{}}}", parameter["name"].as_str().unwrap()));
+                assert_eq!(parameter["in"], if is_in_path { "path" } else { "query" }, "{method} {path}: {parameter}");
+            }
+        }
+    }
+}
+
+#[test]
 fn what_makes_no_sense_is_refused_in_words() {
     let daemon = Daemon::start();
     assert_eq!(daemon.request("GET", "/1.0/instances", ""), (200, json!([])));
@@ -39,6 +52,7 @@ fn what_makes_no_sense_is_refused_in_words() {
         ("GET", "/1.0/instances/%ff", "", 400, "bad-request"),
         ("GET", "/1.0/operations/x", "", 404, "not-found"),
         ("GET", "/1.0/operations/x/wait?timeout=-1", "", 400, "bad-request"),
+        ("GET", "/1.0/operations/x/wait?beyond=9223372036854775808", "", 400, "bad-request"),
         ("GET", "/1.0/events", "", 400, "bad-request"),
         ("GET", "/1.0/events?from=x", "", 400, "bad-request"),
         ("PUT", "/1.0/instances", "", 405, "method-not-allowed"),

@@ -122,6 +122,7 @@ fn what_makes_no_sense_is_refused_and_leaves_nothing() {
         let (got, answer) = put(&daemon, path, b"x");
         assert_eq!(got, status, "{path}: {answer}");
     }
+    assert_eq!(put(&daemon, "/1.0/images/a", b"").0, 400);
     for (new, status) in [
         (json!({"from": "url", "name": "a", "url": "/etc/passwd"}), 400),
         (json!({"from": "url", "name": "a", "url": "ftp://x/y"}), 400),
@@ -136,8 +137,7 @@ fn what_makes_no_sense_is_refused_and_leaves_nothing() {
     assert_eq!((status, answer.contains("1024 GiB")), (413, true), "{answer}");
     // No disk, another checksum, and another format than it is called.
     for (path, body, told) in [
-        ("/1.0/images/a", &b""[..], "it is empty"),
-        ("/1.0/images/a", b"QFI\xfb", "qcow2"),
+        ("/1.0/images/a", &b"QFI\xfb"[..], "qcow2"),
         (&format!("/1.0/images/a?sha256={zeroes}"), &disk(), "checksum"),
         ("/1.0/images/a?source=x.qcow2", &disk(), "its name says qcow2"),
         ("/1.0/images/a?format=vdi", &disk(), ""),

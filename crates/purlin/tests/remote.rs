@@ -176,7 +176,9 @@ fn who_has_no_token_is_not_let_in() {
 fn what_cannot_be_done_elsewhere_is_wrong_usage() {
     let run = |words: &[&str]| purlin().args(words).stdin(Stdio::null()).output().unwrap();
     let host = "https://localhost:1";
-    for verb in [&["run", "shell"][..], &["image", "list"], &["daemon", "status"], &["token", "list"], &["doctor"]] {
+    for verb in
+        [&["run", "shell"][..], &["image", "convert", "a", "b"], &["daemon", "status"], &["token", "list"], &["doctor"]]
+    {
         assert_one_line(&run(&[&["--host", host], verb].concat()), 2, &["--host", "this host"]);
     }
     assert_one_line(&run(&["--host", "http://localhost", "list"]), 2, &["http://localhost", "https://HOST:PORT"]);

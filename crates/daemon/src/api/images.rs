@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use axum::{
     Json,
-    body::Body as RawBody,
+    body::{Body as RawBody, HttpBody as _},
     extract::State,
     http::{HeaderMap, StatusCode, header::CONTENT_LENGTH},
 };
@@ -59,6 +59,7 @@ pub async fn get(State(Shared(shared)): State<Shared>, Segment(name): Segment) -
 }
 
 #[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub struct Send {
     /// What the file is called where it comes from; a name that says another format than its content is refused.
@@ -92,6 +93,9 @@ pub async fn send(
     let length = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
     if length.is_some_and(|length: u64| length > MAX_BYTES) {
         return Err(too_large());
+    }
+    if body.is_end_stream() {
+        return Err(Refusal::new(Reason::BadRequest, "there is no image in the body: it is empty"));
     }
     let source = source.filter(|source| !source.is_empty()).unwrap_or_else(|| "an upload".into());
     check(&source, sha256.as_deref())?;

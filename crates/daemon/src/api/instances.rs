@@ -69,6 +69,7 @@ pub async fn change(
 }
 
 #[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub struct Delete {
     /// One that runs, too.

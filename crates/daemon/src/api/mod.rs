@@ -24,7 +24,7 @@ use purlin_api::{
     ErrorBody, Event, Reason, ServerInfo,
     server::{self, Params, Refusal, Upgrade},
 };
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer, de::Error as _};
 use tokio::sync::{Notify, broadcast::error::RecvError};
 use utoipa::{IntoParams, OpenApi};
 
@@ -179,10 +179,18 @@ async fn shutdown(state: State<Shared>) -> Json<ServerInfo> {
 }
 
 #[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 struct From {
     /// The number of the first event that is wanted; without it, what happens from now on.
+    #[serde(default, deserialize_with = "int64")]
     from: Option<u64>,
+}
+
+/// A number that is one by its description, too, where its format is int64.
+fn int64<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    let number = i64::deserialize(deserializer)?;
+    u64::try_from(number).map(Some).map_err(|_| D::Error::custom("it is less than 0"))
 }
 
 /// What happens: a websocket of [`Event`]s in JSON.

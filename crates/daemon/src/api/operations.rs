@@ -11,7 +11,7 @@ use serde::Deserialize;
 use tokio::{sync::watch, time::timeout};
 use utoipa::IntoParams;
 
-use super::Shared;
+use super::{Shared, int64};
 
 /// The longest that an answer waits, in seconds.
 const MOST_WAIT: u64 = 600;
@@ -35,11 +35,14 @@ pub async fn get(State(shared): State<Shared>, Segment(id): Segment) -> Result<J
 }
 
 #[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub struct Wait {
     /// For so many seconds at most, up to 600.
+    #[serde(default, deserialize_with = "int64")]
     timeout: Option<u64>,
     /// Until its revision is beyond this one; without it, until it is over.
+    #[serde(default, deserialize_with = "int64")]
     beyond: Option<u64>,
 }
 
