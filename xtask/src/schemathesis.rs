@@ -169,8 +169,10 @@ impl Daemon {
         Ok(Self { home, process, url, token })
     }
 
-    /// Has a machine `a` run.
+    /// Has a machine `a` run. Its image may have been deleted by now, or be another of that name.
     fn launch(&self) -> Result<()> {
+        self.home.command(&["image", "delete", "tiny"]).output()?;
+        import_tiny(&self.home)?;
         let machine = ["--engine", "translator", "--memory", "64M", "--net", "none"];
         self.home.purlin(&[&["launch", "tiny", "a"][..], &machine].concat()).map(drop)
     }

@@ -239,6 +239,11 @@ impl Vm {
         if let Ok(Ok(said)) = timeout(ANSWER, self.client.get::<vm::Process>("/1.0")).await {
             self.set_said(said);
         }
+        self.said()
+    }
+
+    /// What it said last, which is all of what does not change.
+    pub fn said(&self) -> vm::Process {
         self.said.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 

@@ -23,6 +23,8 @@ use crate::images::{Receiving, Sent};
 
 type Begun = Result<(StatusCode, Json<Operation>), Refusal>;
 
+/// Characters of the longest name of a file that is sent.
+const MOST_SOURCE: usize = 255;
 /// How long the next piece of an image may take to arrive.
 const PIECE: Duration = Duration::from_secs(30);
 
@@ -118,7 +120,7 @@ pub async fn send(
 }
 
 fn check(source: &str, sha256: Option<&str>) -> Result<(), Refusal> {
-    if source.len() > 1024 || source.chars().any(char::is_control) {
+    if source.chars().count() > MOST_SOURCE || source.chars().any(char::is_control) {
         return Err(Refusal::new(
             Reason::BadRequest,
             "the source is a name of up to 255 characters that can be printed",

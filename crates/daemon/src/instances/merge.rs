@@ -35,7 +35,7 @@ impl Instances {
     pub(super) async fn merge_for_ever(self: Arc<Self>) {
         loop {
             let mut in_vain = HashSet::new();
-            while let Some(merge) = self.next_merge(&in_vain).await {
+            while let Some(merge) = self.next_merge(&in_vain) {
                 let (instances, wanted) = (self.clone(), merge.clone());
                 let made = tokio::task::spawn_blocking(move || instances.make_merged(&wanted)).await.map_err(failed);
                 let merged = match made.flatten() {
@@ -53,8 +53,8 @@ impl Instances {
     }
 
     /// The cheapest pair that is worth it.
-    async fn next_merge(&self, in_vain: &HashSet<Merge>) -> Option<Merge> {
-        let bound = self.bound().await;
+    fn next_merge(&self, in_vain: &HashSet<Merge>) -> Option<Merge> {
+        let bound = self.bound();
         let _files = lock(&self.files);
         let chains = self.chains();
         let length = |path: &Path| fs::metadata(path).map_or(0, |file| file.len());
@@ -69,11 +69,11 @@ impl Instances {
 
     /// Images of other instances' that a machine that runs would not find again, if others took their place: it can reach
     /// them because it was given the files. Where its sandbox has a root of its own they are in there, as they were.
-    async fn bound(&self) -> HashSet<PathBuf> {
+    fn bound(&self) -> HashSet<PathBuf> {
         let mut bound = HashSet::new();
         for entry in self.entries() {
             let may_lack = match entry.vm() {
-                Some(vm) => !vm.look().await.sandbox_lacks.is_empty(),
+                Some(vm) => !vm.said().sandbox_lacks.is_empty(),
                 // It is being started, or looked for.
                 None => entry.is_starting.load(Ordering::SeqCst),
             };
@@ -120,7 +120,7 @@ impl Instances {
     /// Puts the merged image in the upper one's place, when nobody is busy with a disk that stands on it.
     async fn use_merged(&self, merge: &Merge) -> Result<(), ErrorBody> {
         loop {
-            if self.bound().await.contains(&merge.upper) {
+            if self.bound().contains(&merge.upper) {
                 let upper = merge.upper.display();
                 return Err(failed(format!("a machine that runs could not find what takes the place of {upper}")));
             }
