@@ -91,7 +91,12 @@ impl Layer {
     /// Says that `pages` are in `file` from its byte `offset` on, a multiple of 4096. The file must be long enough, or who
     /// reads the machine's memory dies of it.
     pub fn put(&mut self, pages: Range<u64>, file: Arc<File>, offset: u64) -> Result<(), MemoryError> {
-        let length = file.metadata().map_err(|e| MemoryError::Layer(e.to_string()))?.len();
+        let length = length_of(&file)?;
+        self.put_within(pages, file, length, offset)
+    }
+
+    /// [`Layer::put`] of a file that is so long.
+    fn put_within(&mut self, pages: Range<u64>, file: Arc<File>, length: u64, offset: u64) -> Result<(), MemoryError> {
         let end = (pages.end.saturating_sub(pages.start)).checked_mul(PAGE_SIZE).and_then(|n| n.checked_add(offset));
         if pages.start >= pages.end || pages.end > self.pages() || !offset.is_multiple_of(PAGE_SIZE) {
             return Err(MemoryError::Layer(format!("there are no pages {pages:?} at {offset:#x}")));
@@ -233,22 +238,31 @@ pub fn send(layers: &[Layer]) -> (LayersMessage, Vec<BorrowedFd<'_>>) {
 
 /// The layers that [`send`] made a message of. Whoever sent a memfd that could still change is refused.
 pub fn receive(message: &LayersMessage, files: Vec<OwnedFd>) -> Result<Vec<Layer>, MemoryError> {
-    let files: Vec<Arc<File>> = files.into_iter().map(|fd| Arc::new(File::from(fd))).collect();
     let memfds = device_of_memfds().map_err(MemoryError::Host)?;
-    files.iter().try_for_each(|file| check_sealed(file, memfds))?;
+    let file = |fd| {
+        let file = File::from(fd);
+        check_sealed(&file, memfds)?;
+        // Asked once: there can be thousands of runs.
+        Ok((length_of(&file)?, Arc::new(file)))
+    };
+    let files: Vec<(u64, Arc<File>)> = files.into_iter().map(file).collect::<Result<_, MemoryError>>()?;
     let layer = |slot: &SlotMessage| {
         let mut layer = Layer::empty(slot.start, slot.length);
         for run in slot.runs.chunks(4) {
             let &[page, count, number, at] = run else { return Err(MemoryError::Layer("a run is cut off".into())) };
             let file = usize::try_from(number).ok().and_then(|number| files.get(number));
-            let file = file.ok_or_else(|| MemoryError::Layer(format!("there is no file {number}")))?;
+            let (length, file) = file.ok_or_else(|| MemoryError::Layer(format!("there is no file {number}")))?;
             let offset =
                 at.checked_mul(PAGE_SIZE).ok_or_else(|| MemoryError::Layer("an offset is too large".into()))?;
-            layer.put(page..page.saturating_add(count), file.clone(), offset)?;
+            layer.put_within(page..page.saturating_add(count), file.clone(), *length, offset)?;
         }
         Ok(layer)
     };
     message.slots.iter().map(layer).collect()
+}
+
+fn length_of(file: &File) -> Result<u64, MemoryError> {
+    Ok(file.metadata().map_err(|e| MemoryError::Layer(e.to_string()))?.len())
 }
 
 /// Memfds are files of a tmpfs that the kernel has for them alone.
