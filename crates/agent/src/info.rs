@@ -15,12 +15,17 @@ pub fn info() -> Info {
     Info {
         agent: env!("CARGO_PKG_VERSION").into(),
         host_name: text(uname.nodename()),
-        machine_id: line_of("/etc/machine-id"),
+        machine_id: machine_id(),
         boot_id: line_of("/proc/sys/kernel/random/boot_id"),
         uptime_ms: uptime().as_millis() as u64,
         os: pretty_name(&os_release()),
         kernel: text(uname.release()),
     }
+}
+
+/// machine-id(5); empty if there is none.
+pub fn machine_id() -> String {
+    line_of("/etc/machine-id")
 }
 
 fn line_of(path: &str) -> String {

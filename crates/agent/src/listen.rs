@@ -17,7 +17,7 @@ use std::{
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, VsockAddr, bind, getpeername, listen, socket};
 use purlin_agent::PORT;
 
-use crate::session;
+use crate::{rehearsal, session};
 
 /// Of the host (`VMADDR_CID_HOST`); other guests, and this guest's own programs, have others.
 const HOST: u32 = 2;
@@ -35,6 +35,7 @@ const MOST_SESSIONS: usize = 64;
 /// Serves the host, for ever. Waits for the device if there is none yet.
 pub fn vsock() -> io::Result<Infallible> {
     let socket = wait_for_socket()?;
+    rehearsal::begin();
     serve(|| {
         let stream = accept(&socket)?;
         let peer = getpeername::<VsockAddr>(stream.as_raw_fd())?;

@@ -11,6 +11,7 @@ mod info;
 mod link;
 mod listen;
 mod pending;
+mod rehearsal;
 mod renew;
 mod session;
 mod users;

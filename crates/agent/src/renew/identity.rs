@@ -8,7 +8,7 @@ use rustix::{
     system::sethostname,
 };
 
-use super::{Problems, note, run_program};
+use super::{Problems, note};
 use crate::files::replace;
 
 /// Whether the wanted ones can be.
@@ -54,12 +54,14 @@ pub fn renew(renew: &Renew, problems: &mut Problems) -> String {
     })
 }
 
-/// The journal is kept by machine ID: journalctl(1) does not find what is still written under the old one.
-pub fn settle(problems: &mut Problems) {
-    if Path::new("/run/systemd/system").exists() {
-        let restarted = run_program("systemctl", &["try-restart", "systemd-journald.service"], "");
-        note(problems, "the journal", restarted.map(drop));
+/// Goes through the writing of files where nobody looks for them.
+pub fn rehearse() {
+    let path = Path::new("/etc/.purlin-rehearsal");
+    // Again, so that there is one to be replaced.
+    for _ in 0..2 {
+        let _ = replace(path, b"it can be removed\n");
     }
+    let _ = fs::remove_file(path);
 }
 
 fn rewrite_hosts(name: &str) -> io::Result<()> {

@@ -8,6 +8,7 @@ use rustix::{
     fd::OwnedFd,
     ioctl::{Opcode, Setter, Updater, ioctl},
     net::{AddressFamily, SocketFlags, SocketType, socket_with},
+    thread::{UnshareFlags, unshare_unsafe},
 };
 
 /// An interface of the guest's, by name.
@@ -60,6 +61,12 @@ impl<'a> Interface<'a> {
         }
         Ok(request)
     }
+}
+
+/// Has this thread, until it ends, see another network, of a loopback that is down.
+pub fn leave_network() -> io::Result<()> {
+    // SAFETY: descriptors stay shared with the other threads; the network is not shared with anybody by a library.
+    Ok(unsafe { unshare_unsafe(UnshareFlags::NEWNET) }?)
 }
 
 #[cfg(test)]

@@ -1,20 +1,28 @@
 //! Making a copied machine one of its own. What the host waits for is done first: the name, the machine ID, randomness;
 //! the old keys and addresses are out of use. What takes long follows.
 
+mod clock;
 mod identity;
 mod interface;
+mod journal;
 mod network;
 mod random;
 mod ssh;
 mod turn;
 
-use std::time::Duration;
+use std::{thread, time::Duration};
 
 use purlin_agent::protocol::{AgentMessage, Renew, RenewEnded, Renewed};
-use rustix::time::{ClockId, clock_settime};
+use rustix::rand::{GetRandomFlags, getrandom};
 
 use self::turn::Turn;
-use crate::link::{End, Link};
+use crate::{
+    info::machine_id,
+    link::{End, Link},
+};
+
+/// How long what takes long is put off.
+const CALM: Duration = Duration::from_millis(250);
 
 /// What could not be done, a line for each.
 type Problems = Vec<String>;
@@ -31,11 +39,14 @@ pub fn run(link: &mut Link, renew: &Renew) -> Result<(), End> {
     let cards = network::take_down(&renew.cards, &mut problems);
     let keys = renew.remake_ssh_host_keys.then(|| ssh::take_down(&mut problems));
     if renew.time_ns > 0 {
-        note(&mut problems, "the clock", set_clock(renew.time_ns));
+        note(&mut problems, "the clock", clock::set(renew.time_ns));
     }
+    let old_id = machine_id();
     let machine_id = identity::renew(renew, &mut problems);
-    let answered = link.send(AgentMessage::Renewed(Renewed { machine_id, problems }));
+    let answered = link.send(AgentMessage::Renewed(Renewed { machine_id: machine_id.clone(), problems }));
     first.then_last();
+    // The host has waited for its answer, and now asks for something: that is to be alone.
+    thread::sleep(CALM);
 
     // The host may have what it wants, and be gone: the machine needs the rest all the same.
     let mut problems = Problems::new();
@@ -43,7 +54,7 @@ pub fn run(link: &mut Link, renew: &Renew) -> Result<(), End> {
     if let Some(keys) = keys {
         keys.bring_up(&mut problems);
     }
-    identity::settle(&mut problems);
+    journal::follow(&old_id, &machine_id, &mut problems);
     answered?;
     link.send(AgentMessage::RenewEnded(RenewEnded { problems }))
 }
@@ -54,9 +65,16 @@ fn note<E: std::fmt::Display>(problems: &mut Problems, what: &str, result: Resul
     }
 }
 
-fn set_clock(since_1970: u64) -> Result<(), String> {
-    let time = Duration::from_nanos(since_1970).try_into().map_err(|_| "there is no such time".to_owned())?;
-    clock_settime(ClockId::Realtime, time).map_err(|error| error.to_string())
+/// Goes through as much of it as changes nothing, in a thread that ends with it.
+pub fn rehearse() {
+    let first = Turn::first();
+    let mut seed = [0; 64];
+    if getrandom(&mut seed, GetRandomFlags::empty()).is_ok() {
+        let _ = random::add(&seed);
+    }
+    identity::rehearse();
+    network::rehearse();
+    first.then_last();
 }
 
 /// Runs a program; what it says goes into the error.

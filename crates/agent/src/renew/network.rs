@@ -4,7 +4,11 @@ use std::{fs, io, path::Path};
 
 use purlin_agent::protocol::{Card, Failed, FailureKind};
 
-use super::{Problems, interface::Interface, note, run_program};
+use super::{
+    Problems,
+    interface::{Interface, leave_network},
+    note, run_program,
+};
 
 /// Interfaces that are down and have their new addresses.
 pub struct Cards(Vec<String>);
@@ -41,20 +45,46 @@ pub fn take_down(cards: &[Card], problems: &mut Problems) -> Cards {
     Cards(names)
 }
 
+/// Goes through the same with the loopback of a network of its own, in which the thread stays.
+pub fn rehearse() {
+    interfaces(Path::new("/sys/class/net"));
+    if let Ok(loopback) = leave_network().and_then(|()| Interface::new("lo")) {
+        let _ = loopback.set_up(true).and_then(|()| loopback.set_up(false));
+    }
+}
+
 /// Takes them up again, and has new leases got for them.
 pub fn bring_up(cards: Cards, problems: &mut Problems) {
     let Cards(names) = cards;
     if names.is_empty() {
         return;
     }
-    // While they are down: it must not give the leases back that are the other machine's. It is restarted, for it goes
-    // on by the machine ID with which it was started. Others see the links go down and up. (And not `networkctl
-    // reconfigure` as well: networkd would then take a lease's address away that it has just got anew.)
-    let _ = run_program("systemctl", &["try-restart", "systemd-networkd.service"], "");
+    // While they are down: it must not give the leases back that are the other machine's. Others see the links go down and
+    // up.
+    let mut networkd = vec!["systemctl", "try-restart", "systemd-networkd.service"];
+    if names.iter().all(|name| goes_by_address(name)) {
+        networkd = ["networkctl", "reconfigure"].into_iter().chain(names.iter().map(String::as_str)).collect();
+    }
+    let _ = run_program(networkd[0], &networkd[1..], "");
     for name in &names {
         let up = Interface::new(name).and_then(|card| card.set_up(true));
         note(problems, &format!("the network card {name}"), up);
     }
+}
+
+/// Whether networkd, by the file with which it has set the card up, tells others nothing of the machine but the card's address
+/// and the host name. Else it has to be started anew (and not be told to set the card up as well, or it takes a lease's address away
+/// that it has just got): it goes on by the machine ID with which it was started.
+fn goes_by_address(card: &str) -> bool {
+    let index = fs::read_to_string(format!("/sys/class/net/{card}/ifindex")).unwrap_or_default();
+    let state = fs::read_to_string(format!("/run/systemd/netif/links/{}", index.trim())).unwrap_or_default();
+    let file = state.lines().find_map(|line| line.strip_prefix("NETWORK_FILE="));
+    file.and_then(|file| fs::read_to_string(file).ok()).is_some_and(|file| is_by_address(&file))
+}
+
+/// systemd.network(5).
+fn is_by_address(file: &str) -> bool {
+    ["ClientIdentifier=mac", "DUIDType=link-layer"].iter().all(|line| file.lines().any(|there| there.trim() == *line))
 }
 
 /// Takes a card down, and gives it an address that [`check`] has found to be one.
@@ -90,6 +120,14 @@ mod tests {
         let card = |old: &str, new: &str| Card { old: old.into(), new: new.into() };
         assert!(check(&[card("52:54:00:12:34:56", "52:54:00:12:34:57")]).is_ok());
         assert!(check(&[card("52:54:00:12:34:56", "x\nlink")]).is_err());
+    }
+
+    #[test]
+    fn who_goes_by_the_address() {
+        assert!(is_by_address("[DHCPv4]\nClientIdentifier=mac \n[DHCPv6]\nDUIDType=link-layer\n"));
+        assert!(!is_by_address("[DHCPv4]\n#ClientIdentifier=mac\n[DHCPv6]\nDUIDType=link-layer\n"));
+        assert!(!is_by_address(""));
+        assert!(!goes_by_address("purlin-none"));
     }
 
     #[test]

@@ -17,6 +17,14 @@ const UNITS: [&str; 4] = ["ssh.socket", "sshd.socket", "ssh.service", "sshd.serv
 /// Where sshd says which process listens.
 const PID_FILE: &str = "/run/sshd.pid";
 
+/// Where these are, systemd starts sshd when somebody connects first, and before it makes keys of [these kinds](MADE_ON_DEMAND):
+/// so it is in the image that Purlin builds.
+const ON_DEMAND: [&str; 2] =
+    ["/etc/systemd/system/sockets.target.wants/ssh.socket", "/etc/systemd/system/ssh.service.wants/ssh-keys.service"];
+
+/// The kinds that ssh-keys.service makes.
+const MADE_ON_DEMAND: [&str; 2] = ["ecdsa", "ed25519"];
+
 /// sshd without its old keys.
 pub struct Keys {
     /// Kinds of the keys that there were.
@@ -30,28 +38,38 @@ enum Sshd {
     Held(Pid),
     /// These units have been stopped.
     Stopped(Vec<String>),
+    /// It is started when somebody connects. A listening process that somebody before has had started does not run.
+    OnDemand(Option<Pid>),
 }
 
 /// Has sshd accept nobody, and removes its keys.
 pub fn take_down(problems: &mut Problems) -> Keys {
     let held = listener(Path::new(PID_FILE)).filter(|listener| kill_process(*listener, Signal::STOP).is_ok());
-    let sshd = held.map_or_else(|| Sshd::Stopped(stop(problems)), Sshd::Held);
-    let kinds = match remove(Path::new(DIRECTORY)) {
+    let sshd = match held {
+        held if ON_DEMAND.iter().all(|file| fs::symlink_metadata(file).is_ok()) => Sshd::OnDemand(held),
+        Some(listener) => Sshd::Held(listener),
+        None => Sshd::Stopped(stop(problems)),
+    };
+    let mut kinds = match remove(Path::new(DIRECTORY)) {
         Ok(kinds) => kinds,
         Err(error) => {
             problems.push(format!("the old SSH keys: {error}"));
             Vec::new()
         }
     };
+    if matches!(sshd, Sshd::OnDemand(_)) {
+        kinds.retain(|kind| !MADE_ON_DEMAND.contains(&kind.as_str()));
+    }
     Keys { kinds, sshd }
 }
 
 impl Keys {
-    /// Makes new keys, and starts sshd if it was running.
+    /// Makes new keys, but for those that are made on demand, and starts sshd if it was running.
     pub fn bring_up(self, problems: &mut Problems) {
-        let (units, listener) = match self.sshd {
-            Sshd::Stopped(units) => (units, None),
-            Sshd::Held(listener) => (stop(problems), Some(listener)),
+        let units = match &self.sshd {
+            Sshd::Stopped(units) => units.clone(),
+            Sshd::Held(_) => stop(problems),
+            Sshd::OnDemand(_) => Vec::new(),
         };
         // None of a kind that nobody had: RSA's takes long.
         for kind in &self.kinds {
@@ -59,9 +77,14 @@ impl Keys {
             let arguments = ["-q", "-t", kind, "-N", "", "-C", "", "-f", &path];
             note(problems, "a new SSH key", run_program("ssh-keygen", &arguments, "").map(drop));
         }
-        match listener {
+        match self.sshd {
+            Sshd::OnDemand(None) => {}
+            Sshd::OnDemand(Some(listener)) => {
+                // It ends before it accepts anybody, and systemd listens again.
+                let _ = kill_process(listener, Signal::TERM).and_then(|()| kill_process(listener, Signal::CONT));
+            }
             // It is nobody's that could start it again: it starts anew by itself, with the new keys (sshd(8)).
-            Some(listener) if units.is_empty() => {
+            Sshd::Held(listener) if units.is_empty() => {
                 let _ = kill_process(listener, Signal::HUP).and_then(|()| kill_process(listener, Signal::CONT));
             }
             _ if units.is_empty() => {}

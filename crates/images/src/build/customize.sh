@@ -5,6 +5,9 @@ root=$1
 
 chroot "$root" systemctl --quiet enable systemd-networkd.service systemd-networkd-wait-online.service \
     systemd-resolved.service ssh-keys.service serial-getty@ttyS0.service purlin-agent.service
+# sshd starts when somebody connects first, and ssh-keys.service before it: a clone that nobody connects to makes no keys.
+chroot "$root" systemctl --quiet disable ssh.service
+chroot "$root" systemctl --quiet enable ssh.socket
 # Nobody looks at a virtual screen; maintenance that would take the package lock from the user's apt, or that looks after
 # hardware, is there for who enables it.
 chroot "$root" systemctl --quiet disable getty@tty1.service apt-daily.timer apt-daily-upgrade.timer \
