@@ -100,7 +100,8 @@ impl Instances {
         let clones = names.iter().map(|name| self.make_clone(&record, name, &origin, progress));
         let made: Vec<Result<(), ErrorBody>> = join_all(clones).await;
         if let Some(vm) = vm {
-            vm.thaw(&freeze).await;
+            // Nobody waits for that.
+            tokio::spawn(async move { vm.thaw(&freeze).await });
         }
         made.into_iter().collect()
     }
