@@ -178,9 +178,11 @@ fn measure_clone(home: &Home, rounds: usize) -> Result<()> {
     Ok(())
 }
 
-/// Each has an identity of its own, goes on from where the other one was, and has a network.
+/// Each has an identity of its own, goes on from where the other one was, and has a network, by which its sshd shows new keys.
 fn check_clones(home: &Home, clones: u16) -> Result<()> {
     const WHO: &str = "cat /etc/machine-id /sys/class/net/eth0/address; hostname; head -c 16 /dev/urandom | base64";
+    // The source's sshd runs, and knows its keys.
+    let mut seen = std::collections::HashSet::from([offered_key(home, "a")?]);
     let begin = Instant::now();
     home.purlin(&["clone", "a", "c", "--count", &clones.to_string()])?;
     println!("{clones} clones: {:.2?}", begin.elapsed());
@@ -188,21 +190,49 @@ fn check_clones(home: &Home, clones: u16) -> Result<()> {
     let listed = home.purlin(&["list"])?;
     println!("list with {} machines: {:.0?}", listed.lines().count() - 1, begin.elapsed());
     let names: Vec<String> = (1..=clones).map(|number| format!("c-{number}")).chain(["a".to_owned()]).collect();
-    let mut seen = std::collections::HashSet::new();
     for name in &names {
         let said = home.exec(name, WHO)?;
         ensure!(said.lines().nth(2) == Some(name), "{name}: {said:?}");
         ensure!(said.lines().all(|line| seen.insert(line.to_owned())), "{name} has something of another's: {said:?}");
     }
+    for name in names.iter().filter(|name| *name != "a") {
+        let keys = home.exec(name, "ls /etc/ssh | grep ssh_host_ || true")?;
+        ensure!(keys.is_empty(), "{name} has keys before anybody has connected: {keys:?}");
+    }
     for name in &names {
         let before = count(home, name)?;
         home.wait(name, "it counts on", |home| Ok(count(home, name)? > before))?;
-        home.wait(name, "it has an address", |home| {
-            Ok(home.exec(name, "ip -4 -br addr show eth0")?.contains("10.0.2."))
+        home.wait(name, "its lease is its own", |home| {
+            let said = home.exec(name, "cat /run/systemd/netif/leases/*; tr -d : < /sys/class/net/eth0/address")?;
+            let lease: Vec<&str> = said.lines().collect();
+            let client = format!("CLIENTID=01{}", lease.last().context("it says nothing")?);
+            Ok(lease.contains(&client.as_str()) && lease.contains(&"ADDRESS=10.0.2.15"))
         })?;
-        let key = || home.exec(name, "cat /etc/ssh/ssh_host_ed25519_key.pub");
-        home.wait(name, "it has host keys of its own", |_| Ok(key().is_ok()))?;
-        ensure!(seen.insert(key()?), "{name} has the host keys of another");
+        home.wait(name, "it has an address", |home| {
+            Ok(home.exec(name, "ip -4 -br addr show eth0")?.contains("10.0.2.15"))
+        })?;
+        ensure!(name == "a" || seen.insert(offered_key(home, name)?), "{name} has the host keys of another");
+        let journal =
+            "logger -t kept it goes on; journalctl --sync; journalctl -q -t kept; journalctl -q -n 1 -u ssh.socket";
+        let said = home.exec(name, journal)?;
+        ensure!(said.contains("it goes on") && said.lines().count() >= 2, "{name}: the journal says {said:?}");
+        let failed = home.exec(name, "systemctl --failed --no-legend --plain")?;
+        ensure!(failed.is_empty(), "{name}: units have failed: {failed}");
     }
     Ok(())
+}
+
+/// The key that a guest's sshd shows to who comes by the network.
+fn offered_key(home: &Home, name: &str) -> Result<String> {
+    let info = home.info(name)?;
+    let address = info["process"]["ssh"].as_str().context("ssh does not lead to it")?;
+    let (host, port) = address.rsplit_once(':').context("that is no address")?;
+    let scan = || -> Result<Option<String>> {
+        let output = Command::new("ssh-keyscan").args(["-T", "60", "-t", "ed25519", "-p", port, host]).output()?;
+        let said = String::from_utf8(output.stdout)?;
+        let line = said.lines().find(|line| !line.starts_with('#'));
+        Ok(line.and_then(|line| Some(line.split_once(' ')?.1.to_owned())))
+    };
+    home.wait(name, "sshd shows its key", |_| Ok(scan()?.is_some()))?;
+    scan()?.context("sshd shows no key")
 }
