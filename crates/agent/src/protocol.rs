@@ -408,6 +408,9 @@ pub struct Renew {
     /// The time now, in nanoseconds since 1970; 0 leaves the guest's clock as it is.
     #[prost(uint64, tag = "6")]
     pub time_ns: u64,
+    /// Milliseconds that the rest waits when `Renewed` has been said: what the host asks for next is to be alone.
+    #[prost(uint32, tag = "7")]
+    pub put_off_ms: u32,
 }
 
 /// A network card that gets another address.

@@ -21,9 +21,6 @@ use crate::{
     link::{End, Link},
 };
 
-/// How long what takes long is put off.
-const CALM: Duration = Duration::from_millis(250);
-
 /// What could not be done, a line for each.
 type Problems = Vec<String>;
 
@@ -45,8 +42,7 @@ pub fn run(link: &mut Link, renew: &Renew) -> Result<(), End> {
     let machine_id = identity::renew(renew, &mut problems);
     let answered = link.send(AgentMessage::Renewed(Renewed { machine_id: machine_id.clone(), problems }));
     first.then_last();
-    // The host has waited for its answer, and now asks for something: that is to be alone.
-    thread::sleep(CALM);
+    thread::sleep(Duration::from_millis(renew.put_off_ms.into()));
 
     // The host may have what it wants, and be gone: the machine needs the rest all the same.
     let mut problems = Problems::new();

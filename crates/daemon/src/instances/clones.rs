@@ -39,6 +39,12 @@ const MOST: usize = 256;
 const AGENT: Duration = Duration::from_secs(3);
 /// How long that of a guest that boots may take.
 const BOOT: Duration = Duration::from_secs(600);
+/// How long a clone's guest puts off what nobody waits for: what it is asked first is alone.
+const PUT_OFF: Duration = Duration::from_millis(250);
+/// How much longer for each other clone that is made with it: none is to hold up those that have not begun.
+const PUT_OFF_FOR_EACH: Duration = Duration::from_millis(100);
+/// But at most.
+const PUT_OFF_AT_MOST: Duration = Duration::from_secs(8);
 /// Bytes of randomness that a clone's guest is given.
 const SEED: usize = 64;
 
@@ -97,7 +103,9 @@ impl Instances {
             Some(_) => vm::Origin::Clone { socket: self.dir_of(&record).join(vm::FROZEN), freeze: freeze.clone() },
             None => vm::Origin::Boot,
         };
-        let clones = names.iter().map(|name| self.make_clone(&record, name, &origin, progress));
+        let others = names.len().saturating_sub(1) as u32;
+        let put_off = (PUT_OFF + others * PUT_OFF_FOR_EACH).min(PUT_OFF_AT_MOST);
+        let clones = names.iter().map(|name| self.make_clone(&record, name, &origin, put_off, progress));
         let made: Vec<Result<(), ErrorBody>> = join_all(clones).await;
         if let Some(vm) = vm {
             // Nobody waits for that.
@@ -112,6 +120,7 @@ impl Instances {
         source: &Record,
         name: &str,
         origin: &vm::Origin,
+        put_off: Duration,
         progress: &Progress,
     ) -> Result<(), ErrorBody> {
         let source_dir = self.dir_of(source);
@@ -140,7 +149,9 @@ impl Instances {
         let made = tokio::task::spawn_blocking(files).await.map_err(failed).flatten();
         let made = made.and_then(|()| self.change(&entry, |record| record.stage = Stage::Ready));
         let made = match made {
-            Ok(()) if *origin != vm::Origin::Boot => self.start_clone(&entry, source, origin.clone(), progress).await,
+            Ok(()) if *origin != vm::Origin::Boot => {
+                self.start_clone(&entry, source, origin.clone(), put_off, progress).await
+            }
             other => other,
         };
         if let Err(error) = &made {
@@ -157,12 +168,13 @@ impl Instances {
         entry: &Arc<Entry>,
         source: &Record,
         origin: vm::Origin,
+        put_off: Duration,
         progress: &Progress,
     ) -> Result<(), ErrorBody> {
         entry.is_renewing.store(true, Ordering::SeqCst);
         let started = self.start(entry, origin).await;
         let renewed = match &started {
-            Ok(()) => self.renew(entry, Some(source.mac), AGENT).await,
+            Ok(()) => self.renew(entry, Some(source.mac), put_off, AGENT).await,
             Err(_) => Ok(()),
         };
         entry.is_renewing.store(false, Ordering::SeqCst);
@@ -178,15 +190,21 @@ impl Instances {
     pub(super) fn renew_when_up(self: &Arc<Self>, entry: &Arc<Entry>) {
         let (instances, entry) = (self.clone(), entry.clone());
         tokio::spawn(async move {
-            if let Err(error) = instances.renew(&entry, None, BOOT).await {
+            if let Err(error) = instances.renew(&entry, None, Duration::ZERO, BOOT).await {
                 tracing::warn!("'{}' still thinks that it is what it was cloned of: {error}", entry.record().name);
             }
         });
     }
 
     /// Has the guest's agent give it a name, machine ID, host keys, randomness and, where its card had the address
-    /// `old_mac`, a new one.
-    async fn renew(&self, entry: &Entry, old_mac: Option<[u8; 6]>, patience: Duration) -> Result<(), ErrorBody> {
+    /// `old_mac`, a new one. What takes long it puts off for `put_off`.
+    async fn renew(
+        &self,
+        entry: &Entry,
+        old_mac: Option<[u8; 6]>,
+        put_off: Duration,
+        patience: Duration,
+    ) -> Result<(), ErrorBody> {
         let record = entry.record();
         let cards = old_mac.map(|old| Card { old: text(old), new: text(record.mac) });
         let renew = Renew {
@@ -196,6 +214,7 @@ impl Instances {
             remake_ssh_host_keys: true,
             cards: cards.into_iter().collect(),
             time_ns: 0,
+            put_off_ms: put_off.as_millis() as u32,
         };
         self.ask_to_renew(&record, renew, patience).await?;
         self.change(entry, |record| record.is_to_be_renewed = false)
