@@ -157,6 +157,7 @@ pub struct Ignore {
 /// - far CALL from 64-bit code to other code has a stack of 32 bits already, and pushes before it checks RIP;
 /// - XSAVE tries all of its area, even where nothing is to be saved;
 /// - XSAVE and XRSTOR check their own alignment before the segment's limit and #AC's;
+/// - Intel's have stored the elements of an AVX-512 masked store before the one that is beyond the segment;
 /// - which of CMPS's two operands faults first depends on the processor's generation: of REPE CMPSB, on AMD's before Zen 5.
 pub fn known(case: &Case, native: &Outcome, translated: &Outcome) -> bool {
     use Mnemonic::*;
@@ -196,7 +197,10 @@ pub fn known(case: &Case, native: &Outcome, translated: &Outcome) -> bool {
         }
         Enter => checks_alignment || same_fault,
         Popa | Popad => same_fault,
-        _ if !insn.is_vsib() => false,
+        _ if !insn.is_vsib() => {
+            let stores = insn.op_mask() != Register::None && insn.op0_kind() == OpKind::Memory;
+            !is_amd() && stores && same_fault && either([vector::SS, vector::GP])
+        }
         _ => native.fault.vector == 1 || insn.encoding() == EncodingKind::EVEX && same_fault,
     };
     [native.rip, translated.rip].into_iter().filter_map(|rip| decode(case, rip, case.bits)).any(peculiar)
