@@ -62,7 +62,7 @@ fn copies_onto_itself(insn: &Instruction, step: &Step) -> bool {
     let moves = matches!(insn.mnemonic(), Mnemonic::Movsb | Mnemonic::Movsw | Mnemonic::Movsd | Mnemonic::Movsq);
     let (source, target) = (step.gpr[6], step.gpr[7]);
     let distance = target.wrapping_sub(source) & (PAGE - 1);
-    let near = distance < AT_ONCE || distance > PAGE - AT_ONCE;
+    let near = !(AT_ONCE..=PAGE - AT_ONCE).contains(&distance);
     moves && insn.is_string_instruction() && insn.has_rep_prefix() && near && (source ^ target) >= PAGE
 }
 
