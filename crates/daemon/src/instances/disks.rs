@@ -97,14 +97,23 @@ impl Instances {
     /// Removes images and snapshots' files that no instance needs, and instances that are deleted, as far as no clone of
     /// theirs stands on their files.
     pub(super) fn sweep(&self) -> Result<(), ErrorBody> {
+        let swept = self.sweep_files();
+        self.to_merge.notify_one();
+        swept
+    }
+
+    /// The same, with nothing to be merged that could not be before.
+    pub(super) fn sweep_files(&self) -> Result<(), ErrorBody> {
         let _files = lock(&self.files);
         let entries = self.entries();
         let there: Vec<Record> = entries.iter().map(|entry| entry.record()).collect();
         let needed = there.iter().flat_map(|record| record.files(&self.dir_of(record)));
         let held = entries.iter().zip(&there).flat_map(|(entry, record)| held_files(entry, &self.dir_of(record)));
-        let needed: HashSet<PathBuf> = needed.chain(held).chain(self.merging()).collect();
+        let needed: HashSet<PathBuf> = needed.chain(held).collect();
+        // What is being made is no reason for a deleted instance to stay.
+        let kept: HashSet<PathBuf> = needed.iter().cloned().chain(self.merging()).collect();
         for record in there.iter().filter(|record| record.boot.is_some()) {
-            sweep_dir(&self.dir_of(record), &needed, |name| name.starts_with(DISK) || name.starts_with(MEMORY))?;
+            sweep_dir(&self.dir_of(record), &kept, |name| name.starts_with(DISK) || name.starts_with(MEMORY))?;
         }
         self.sweep_bases(&needed)?;
         let mut deleted = lock(&self.deleted);
@@ -112,7 +121,7 @@ impl Instances {
         for record in deleted.drain(..) {
             let dir = self.dir_of(&record);
             if needed.iter().any(|path| path.starts_with(&dir)) {
-                sweep_dir(&dir, &needed, |_| true)?;
+                sweep_dir(&dir, &kept, |_| true)?;
                 stay.push(record);
                 continue;
             }
@@ -131,7 +140,6 @@ impl Instances {
             }
         }
         *deleted = stay;
-        self.to_merge.notify_one();
         Ok(())
     }
 

@@ -43,6 +43,7 @@ impl Instances {
                     Err(error) => Err(error),
                 };
                 *lock(&self.merging) = None;
+                let merged = merged.and_then(|()| self.sweep_files());
                 if let Err(error) = merged {
                     tracing::warn!("{error}; the images stay as they are");
                     in_vain.insert(merge);
@@ -134,8 +135,7 @@ impl Instances {
             let turns: Result<Vec<_>, _> = others.iter().map(|entry| entry.busy.try_lock()).collect();
             let is_known = |entry: &Arc<Entry>| concerned.iter().any(|known| Arc::ptr_eq(known, entry));
             if turns.is_ok() && self.concerned(merge).iter().all(is_known) {
-                self.replace(merge, &concerned)?;
-                return self.sweep();
+                return self.replace(merge, &concerned);
             }
             drop((turns, turn));
             tokio::time::sleep(AGAIN).await;
