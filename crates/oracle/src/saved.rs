@@ -1,6 +1,6 @@
 //! What XSAVE and FXSAVE store, where processors are free to store one thing or another.
 
-use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, Register, UsedMemory};
+use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register, UsedMemory};
 use purlin_arch::x86_64::regs::rflags;
 
 use crate::{
@@ -33,7 +33,9 @@ pub fn is_read(case: &Case, native: &Outcome, steps: &[Step]) -> bool {
     steps.iter().any(|step| {
         let Some(insn) = decode(case, step.rip, step.bits) else { return false };
         let read = info.info(&insn).used_memory().iter().filter_map(|memory| Read::of(memory, &insn, step));
-        let found = read.into_iter().any(|read| free.iter().any(|free| read.overlaps(free)));
+        // Where a gather reads, its registers would say.
+        let gathers = insn.is_vsib() && insn.op0_kind() == OpKind::Register && free.iter().any(Free::is_there);
+        let found = gathers || read.into_iter().any(|read| free.iter().any(|free| read.overlaps(free)));
         free.extend(Free::of(case, native, steps, step));
         found
     })
@@ -101,6 +103,11 @@ impl Free {
         let mask = if step.bits == 64 { u64::MAX } else { u64::from(u32::MAX) };
         let selectors = narrow && native.x87_exception_waits();
         Some(Self { address: address(&insn, step)?, mask, in_use, components, selectors })
+    }
+
+    /// Whether there are any.
+    fn is_there(&self) -> bool {
+        self.in_use || self.components || self.selectors
     }
 
     /// Whether byte `at` of the data is among them.
@@ -205,6 +212,7 @@ mod tests {
         assert!(read_by(&movsb, header + 9, 3, rflags::DF));
         assert!(!read_by(&movsb, header + 9, 2, rflags::DF));
         assert!(!read_by(&[0x48, 0x89, 0x06], header, 0, 0), "a store");
+        assert!(read_by(&[0xc4, 0xe2, 0x61, 0x90, 0x0c, 0x90], 0, 0, 0), "a gather, wherever");
     }
 
     #[test]
