@@ -239,15 +239,12 @@ impl Emitter<'_> {
         let uses = insn.flags;
         let pointers = matches!(insn.class, Class::Vector(needs) if needs.pointers);
         let bit_string = is_bit_string(&insn.insn);
-        if insn.insn.mnemonic() == Mnemonic::Fldcw {
+        if !pointers && !bit_string {
             self.access(insn, &operand, access, &uses, live_after, &mut |this, mem| {
                 this.substitute(insn, Some(mem));
+                // (FLDCW's)
                 this.x87_pointers(insn, true);
             });
-            return;
-        }
-        if !pointers && !bit_string {
-            self.access(insn, &operand, access, &uses, live_after, &mut |this, mem| this.substitute(insn, Some(mem)));
             return;
         }
         self.free_flags(insn.live);
