@@ -35,7 +35,7 @@ const SLOWER: f64 = 1.3;
 
 /// What makes a neighbour a bad one: each in a unit of its own, until that is stopped.
 const NEIGHBOURS: [(&str, &str); 4] = [
-    ("a memory hog", "while :; do head -c 400M /dev/zero | tail -c 1 > /dev/null; done"),
+    ("a memory hog", "while :; do head -c 400M /dev/zero | tail > /dev/null; done"),
     ("a fork bomb", "b() { b | b & }; while :; do b; sleep 1; done"),
     ("a disk flooder", "while :; do dd if=/dev/zero of=/var/tmp/flood bs=1M count=200 oflag=direct; done"),
     ("a network flooder", "while :; do head -c 100M /dev/zero > /dev/udp/10.0.2.2/9; done"),

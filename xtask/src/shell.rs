@@ -27,6 +27,10 @@ pub fn describe(command: &Command) -> String {
 pub fn cargo(args: &[&str]) -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.args(args).current_dir(root());
+    // What the cargo that started this has said of this package: build scripts that look at it would run anew.
+    let of_this = |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_");
+    let said = env::vars_os().map(|(name, _)| name).filter(|name| name.to_str().is_some_and(of_this));
+    said.for_each(|name| drop(command.env_remove(name)));
     command
 }
 

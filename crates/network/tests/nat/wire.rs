@@ -2,7 +2,8 @@
 
 use std::{
     fs,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket},
+    io::Read,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     process::Command,
     thread,
     time::Duration,
@@ -13,6 +14,7 @@ use purlin_network::{
     Backend, Offload, PacketHeader,
     nat::{self, NatConfig},
 };
+use rustix::net::{AddressFamily, SocketType};
 use smoltcp::{
     phy::ChecksumCapabilities,
     socket::udp,
@@ -443,6 +445,51 @@ fn segment(port: u16, control: TcpControl, seq: u32, ack: Option<u32>, payload: 
     let mut packet = TcpPacket::new_unchecked(&mut bytes[..]);
     repr.emit(&mut packet, &GUEST.into(), &GATEWAY.into(), &ChecksumCapabilities::ignored());
     ipv4(GUEST, GATEWAY, IpProtocol::Tcp, &bytes)
+}
+
+/// The sequence number and acknowledgement of a segment from the NAT.
+fn numbers((_, frame): (PacketHeader, Vec<u8>)) -> (TcpControl, u32, Option<u32>) {
+    let (source, destination, protocol, bytes) = in_ipv4(&frame);
+    assert_eq!(protocol, IpProtocol::Tcp);
+    let packet = TcpPacket::new_checked(&bytes[..]).unwrap();
+    let repr = TcpRepr::parse(&packet, &source.into(), &destination.into(), &ChecksumCapabilities::ignored()).unwrap();
+    (repr.control, repr.seq_number.0 as u32, repr.ack_number.map(|ack| ack.0 as u32))
+}
+
+#[test]
+fn a_guest_that_remembers_an_earlier_connection_is_told_of_the_new_one() {
+    let publish = vec!["127.0.0.1:0:3000".parse().unwrap()];
+    let (mut wire, nat) = wire(&NatConfig { publish, ..config() });
+    let client = TcpStream::connect(nat.published()[0]).unwrap();
+    let (control, first, _) = numbers(next(&mut wire));
+    assert_eq!(control, TcpControl::Syn);
+    // TIME-WAIT's answer (RFC 9293 3.10.7.4), and the one to it (3.10.7.3).
+    let earlier = first.wrapping_add(100_000);
+    wire.send_frame(&segment(client.local_addr().unwrap().port(), TcpControl::None, 7, Some(earlier), b""));
+    assert_eq!(numbers(next(&mut wire)), (TcpControl::Rst, earlier, None));
+    assert_eq!(numbers(next(&mut wire)), (TcpControl::Syn, first, None));
+}
+
+#[test]
+fn numbers_of_later_connections_between_the_same_ends_are_beyond_those_of_earlier_ones() {
+    let publish = vec!["127.0.0.1:0:3000".parse().unwrap()];
+    let (mut wire, nat) = wire(&NatConfig { publish, ..config() });
+    let mut port = 0;
+    let mut connect = || {
+        let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        rustix::net::bind(&socket, &SocketAddr::from(([127, 0, 0, 1], port))).unwrap();
+        rustix::net::connect(&socket, &nat.published()[0]).unwrap();
+        let client = TcpStream::from(socket);
+        port = client.local_addr().unwrap().port();
+        let (control, first, _) = numbers(next(&mut wire));
+        assert_eq!(control, TcpControl::Syn);
+        // The guest has nobody there; so the host remembers nothing of it.
+        wire.send_frame(&segment(port, TcpControl::Rst, 0, Some(first.wrapping_add(1)), b""));
+        assert!((&client).read(&mut [0]).is_err());
+        first
+    };
+    let numbers: Vec<u32> = (0..16).map(|_| connect()).collect();
+    assert!(numbers.is_sorted_by(|a, b| b.wrapping_sub(*a).cast_signed() > 0), "{numbers:?}");
 }
 
 /// A connection to a server that sends `greeting` and reads `expected`, by a guest that takes `offload`: the largest

@@ -103,7 +103,8 @@ impl Connections {
         }
         match hosts::connect_tcp(address) {
             Ok(socket) => {
-                let flow = Flow::from_guest(key, socket, syn, cx.mss(key.guest.ip()), cx.random(), cx.now);
+                let first = cx.first_sequence_number(&key);
+                let flow = Flow::from_guest(key, socket, syn, cx.mss(key.guest.ip()), first, cx.now);
                 self.insert(cx, flow);
             }
             Err(error) => self.unreachable(cx, &key, syn.seq, error),
@@ -124,7 +125,8 @@ impl Connections {
         if self.by_key.contains_key(&key) || !self.has_room(cx) || hosts::prepare_accepted(&socket).is_err() {
             return;
         }
-        let flow = Flow::from_host(key, socket, cx.mss(guest.ip()), cx.random(), cx.now);
+        let first = cx.first_sequence_number(&key);
+        let flow = Flow::from_host(key, socket, cx.mss(guest.ip()), first, cx.now);
         if let Some(id) = self.insert(cx, flow) {
             self.enqueue(id);
         }

@@ -6,7 +6,10 @@ use rustix::io::Errno;
 use smoltcp::wire::TcpControl;
 
 use super::{
-    super::{ring::Memory, segment::Incoming},
+    super::{
+        ring::Memory,
+        segment::{Incoming, Reply},
+    },
     Flow, Next, Phase, send,
 };
 use crate::nat::link::Link;
@@ -18,7 +21,7 @@ impl Flow {
             Phase::Connecting if segment.control == TcpControl::Rst => return Next::Gone,
             // A SYN sent again: the answer is on its way.
             Phase::Connecting => return Next::Wait,
-            Phase::SynSent => return self.on_syn_answer(segment, now),
+            Phase::SynSent => return self.on_syn_answer(segment, link, now),
             Phase::SynReceived | Phase::Open => {}
         }
         let offset = self.from_guest.next.wrapping_sub(segment.seq).cast_signed();
@@ -64,15 +67,21 @@ impl Flow {
     }
 
     /// The guest's answer to our SYN.
-    fn on_syn_answer(&mut self, segment: &Incoming<'_>, now: Instant) -> Next {
+    fn on_syn_answer(&mut self, segment: &Incoming<'_>, link: &mut Link, now: Instant) -> Next {
         let acks_ours = segment.ack == Some(self.to_guest.una.wrapping_add(1));
-        match segment.control {
-            TcpControl::Rst if acks_ours => {
+        match (segment.control, segment.ack) {
+            (TcpControl::Rst, _) if acks_ours => {
                 self.abort_host();
                 return Next::Gone;
             }
-            TcpControl::Syn if acks_ours => {}
-            _ => return Next::Wait,
+            (TcpControl::Syn, _) if acks_ours => {}
+            (TcpControl::Rst, _) | (_, None) => return Next::Wait,
+            // The guest remembers an earlier connection between the same ends: it is to forget that, and hear of this one.
+            (_, Some(ack)) => {
+                Reply::bare(TcpControl::Rst, ack, None, 0).send_or_wait(&self.key, link);
+                self.to_guest.syn_due = true;
+                return Next::Again;
+            }
         }
         self.take_syn(segment);
         self.to_guest.una = self.to_guest.una.wrapping_add(1);
