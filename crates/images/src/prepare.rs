@@ -13,7 +13,8 @@ use rustix::fs::{FlockOperation, flock};
 use tempfile::TempDir;
 
 use crate::{
-    Error, Origin, boot,
+    Error, Origin,
+    boot::{self, BootFiles},
     build::{Recipe, build},
     seed::{self, Seed},
     ssh::{self, Keys},
@@ -109,11 +110,8 @@ fn make_files(dir: &Path, image: Image, request: &Request) -> Result<Files, Erro
     let disk = dir.join("disk.qcow2");
     let overlay = NewImage::overlay(&disk, image.disk(), image.format);
     request.disk_size.into_iter().fold(overlay, NewImage::size).create()?;
-    let files = boot::read(&open_read_only(&disk, Some(Format::Qcow2))?, &image.name)?;
-    let kernel = write(dir, "kernel", &files.kernel)?;
-    let initrds = files.initrds.iter().enumerate();
-    let initrds =
-        initrds.map(|(number, initrd)| write(dir, &format!("initrd-{number}"), initrd)).collect::<Result<_, _>>()?;
+    let BootFiles { kernel, initrds, cmdline } =
+        boot::copy(&open_read_only(&disk, Some(Format::Qcow2))?, &image.name, dir)?;
 
     let host_name = request.guest_name()?;
     let hostname_argument = format!("systemd.hostname={host_name}");
@@ -122,17 +120,12 @@ fn make_files(dir: &Path, image: Image, request: &Request) -> Result<Files, Erro
     let agent = !matches!(image.metadata.origin, Origin::Built(_));
     let seed = Seed { instance_id: instance_id(), host_name, ssh_keys: keys.public, user_data, agent };
     let seed_path = dir.join("seed.img");
-    let seed = write(dir, "seed.img", &seed.to_disk().map_err(HostError::file("make", &seed_path))?)?;
+    let seed_disk = seed.to_disk().map_err(HostError::file("make", &seed_path))?;
+    fs::write(&seed_path, seed_disk).map_err(HostError::file("write", &seed_path))?;
     // The name is there before cloud-init is.
-    let words = [Some(files.cmdline.as_str()), Some(hostname_argument.as_str()), request.arguments];
+    let words = [Some(cmdline.as_str()), Some(hostname_argument.as_str()), request.arguments];
     let cmdline = words.into_iter().flatten().filter(|w| !w.is_empty()).collect::<Vec<_>>().join(" ");
-    Ok(Files { image, disk, seed, kernel, initrds, cmdline, identity: keys.identity })
-}
-
-fn write(dir: &Path, name: &str, content: &[u8]) -> Result<PathBuf, Error> {
-    let path = dir.join(name);
-    fs::write(&path, content).map_err(HostError::file("write", &path))?;
-    Ok(path)
+    Ok(Files { image, disk, seed: seed_path, kernel, initrds, cmdline, identity: keys.identity })
 }
 
 /// The image in the store of that name, or that which can be built of it.

@@ -1,6 +1,11 @@
 //! Files of a guest's file system: ext2, ext3 and ext4.
 
-use std::{error::Error as StdError, io, sync::Arc};
+use std::{
+    error::Error as StdError,
+    fmt,
+    io::{self, Read},
+    sync::Arc,
+};
 
 use ext4_view::{Ext4, Ext4Read};
 use purlin_storage::Disk;
@@ -39,19 +44,21 @@ impl FileSystem {
         self.0.exists(path).unwrap_or(false)
     }
 
-    /// The content of a file.
-    pub fn read(&self, path: &str, most: u64) -> Result<Vec<u8>, String> {
-        let failed = |error: &dyn std::fmt::Display| format!("{path} cannot be read: {error}");
-        let size = self.0.metadata(path).map_err(|e| failed(&e))?.len();
-        if size > most {
-            return Err(format!("{path} is too large: {size} bytes of at most {most}"));
+    /// A file of at most `most` bytes, for reading, and its size.
+    pub fn file(&self, path: &str, most: u64) -> Result<(impl Read, u64), String> {
+        let file = self.0.open(path).map_err(|error| cannot_read(path, &error))?;
+        match file.metadata().len() {
+            size if size > most => Err(format!("{path} is too large: {size} bytes of at most {most}")),
+            size => Ok((file, size)),
         }
-        self.0.read(path).map_err(|e| failed(&e))
     }
 
     /// A configuration file, if it is there and sane.
     pub fn text(&self, path: &str) -> Option<String> {
-        String::from_utf8(self.read(path, MAX_TEXT).ok()?).ok()
+        let (mut file, _) = self.file(path, MAX_TEXT).ok()?;
+        let mut text = String::new();
+        file.read_to_string(&mut text).ok()?;
+        Some(text)
     }
 
     /// The names in a directory; none if there is no such.
@@ -59,6 +66,11 @@ impl FileSystem {
         let entries = self.0.read_dir(path).into_iter().flatten().take(MAX_ENTRIES).map_while(Result::ok);
         entries.filter_map(|entry| entry.file_name().as_str().ok().map(str::to_owned)).collect()
     }
+}
+
+/// Why a file is of no use.
+pub fn cannot_read(path: &str, error: &dyn fmt::Display) -> String {
+    format!("{path} cannot be read: {error}")
 }
 
 /// What is on a volume by its signature.

@@ -10,20 +10,29 @@ mod kernels;
 mod partitions;
 mod version;
 
-use std::sync::Arc;
+use std::{
+    fs::File,
+    io::{ErrorKind, Read, Write},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
+use purlin_debian::Error as HostError;
 use purlin_storage::Disk;
 
-use self::{files::FileSystem, partitions::Volume};
+use self::{
+    files::{FileSystem, cannot_read},
+    partitions::Volume,
+};
 use crate::Error;
 
 /// What the machine is started with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BootFiles {
-    /// The kernel's file.
-    pub kernel: Vec<u8>,
+    /// The kernel.
+    pub kernel: PathBuf,
     /// The initial RAM disks, in order; the kernel takes them joined.
-    pub initrds: Vec<Vec<u8>>,
+    pub initrds: Vec<PathBuf>,
     /// The kernel's command line.
     pub cmdline: String,
 }
@@ -43,8 +52,12 @@ const MAX_INITRD: u64 = 1 << 30;
 /// The most that the kernel takes (COMMAND_LINE_SIZE on x86).
 const MAX_CMDLINE: usize = 2047;
 
-/// Finds the kernel that the guest on `disk` would boot. `name` is what errors call the disk.
-pub fn read(disk: &Arc<Disk>, name: &str) -> Result<BootFiles, Error> {
+/// Bytes that are copied at once.
+const PIECE: usize = 256 << 10;
+
+/// Finds what the guest on `disk` would boot, and copies it to the directory `to`: `kernel`, `initrd-0` and so on. `name` is what
+/// errors call the disk.
+pub fn copy(disk: &Arc<Disk>, name: &str, to: &Path) -> Result<BootFiles, Error> {
     let failed = |reason| Error::Boot { disk: name.to_owned(), reason };
     let volumes = partitions::find(disk)?;
     let (systems, others) = open_all(disk, &volumes);
@@ -54,7 +67,16 @@ pub fn read(disk: &Arc<Disk>, name: &str) -> Result<BootFiles, Error> {
     for (system, volume) in &systems {
         let Some(entry) = find_entry(system) else { continue };
         let root = root_argument(&entry, &systems, volume).map_err(failed)?;
-        return load(system, &entry, &root).map_err(failed);
+        let cmdline = command_line(&format!("{root}{}", entry.arguments)).map_err(failed)?;
+        let copy = |path: &str, most, name: &str| copy_file(system, path, most, &to.join(name), &failed);
+        let (kernel, _) = copy(&entry.kernel, MAX_KERNEL, "kernel")?;
+        let (mut initrds, mut left) = (vec![], MAX_INITRD);
+        for (number, path) in entry.initrds.iter().enumerate() {
+            let (initrd, size) = copy(path, left, &format!("initrd-{number}"))?;
+            left -= size;
+            initrds.push(initrd);
+        }
+        return Ok(BootFiles { kernel, initrds, cmdline });
     }
     Err(failed(format!("there is no kernel in /boot{}", and_others(&others))))
 }
@@ -91,20 +113,32 @@ fn root_argument(entry: &Entry, systems: &Systems, boot: &Volume) -> Result<Stri
     }
 }
 
-fn load(system: &FileSystem, entry: &Entry, root: &str) -> Result<BootFiles, String> {
-    let kernel = system.read(&entry.kernel, MAX_KERNEL)?;
-    let mut initrds = vec![];
-    let mut left = MAX_INITRD;
-    for path in &entry.initrds {
-        let initrd = system.read(path, left)?;
-        left -= initrd.len() as u64;
-        initrds.push(initrd);
-    }
-    let cmdline = with_console(&format!("{root}{}", entry.arguments));
-    match cmdline.len() {
-        0..=MAX_CMDLINE if cmdline.bytes().all(|b| (b' '..0x7f).contains(&b)) => {
-            Ok(BootFiles { kernel, initrds, cmdline })
+/// Copies a file of at most `most` bytes; gives where it is, and its size.
+fn copy_file(
+    system: &FileSystem,
+    path: &str,
+    most: u64,
+    to: &Path,
+    failed: &dyn Fn(String) -> Error,
+) -> Result<(PathBuf, u64), Error> {
+    let (mut file, size) = system.file(path, most).map_err(failed)?;
+    let mut copy = File::create(to).map_err(HostError::file("write", to))?;
+    let mut piece = vec![0; PIECE];
+    loop {
+        match file.read(&mut piece) {
+            Ok(0) => return Ok((to.to_owned(), size)),
+            Ok(length) => copy.write_all(&piece[..length]).map_err(HostError::file("write", to))?,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(failed(cannot_read(path, &error))),
         }
+    }
+}
+
+/// The kernel's command line, as far as it can be one.
+fn command_line(arguments: &str) -> Result<String, String> {
+    let cmdline = with_console(arguments);
+    match cmdline.len() {
+        0..=MAX_CMDLINE if cmdline.bytes().all(|b| (b' '..0x7f).contains(&b)) => Ok(cmdline),
         _ => Err("the arguments of its kernel are too long, or not printable".into()),
     }
 }
