@@ -14,6 +14,7 @@ mod pending;
 mod rehearsal;
 mod renew;
 mod session;
+mod turn;
 mod users;
 
 use std::{ffi::OsString, process::ExitCode};

@@ -91,6 +91,18 @@ impl Group {
         }
     }
 
+    /// Puts this process into it, as [`Self::add`] does.
+    pub fn enter(&mut self) -> Result<(), GroupError> {
+        match &self.by {
+            // The kernel has a process wait for others (an RCU grace period, 10 to 30 ms), but not a thread that moves
+            // itself (`cgroup_procs_write_start` in kernel/cgroup/cgroup.c).
+            By::V1(directories) if process::has_one_thread() => {
+                directories.all().iter().try_for_each(|path| files::write(&path.join("tasks"), "0"))
+            }
+            _ => self.add(std::process::id()),
+        }
+    }
+
     /// What its processes have taken.
     pub fn usage(&self) -> Result<Usage, GroupError> {
         match &self.by {

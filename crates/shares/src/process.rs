@@ -38,6 +38,11 @@ fn threads(pid: u32) -> io::Result<Vec<u32>> {
     Ok(tasks.filter_map(|task| task.ok()?.file_name().to_str()?.parse().ok()).collect())
 }
 
+/// Whether this thread is all there is of the process.
+pub fn has_one_thread() -> bool {
+    threads(std::process::id()).is_ok_and(|threads| threads.len() == 1)
+}
+
 /// What a process has taken; nothing if it is gone.
 pub fn usage(pid: u32) -> Usage {
     let directory = Path::new("/proc").join(pid.to_string());

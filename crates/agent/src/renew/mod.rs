@@ -8,17 +8,16 @@ mod journal;
 mod network;
 mod random;
 mod ssh;
-mod turn;
 
 use std::{thread, time::Duration};
 
 use purlin_agent::protocol::{AgentMessage, Renew, RenewEnded, Renewed};
 use rustix::rand::{GetRandomFlags, getrandom};
 
-use self::turn::Turn;
 use crate::{
     info::machine_id,
     link::{End, Link},
+    turn::Turn,
 };
 
 /// What could not be done, a line for each.
@@ -41,8 +40,9 @@ pub fn run(link: &mut Link, renew: &Renew) -> Result<(), End> {
     let old_id = machine_id();
     let machine_id = identity::renew(renew, &mut problems);
     let answered = link.send(AgentMessage::Renewed(Renewed { machine_id: machine_id.clone(), problems }));
-    first.then_last();
-    thread::sleep(Duration::from_millis(renew.put_off_ms.into()));
+    let put_off = Duration::from_millis(renew.put_off_ms.into());
+    first.then_last(put_off);
+    thread::sleep(put_off);
 
     // The host may have what it wants, and be gone: the machine needs the rest all the same.
     let mut problems = Problems::new();
@@ -70,7 +70,7 @@ pub fn rehearse() {
     }
     identity::rehearse();
     network::rehearse();
-    first.then_last();
+    first.then_last(Duration::ZERO);
 }
 
 /// Runs a program; what it says goes into the error.

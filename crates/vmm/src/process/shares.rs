@@ -24,7 +24,7 @@ pub fn shares(machine: &Machine) -> Shares {
 pub fn enter(dir: &Path, machine: &Machine) -> Result<How, ErrorBody> {
     let name = dir.file_name().unwrap_or_default().to_string_lossy();
     let (mut group, how) = Group::create(&name, &shares(machine)).map_err(failed)?;
-    group.add(std::process::id()).map_err(failed)?;
+    group.enter().map_err(failed)?;
     Ok(how)
 }
 
