@@ -6,6 +6,7 @@ use std::{
     fs,
     os::unix::fs::MetadataExt,
     path::Path,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -33,6 +34,8 @@ pub struct CyclesArgs {
 
 /// Cycles after which nothing more is made that stays: caches, and the like.
 const WARM: usize = 3;
+/// What goes on by itself behind a cycle is over by then.
+const SETTLED: Duration = Duration::from_secs(10);
 /// What memory may be more after all cycles, in bytes: of the daemon, and of shared memory on the host.
 const MORE_MEMORY: u64 = 32 << 20;
 
@@ -53,15 +56,25 @@ fn cycles(home: &Home, args: &CyclesArgs) -> Result<()> {
     let begin = Instant::now();
     for number in 1..=args.cycles {
         cycle(home, args, number)?;
-        let left = Left::look(home)?;
         match &before {
-            None if number == WARM.min(args.cycles) => before = Some(left),
-            Some(before) => left.compare(before).with_context(|| format!("after cycle {number}"))?,
+            None if number == WARM.min(args.cycles) => before = Some(Left::look(home)?),
+            Some(before) => nothing_more(home, before).with_context(|| format!("after cycle {number}"))?,
             None => {}
         }
         println!("cycle {number} of {}: {:.0?} in all", args.cycles, begin.elapsed());
     }
     Ok(())
+}
+
+/// Images may still be merged, a connection still be closing: there is no more than before once that is done.
+fn nothing_more(home: &Home, before: &Left) -> Result<()> {
+    let begin = Instant::now();
+    loop {
+        match Left::look(home)?.compare(before) {
+            Err(_) if begin.elapsed() < SETTLED => thread::sleep(Duration::from_millis(50)),
+            result => return result,
+        }
+    }
 }
 
 fn cycle(home: &Home, args: &CyclesArgs, number: usize) -> Result<()> {
