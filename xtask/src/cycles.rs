@@ -57,7 +57,10 @@ fn cycles(home: &Home, args: &CyclesArgs) -> Result<()> {
     for number in 1..=args.cycles {
         cycle(home, args, number)?;
         match &before {
-            None if number == WARM.min(args.cycles) => before = Some(Left::look(home)?),
+            None if number == WARM.min(args.cycles) => {
+                thread::sleep(SETTLED);
+                before = Some(Left::look(home)?);
+            }
             Some(before) => nothing_more(home, before).with_context(|| format!("after cycle {number}"))?,
             None => {}
         }

@@ -1,7 +1,7 @@
 //! Purlin's agent in a guest: runs commands, moves files and renews a copied machine for the host, which asks by
 //! virtio-vsock. See the library's `protocol` for what is said.
 //!
-//! One thread for each session, and one for each command that runs; nothing else. It is linked statically, so that one
+//! One thread for each session, one for each command that runs, and one for rehearsals. It is linked statically, so that one
 //! program does for every Linux.
 
 mod dial;

@@ -8,12 +8,14 @@ use rustix::{param::clock_ticks_per_second, process::setpriority_process};
 
 use crate::{renew, session};
 
-/// How often it is looked at what the guest does.
+/// How often it is looked at what the guest does, until it has booted.
 const LOOK: Duration = Duration::from_secs(5);
+/// How often later.
+const LOOK_AGAIN: Duration = Duration::from_secs(60);
 /// A guest that is busy for less than a fifth of the time has nothing more urgent to do.
 const CALM: u64 = 5;
 /// What an engine has translated it may have forgotten after so many seconds of other work.
-const FORGOTTEN: u64 = 20;
+const FORGOTTEN: u64 = 60;
 const LEAST: i32 = 19;
 
 /// Begins with it: when the guest has booted, and again when it has done much else.
@@ -42,7 +44,7 @@ fn rehearse() {
 fn wait_until_worth_it(last: Option<u64>) -> u64 {
     let mut before = Times::now();
     loop {
-        thread::sleep(LOOK);
+        thread::sleep(last.map_or(LOOK, |_| LOOK_AGAIN));
         let now = Times::now();
         if now.are_calm_since(&before)
             && last.is_none_or(|last| now.busy >= last + FORGOTTEN * clock_ticks_per_second())

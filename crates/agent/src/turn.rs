@@ -2,23 +2,16 @@
 #![allow(unsafe_code)]
 
 use std::{
-    io,
-    sync::{Mutex, PoisonError},
-    time::{Duration, Instant},
+    fs, io,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
 };
 
-use nix::libc::{SCHED_FIFO, SCHED_OTHER, SCHED_RESET_ON_FORK, c_int, sched_param, sched_setscheduler};
-use rustix::process::{Pid, getpriority_process, setpriority_process};
+use nix::libc::{SCHED_FIFO, SCHED_OTHER, c_int, sched_param, sched_setscheduler};
+use rustix::process::setpriority_process;
 
 /// A tenth of what others get: on a machine that is busy it is done all the same.
-const LATER: i32 = 10;
-/// Others get next to nothing beside it.
-const NOW: i32 = -20;
-/// For so long at most.
-const LONGEST: Duration = Duration::from_secs(1);
-
-/// Until when others have much to do.
-static STIR: Mutex<Option<Instant>> = Mutex::new(None);
+const NICE: i32 = 10;
 
 /// This thread, where it may, runs before all that is not urgent for the kernel itself.
 pub struct Turn(());
@@ -30,48 +23,57 @@ impl Turn {
         let _ = set_policy(SCHED_FIFO, 1);
         Self(())
     }
-}
 
-impl Turn {
-    /// From here on this thread, and what it starts, gives way to what the host, which has its answer, asks for next: that is
-    /// [`Urgent`] for some time.
-    pub fn then_last(self, time: Duration) {
-        *STIR.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now() + time.min(LONGEST));
+    /// From here on this thread, and what it starts, gives way to what the host, which has its answer, asks for next.
+    pub fn then_last(self) {
         let _ = set_policy(SCHED_OTHER, 0);
-        let _ = setpriority_process(None, LATER);
+        let _ = setpriority_process(None, NICE);
     }
 }
 
-/// What the host asks of a machine that is another one since a moment ago: it runs before what that has woken up.
-#[derive(Clone, Copy, Debug)]
+/// The most that cgroup v2 knows (cpu.weight): a hundred times what others have.
+const MOST: &str = "10000";
+
+/// While this is there, the agent and what it has started have the processor before all other services: it is their control
+/// group that has. (The unit sees to it that the agent has one beside all of those.)
 pub struct Urgent {
-    until: Instant,
+    file: PathBuf,
+    before: String,
 }
+
+/// Whether there is one.
+static IS_URGENT: AtomicBool = AtomicBool::new(false);
 
 impl Urgent {
-    /// This thread is, and what it starts, if there is need.
+    /// From here on; `None` where there is no such thing, or it is so already.
     pub fn begin() -> Option<Self> {
-        let until = STIR.lock().unwrap_or_else(PoisonError::into_inner).filter(|until| *until > Instant::now())?;
-        setpriority_process(None, NOW).ok().map(|()| Self { until })
+        let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
+        Self::begin_in(&weight_file(&groups)?)
     }
 
-    /// Called in a process that this thread has started: what it starts itself will not be urgent.
-    pub fn hand_down(self) {
-        let _ = set_policy(SCHED_OTHER | SCHED_RESET_ON_FORK, 0);
-    }
-
-    /// When it is over.
-    pub fn until(self) -> Instant {
-        self.until
-    }
-
-    /// This thread, or another process, is one of many again.
-    pub fn end(self, process: Option<Pid>) {
-        // A process may have taken another priority.
-        if getpriority_process(process) == Ok(NOW) {
-            let _ = setpriority_process(process, 0);
+    fn begin_in(file: &Path) -> Option<Self> {
+        let before = fs::read_to_string(file).ok()?;
+        if IS_URGENT.swap(true, Ordering::SeqCst) {
+            return None;
         }
+        let urgent = Self { file: file.to_owned(), before };
+        // Where it fails, that it is put back does no harm.
+        let _ = fs::write(file, MOST);
+        Some(urgent)
     }
+}
+
+impl Drop for Urgent {
+    fn drop(&mut self) {
+        let _ = fs::write(&self.file, &self.before);
+        IS_URGENT.store(false, Ordering::SeqCst);
+    }
+}
+
+/// Where the weight is of the group of version 2 that a process is in by its /proc/PID/cgroup.
+fn weight_file(groups: &str) -> Option<PathBuf> {
+    let group = groups.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    Some(Path::new("/sys/fs/cgroup").join(group).join("cpu.weight"))
 }
 
 /// Of this thread.
@@ -87,11 +89,7 @@ fn set_policy(policy: c_int, priority: c_int) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        io::{BufRead, BufReader, Write},
-        os::unix::process::CommandExt,
-        process::{Command, Stdio},
-    };
+    use rustix::process::getpriority_process;
 
     use super::*;
 
@@ -102,35 +100,33 @@ mod tests {
         let before = policy();
         let turn = Turn::first();
         let meanwhile = policy();
-        turn.then_last(Duration::ZERO);
-        assert_eq!((policy(), getpriority_process(None).unwrap()), (before, LATER));
+        turn.then_last();
+        assert_eq!((policy(), getpriority_process(None).unwrap()), (before, NICE));
         assert!(meanwhile == SCHED_FIFO || meanwhile == before);
     }
 
     #[test]
-    fn a_command_is_urgent_and_not_what_it_starts() {
-        let urgent = Urgent { until: Instant::now() };
-        // What this thread may, others of this user may, too.
-        let may = setpriority_process(None, NOW).is_ok();
-        let script = "cut -d ' ' -f 19 /proc/$$/stat; nice; read line; cut -d ' ' -f 19 /proc/$$/stat";
-        let mut command = Command::new("sh");
-        command.args(["-c", script]).stdin(Stdio::piped()).stdout(Stdio::piped());
-        // SAFETY: it makes a system call.
-        unsafe {
-            command.pre_exec(move || {
-                urgent.hand_down();
-                Ok(())
-            })
-        };
-        let mut child = command.spawn().unwrap();
-        urgent.end(None);
-        assert_eq!(getpriority_process(None), Ok(0));
-        let mut output = BufReader::new(child.stdout.take().unwrap()).lines();
-        let mut next = || output.next().unwrap().unwrap();
-        assert_eq!([next(), next()], [if may { "-20" } else { "0" }, "0"]);
-        urgent.end(Some(Pid::from_child(&child)));
-        child.stdin.take().unwrap().write_all(b"\n").unwrap();
-        assert_eq!(next(), "0");
-        assert!(child.wait().unwrap().success());
+    fn the_weight_is_what_it_was_afterwards() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("cpu.weight");
+        assert!(Urgent::begin_in(&file).is_none());
+        fs::write(&file, "200\n").unwrap();
+        let read = || fs::read_to_string(&file).unwrap();
+        for _ in 0..2 {
+            let urgent = Urgent::begin_in(&file).unwrap();
+            // What it was is known to the first only.
+            assert!(Urgent::begin_in(&file).is_none());
+            assert_eq!(read(), MOST);
+            drop(urgent);
+            assert_eq!(read(), "200\n");
+        }
+    }
+
+    #[test]
+    fn a_group_of_version_2_is_known_among_others() {
+        let groups = "4:memory:/x\n1:cpu:/\n0::/system.slice/purlin-agent.service\n";
+        let file = Path::new("/sys/fs/cgroup/system.slice/purlin-agent.service/cpu.weight");
+        assert_eq!(weight_file(groups).unwrap(), file);
+        assert_eq!(weight_file("1:cpu:/\n"), None);
     }
 }

@@ -126,6 +126,16 @@ fn what_the_boot_loader_is_told() {
 }
 
 #[test]
+fn a_kernel_of_many_blocks_is_copied_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    // With a hole, and more than is copied at once.
+    let line = |number: u32| if number / 5000 == 3 { "\0".repeat(16) } else { format!("{number:15}\n") };
+    let long: String = (0..50_001).map(line).collect();
+    let found = read(&ext(dir.path(), "ext4", &[("boot/vmlinuz-6.1.0-10", &long), PLAIN[2], PLAIN[3]])).unwrap();
+    assert!(kernel(&found) == long);
+}
+
+#[test]
 fn what_cannot_be_booted_is_named() {
     let dir = tempfile::tempdir().unwrap();
     assert!(reason(&ext(dir.path(), "ext4", &[("etc/os-release", "x")])).contains("no kernel in /boot"));

@@ -97,7 +97,8 @@ impl Group {
             // The kernel has a process wait for others (an RCU grace period, 10 to 30 ms), but not a thread that moves
             // itself (`cgroup_procs_write_start` in kernel/cgroup/cgroup.c).
             By::V1(directories) if process::has_one_thread() => {
-                directories.all().iter().try_for_each(|path| files::write(&path.join("tasks"), "0"))
+                let moved = directories.all().iter().try_for_each(|path| files::write(&path.join("tasks"), "0"));
+                moved.or_else(|_| self.add(std::process::id()))
             }
             _ => self.add(std::process::id()),
         }

@@ -22,7 +22,7 @@ use rustix::{
 };
 
 use super::{environment::environment, terminal::Terminal};
-use crate::{turn::Urgent, users::User};
+use crate::users::User;
 
 /// A process that has been started, and is waited for by a thread.
 #[derive(Debug)]
@@ -53,11 +53,11 @@ pub struct Streams {
 }
 
 /// Starts the command as `user`.
-pub fn spawn(exec: &Exec, user: &User, urgent: Option<Urgent>) -> Result<(Child, Streams), Failed> {
+pub fn spawn(exec: &Exec, user: &User) -> Result<(Child, Streams), Failed> {
     let what = exec.argv.first().map_or(user.shell.as_bytes(), Vec::as_slice);
     let what = String::from_utf8_lossy(what).into_owned();
     let variables = environment(exec, user)?;
-    let steps = Steps::new(exec, user, urgent)?;
+    let steps = Steps::new(exec, user)?;
     let mut command = command(exec, user);
     command.env_clear().envs(variables);
     let terminal = stdio(&mut command, exec, user).map_err(|error| not_started(&what, exec, user, &error))?;
@@ -97,7 +97,6 @@ fn stdio(command: &mut Command, exec: &Exec, user: &User) -> io::Result<Option<T
 
 /// What the new process does before it becomes the command.
 struct Steps {
-    urgent: Option<Urgent>,
     has_terminal: bool,
     /// The user to become, if that is another one than the agent's.
     user: Option<(Uid, Gid, Vec<Gid>)>,
@@ -118,7 +117,7 @@ enum Step {
 const STEP_SHIFT: u32 = 16;
 
 impl Steps {
-    fn new(exec: &Exec, user: &User, urgent: Option<Urgent>) -> Result<Self, Failed> {
+    fn new(exec: &Exec, user: &User) -> Result<Self, Failed> {
         let or_root = exec.cwd.is_empty();
         let directory = if or_root { user.home.clone().into_bytes() } else { exec.cwd.clone() };
         let directory = CString::new(directory)
@@ -127,14 +126,10 @@ impl Steps {
         let is_own = !own.is_root() && own.as_raw() == user.uid;
         let groups = user.groups.iter().map(|group| Gid::from_raw(*group)).collect();
         let user = (!is_own).then(|| (Uid::from_raw(user.uid), Gid::from_raw(user.gid), groups));
-        Ok(Self { urgent, has_terminal: exec.tty.is_some(), user, directory, or_root })
+        Ok(Self { has_terminal: exec.tty.is_some(), user, directory, or_root })
     }
 
     fn take(&self) -> io::Result<()> {
-        // Before it is another user, who may not.
-        if let Some(urgent) = self.urgent {
-            urgent.hand_down();
-        }
         self.session().map_err(Step::Session.failed())?;
         self.become_user().map_err(Step::User.failed())?;
         self.enter_directory().map_err(Step::Directory.failed())
@@ -275,13 +270,6 @@ impl Child {
         match &*lock(&self.state) {
             State::Running(_) => None,
             State::Ended(status) => Some(*status),
-        }
-    }
-
-    /// It is one of many again.
-    pub fn calm(&self, urgent: Urgent) {
-        if let State::Running(_) = &*lock(&self.state) {
-            urgent.end(Some(self.pid));
         }
     }
 

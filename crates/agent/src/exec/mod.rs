@@ -10,16 +10,14 @@ use purlin_agent::protocol::{AgentMessage, Exec, Started};
 use self::relay::Relay;
 use crate::{
     link::{End, Link},
-    turn::Urgent,
     users,
 };
 
 /// Runs the command, and tells the host what it writes and how it ends.
 pub fn run(link: &mut Link, exec: &Exec) -> Result<(), End> {
     let user = users::find(&exec.user)?;
-    let urgent = Urgent::begin();
-    let (child, streams) = child::spawn(exec, &user, urgent)?;
-    let relay = Relay::new(link, child, streams, urgent)?;
+    let (child, streams) = child::spawn(exec, &user)?;
+    let relay = Relay::new(link, child, streams)?;
     relay
         .link
         .send(AgentMessage::Started(Started { pid: relay.child.pid() }))

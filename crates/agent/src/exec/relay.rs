@@ -27,7 +27,6 @@ use super::{
 use crate::{
     link::{CHUNK, End, Link},
     pending::Pending,
-    turn::Urgent,
 };
 
 /// Bytes for the host above which the command has to wait.
@@ -54,8 +53,6 @@ pub struct Relay<'a> {
     taken: u64,
     to_host: Pending,
     ended: Option<(ExitStatus, Instant)>,
-    /// This thread and the command are.
-    urgent: Option<Urgent>,
     chunk: Vec<u8>,
 }
 
@@ -69,7 +66,7 @@ struct Source {
 
 impl<'a> Relay<'a> {
     /// Of a command that has just begun.
-    pub fn new(link: &'a mut Link, child: Child, streams: Streams, urgent: Option<Urgent>) -> Result<Self, End> {
+    pub fn new(link: &'a mut Link, child: Child, streams: Streams) -> Result<Self, End> {
         let source = |stream, message| Source { stream, message, owed: 0 };
         let mut outputs = vec![source(streams.output, AgentMessage::Stdout)];
         outputs.extend(streams.error.map(|stream| source(stream, AgentMessage::Stderr)));
@@ -84,7 +81,6 @@ impl<'a> Relay<'a> {
             taken: 0,
             to_host: Pending::default(),
             ended: None,
-            urgent,
             chunk: vec![0; CHUNK],
         })
     }
@@ -95,7 +91,6 @@ impl<'a> Relay<'a> {
         if end.is_err() {
             self.child.hang_up();
         }
-        self.calm();
         // What is said from here on may wait.
         let _ = self.link.stream.set_nonblocking(false);
         end
@@ -117,7 +112,6 @@ impl<'a> Relay<'a> {
     /// Waits for something, and does what can be done then.
     fn turn(&mut self) -> Result<(), End> {
         let host = self.wait().map_err(|_| End::Gone)?;
-        self.calm_in_time();
         if self.wants_host() {
             if !host.is_empty() {
                 self.read_host()?;
@@ -148,26 +142,11 @@ impl<'a> Relay<'a> {
             polled.extend(self.outputs.iter().map(|output| PollFd::new(&output.stream, PollFlags::IN)));
         }
         // Once all has been read that is owed, others may write until then.
-        let until = self.ended.map(|(_, until)| until).filter(|_| self.to_host.is_empty());
-        let until = until.into_iter().chain(self.urgent.map(Urgent::until)).min();
-        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
-        let timeout = left.and_then(|left| Timespec::try_from(left).ok());
+        let until = self.ended.map(|(_, until)| until.saturating_duration_since(Instant::now()));
+        let timeout = until.filter(|_| self.to_host.is_empty()).and_then(|left| Timespec::try_from(left).ok());
         match poll(&mut polled, timeout.as_ref()) {
             Ok(_) | Err(Errno::INTR) => Ok(polled[0].revents()),
             Err(error) => Err(error.into()),
-        }
-    }
-
-    fn calm_in_time(&mut self) {
-        if self.urgent.is_some_and(|urgent| urgent.until() <= Instant::now()) {
-            self.calm();
-        }
-    }
-
-    fn calm(&mut self) {
-        if let Some(urgent) = self.urgent.take() {
-            self.child.calm(urgent);
-            urgent.end(None);
         }
     }
 

@@ -17,8 +17,11 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use crate::{
     info::machine_id,
     link::{End, Link},
-    turn::Turn,
+    turn::{Turn, Urgent},
 };
+
+/// For how long others stand back at most once the machine is another one.
+const URGENT: Duration = Duration::from_secs(1);
 
 /// What could not be done, a line for each.
 type Problems = Vec<String>;
@@ -39,10 +42,14 @@ pub fn run(link: &mut Link, renew: &Renew) -> Result<(), End> {
     }
     let old_id = machine_id();
     let machine_id = identity::renew(renew, &mut problems);
+    // In place when the host, which has its answer then, asks for something.
+    let urgent = Urgent::begin();
     let answered = link.send(AgentMessage::Renewed(Renewed { machine_id: machine_id.clone(), problems }));
+    first.then_last();
     let put_off = Duration::from_millis(renew.put_off_ms.into());
-    first.then_last(put_off);
-    thread::sleep(put_off);
+    thread::sleep(put_off.min(URGENT));
+    drop(urgent);
+    thread::sleep(put_off.saturating_sub(URGENT));
 
     // The host may have what it wants, and be gone: the machine needs the rest all the same.
     let mut problems = Problems::new();
@@ -70,7 +77,8 @@ pub fn rehearse() {
     }
     identity::rehearse();
     network::rehearse();
-    first.then_last(Duration::ZERO);
+    drop(Urgent::begin());
+    first.then_last();
 }
 
 /// Runs a program; what it says goes into the error.

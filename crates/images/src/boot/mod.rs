@@ -12,7 +12,7 @@ mod version;
 
 use std::{
     fs::File,
-    io::{ErrorKind, Read, Write},
+    io::{Read, Write},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -47,13 +47,15 @@ struct Entry {
 
 /// The most bytes of a kernel.
 const MAX_KERNEL: u64 = 256 << 20;
-/// The most bytes of an initial RAM disk.
+/// The most bytes of all initial RAM disks.
 const MAX_INITRD: u64 = 1 << 30;
+/// The most initial RAM disks.
+const MAX_INITRDS: usize = 64;
 /// The most that the kernel takes (COMMAND_LINE_SIZE on x86).
 const MAX_CMDLINE: usize = 2047;
 
 /// Bytes that are copied at once.
-const PIECE: usize = 256 << 10;
+const PIECE: u64 = 256 << 10;
 
 /// Finds what the guest on `disk` would boot, and copies it to the directory `to`: `kernel`, `initrd-0` and so on. `name` is what
 /// errors call the disk.
@@ -70,6 +72,9 @@ pub fn copy(disk: &Arc<Disk>, name: &str, to: &Path) -> Result<BootFiles, Error>
         let cmdline = command_line(&format!("{root}{}", entry.arguments)).map_err(failed)?;
         let copy = |path: &str, most, name: &str| copy_file(system, path, most, &to.join(name), &failed);
         let (kernel, _) = copy(&entry.kernel, MAX_KERNEL, "kernel")?;
+        if entry.initrds.len() > MAX_INITRDS {
+            return Err(failed(format!("its kernel has more than {MAX_INITRDS} initial RAM disks")));
+        }
         let (mut initrds, mut left) = (vec![], MAX_INITRD);
         for (number, path) in entry.initrds.iter().enumerate() {
             let (initrd, size) = copy(path, left, &format!("initrd-{number}"))?;
@@ -123,12 +128,12 @@ fn copy_file(
 ) -> Result<(PathBuf, u64), Error> {
     let (mut file, size) = system.file(path, most).map_err(failed)?;
     let mut copy = File::create(to).map_err(HostError::file("write", to))?;
-    let mut piece = vec![0; PIECE];
+    let mut piece = Vec::with_capacity(PIECE as usize);
     loop {
-        match file.read(&mut piece) {
+        piece.clear();
+        match file.by_ref().take(PIECE).read_to_end(&mut piece) {
             Ok(0) => return Ok((to.to_owned(), size)),
-            Ok(length) => copy.write_all(&piece[..length]).map_err(HostError::file("write", to))?,
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Ok(_) => copy.write_all(&piece).map_err(HostError::file("write", to))?,
             Err(error) => return Err(failed(cannot_read(path, &error))),
         }
     }

@@ -140,6 +140,8 @@ struct ToGuest {
     quantum: usize,
     /// The SYN is to be sent (again).
     syn_due: bool,
+    /// It has been sent again before its time.
+    syn_repeated: bool,
     /// The socket will yield nothing more.
     eof: bool,
     /// The guest knows.
@@ -361,6 +363,7 @@ impl Flow {
         let to = &mut self.to_guest;
         if self.phase != Phase::Open {
             to.syn_due = true;
+            to.syn_repeated = false;
         } else if to.max == to.una || to.window == 0 {
             // RFC 9293 3.8.6.1: a segment that is not acceptable is answered with the window as it is now.
             let probe = to.una.wrapping_sub(1);

@@ -1,6 +1,6 @@
 //! What the guest says: segments, acknowledgements, data (RFC 9293 3.10.7).
 
-use std::time::Instant;
+use std::{mem, time::Instant};
 
 use rustix::io::Errno;
 use smoltcp::wire::TcpControl;
@@ -76,10 +76,12 @@ impl Flow {
             }
             (TcpControl::Syn, _) if acks_ours => {}
             (TcpControl::Rst, _) | (_, None) => return Next::Wait,
-            // The guest remembers an earlier connection between the same ends: it is to forget that, and hear of this one.
+            _ if acks_ours => return Next::Wait,
+            // The guest remembers an earlier connection between the same ends: it is to forget that, and hear of this one at
+            // once; but if it does not forget, only as often as anyhow.
             (_, Some(ack)) => {
                 Reply::bare(TcpControl::Rst, ack, None, 0).send_or_wait(&self.key, link);
-                self.to_guest.syn_due = true;
+                self.to_guest.syn_due |= !mem::replace(&mut self.to_guest.syn_repeated, true);
                 return Next::Again;
             }
         }
