@@ -234,7 +234,9 @@ fn connect_network(args: &RunArgs, hardware: &api::Machine) -> Result<Connected>
     let publish = hardware.publish.iter().map(|text| text.parse()).collect::<Result<Vec<Publish>, _>>()?;
     let name = boot::guest_name(args)?;
     let guest = setup::Guest { name: &name, mac: setup::random_mac(), cpus: hardware.cpus(), ssh: is_image(args) };
-    Ok(setup::connect(&hardware.network, &publish, &guest)?)
+    let network = setup::connect(&hardware.network, &publish, &guest)?;
+    network.wait_until_ready()?;
+    Ok(network)
 }
 
 fn config(

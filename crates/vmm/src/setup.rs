@@ -78,7 +78,15 @@ pub struct Connected {
     /// Where the host listens, in the order of what was to be published; ssh's port is the last where it was added.
     pub published: Vec<SocketAddr>,
     /// The NAT lives as long as this.
-    _nat: Option<NatProcess>,
+    nat: Option<NatProcess>,
+}
+
+impl Connected {
+    /// To be called before the machine is made.
+    pub fn wait_until_ready(&self) -> Result<(), ConnectError> {
+        let backends = self.nat.iter().flat_map(|_| &self.networks).flat_map(|network| &network.backends);
+        Ok(backends.into_iter().try_for_each(|backend| nat::wait_until_ready(backend))?)
+    }
 }
 
 /// Why the network cannot be connected.
@@ -116,7 +124,7 @@ pub struct Guest<'a> {
     pub ssh: bool,
 }
 
-/// Connects a network.
+/// Begins to connect a network, which is [`Connected::wait_until_ready`] somewhat later.
 pub fn connect(network: &api::Network, publish: &[Publish], guest: &Guest) -> Result<Connected, ConnectError> {
     match network {
         api::Network::None => Ok(Connected::default()),
@@ -145,8 +153,8 @@ pub fn connect(network: &api::Network, publish: &[Publish], guest: &Guest) -> Re
 fn connect_user(config: NatConfig, rate: Option<Rate>, ssh: bool) -> Result<Connected, ConnectError> {
     let is_ssh = |p: &Publish| p.guest_port == SSH && p.protocol == Protocol::Tcp;
     let (config, (backend, nat)) = if !ssh || config.publish.iter().any(is_ssh) {
-        let started = nat::start(&config)?;
-        (config, started)
+        let begun = nat::begin(&config)?;
+        (config, begun)
     } else {
         start_with_ssh(|port| {
             let host = (Ipv4Addr::LOCALHOST, port).into();
@@ -159,18 +167,18 @@ fn connect_user(config: NatConfig, rate: Option<Rate>, ssh: bool) -> Result<Conn
     let led = config.publish.iter().zip(&published).find(|(p, _)| ssh && is_ssh(p)).map(|(_, address)| *address);
     let device = NetConfig { mac: config.mac, mtu: config.mtu };
     let network = Network { config: device, backends: vec![Arc::new(backend)], rate };
-    Ok(Connected { networks: vec![network], ssh: led, published, _nat: Some(nat) })
+    Ok(Connected { networks: vec![network], ssh: led, published, nat: Some(nat) })
 }
 
-/// Starts the NAT with the first port that nobody else has.
+/// Begins to start the NAT with the first port that nobody else has.
 fn start_with_ssh(
     config: impl Fn(u16) -> NatConfig,
 ) -> Result<(NatConfig, (purlin_network::Backend, NatProcess)), ConnectError> {
     for port in SSH_PORTS {
         let config = config(port);
-        match nat::start(&config) {
+        match nat::begin(&config) {
             Err(NatError::Listen(ListenError::Taken { address, .. })) if address.port() == port => {}
-            started => return Ok((config, started?)),
+            begun => return Ok((config, begun?)),
         }
     }
     Err(ConnectError::NoSshPort)

@@ -52,7 +52,7 @@ use smoltcp::wire::{EthernetAddress, EthernetFrame, EthernetProtocol, IpProtocol
 pub use self::{
     config::{NatConfig, Protocol, Publish, PublishError},
     hosts::icmp_allowed,
-    process::{NatError, NatProcess, VERB, main, start},
+    process::{NatError, NatProcess, VERB, begin, main, start, wait_until_ready},
     published::{ListenError, Listener},
 };
 use self::{

@@ -18,6 +18,7 @@ use std::{
 
 use prost::Message;
 use rustix::{
+    event::{PollFd, PollFlags, poll},
     io::Errno,
     net::{
         AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
@@ -97,6 +98,13 @@ impl Drop for NatProcess {
 /// Starts a NAT and returns once it is ready. The program that calls this must call [`main`] when its first argument
 /// is [`VERB`].
 pub fn start(config: &NatConfig) -> Result<(Backend, NatProcess), NatError> {
+    let (backend, process) = begin(config)?;
+    wait_until_ready(&backend)?;
+    Ok((backend, process))
+}
+
+/// The same, but [`wait_until_ready`] is to be called before there are packets.
+pub fn begin(config: &NatConfig) -> Result<(Backend, NatProcess), NatError> {
     if config.publish.len() > MAX_PUBLISHED {
         return Err(NatError::TooMany(config.publish.len()));
     }
@@ -113,20 +121,23 @@ pub fn start(config: &NatConfig) -> Result<(Backend, NatProcess), NatError> {
     let published = listeners.iter().map(|listener| listener.address).collect();
     let mut process = NatProcess { child, published };
     if send_config(&ours, config, &listeners).is_err() {
-        return Err(ended(&mut process.child));
-    }
-    let mut answer = [0; 1024];
-    match recv(&ours, &mut answer[..], RecvFlags::empty()) {
-        Ok((1, _)) if answer[0] == 0 => {}
-        Ok((0, _)) | Err(_) => return Err(ended(&mut process.child)),
-        Ok((length, _)) => return Err(NatError::Failed(String::from_utf8_lossy(&answer[..length]).into_owned())),
+        let ended = process.child.wait();
+        return Err(NatError::Ended(ended.map_or_else(|error| error.to_string(), |status| status.to_string())));
     }
     let backend = Backend::socket(ours).map_err(NatError::Start)?;
     Ok((backend, process))
 }
 
-fn ended(child: &mut Child) -> NatError {
-    NatError::Ended(child.wait().map_or_else(|error| error.to_string(), |status| status.to_string()))
+/// Waits until the NAT at the other end has said that it is ready, from whatever process.
+pub fn wait_until_ready(backend: &Backend) -> Result<(), NatError> {
+    let silent = || NatError::Ended("it has said nothing".into());
+    let mut answer = [0; 1024];
+    while let Err(Errno::INTR) = poll(&mut [PollFd::new(backend, PollFlags::IN)], None) {}
+    match recv(backend, &mut answer[..], RecvFlags::DONTWAIT) {
+        Ok((1, _)) if answer[0] == 0 => Ok(()),
+        Ok((0, _)) | Err(_) => Err(silent()),
+        Ok((length, _)) => Err(NatError::Failed(String::from_utf8_lossy(&answer[..length]).into_owned())),
+    }
 }
 
 /// A pair of packet sockets with as much room as the host allows.

@@ -73,6 +73,11 @@ pub fn start(dir: &Path) -> Result<Started, ErrorBody> {
     let spec = read_spec(dir)?;
     let _ = fs::remove_file(vm::END);
     let how = shares::enter(dir, &spec.machine)?;
+    // The NAT starts beside what follows.
+    let publish = spec.machine.publish.iter().map(|p| p.parse::<Publish>()).collect::<Result<Vec<_>, _>>();
+    let publish = publish.map_err(|e| ErrorBody::new(Reason::BadRequest, e))?;
+    let guest = Guest { name: &spec.name, mac: spec.mac, cpus: spec.machine.cpus(), ssh: spec.ssh };
+    let network = setup::connect(&spec.machine.network, &publish, &guest).map_err(failed)?;
     let vsock = HostSocket::bind(Path::new(vm::VSOCK)).map_err(failed)?;
     let given = match &spec.origin {
         vm::Origin::Clone { socket, freeze } => Some(freezer::fetch(socket, freeze)?),
@@ -84,13 +89,10 @@ pub fn start(dir: &Path) -> Result<Started, ErrorBody> {
         None => engines::choose(setup::engine(spec.machine.engine)),
     };
     let chosen = chosen.map_err(failed)?;
-    let publish = spec.machine.publish.iter().map(|p| p.parse::<Publish>()).collect::<Result<Vec<_>, _>>();
-    let publish = publish.map_err(|e| ErrorBody::new(Reason::BadRequest, e))?;
-    let guest = Guest { name: &spec.name, mac: spec.mac, cpus: spec.machine.cpus(), ssh: spec.ssh };
-    let network = setup::connect(&spec.machine.network, &publish, &guest).map_err(failed)?;
 
     let report = sandbox::enter(dir, &spec)?;
     // From here on only what the plan names is there, and threads can be started.
+    network.wait_until_ready().map_err(failed)?;
     let control = listen()?;
     let log = Path::new(vm::CONSOLE_LOG);
     let console = Arc::new(Console::open(log).map_err(|e| failed(format!("{}: {e}", log.display())))?);
