@@ -10,6 +10,8 @@ use crate::{renew, session};
 
 /// How often it is looked at what the guest does, until it has booted.
 const LOOK: Duration = Duration::from_secs(5);
+/// After so many looks a guest that is never calm goes through it all the same.
+const LOOKS: u32 = 12;
 /// How often later.
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
 /// A guest that is busy for less than a fifth of the time has nothing more urgent to do.
@@ -42,11 +44,12 @@ fn rehearse() {
 
 /// Returns the time that the guest has been busy.
 fn wait_until_worth_it(last: Option<u64>) -> u64 {
-    let mut before = Times::now();
+    let (mut before, mut looks) = (Times::now(), 0_u32);
     loop {
         thread::sleep(last.map_or(LOOK, |_| LOOK_AGAIN));
         let now = Times::now();
-        if now.are_calm_since(&before)
+        looks = looks.saturating_add(1);
+        if (now.are_calm_since(&before) || looks >= LOOKS)
             && last.is_none_or(|last| now.busy >= last + FORGOTTEN * clock_ticks_per_second())
         {
             return now.busy;
