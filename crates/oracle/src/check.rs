@@ -29,7 +29,8 @@ pub enum Verdict {
     },
     /// It does not end: not a case.
     Endless,
-    /// It differs, but only after an instruction has read a flag that is undefined, or what XSAVE was free to store.
+    /// It differs, but only after an instruction has read a flag that is undefined, or what XSAVE was free to store, or
+    /// has asked for components that guests have not.
     Open,
     /// It differs in a way that is known and documented: see [`compare::known`].
     Known {
@@ -111,6 +112,7 @@ impl Oracle {
         match self.first_difference(case, &native, single, &steps, ignore) {
             Some(Verdict::Known { lines }) => Verdict::Known { lines },
             Some(_) if open.consumed || saved::is_read(case, &native, &steps) => Verdict::Open,
+            Some(_) if saved::asks_for_others(case, &steps) => Verdict::Open,
             Some(other) => other,
             None => {
                 let last = steps.last().map(|step| (step.rip.wrapping_sub(case.entry), step.bits));

@@ -46,6 +46,11 @@ pub fn guests_have(code: Code) -> bool {
                 | SGX1
                 | CET_SS
                 | AVX512_VP2INTERSECT
+                | AMX_TILE
+                | AMX_INT8
+                | AMX_BF16
+                | AMX_FP16
+                | AMX_COMPLEX
                 | D3NOW
                 | D3NOWEXT
                 | XOP

@@ -8,7 +8,7 @@ use crate::{
     compare::decode,
     layout::{DATA_FRAMES, PAGE, mappings},
     translated::Step,
-    xsave::{AREA, at, components},
+    xsave::{AREA, OTHERS, at, components},
 };
 
 /// Whether all that differs in memory is what an executed instruction of the XSAVE family was free to store:
@@ -39,6 +39,19 @@ pub fn is_read(case: &Case, native: &Outcome, steps: &[Step]) -> bool {
         free.extend(Free::of(case, native, steps, step));
         found
     })
+}
+
+/// Whether an instruction has asked for components that the host has and a guest has not: it has written more, or stumbled
+/// over less, from there on.
+pub fn asks_for_others(case: &Case, steps: &[Step]) -> bool {
+    use Mnemonic::*;
+    let is_such =
+        |mnemonic| matches!(mnemonic, Xsave | Xsave64 | Xsavec | Xsavec64 | Xsaveopt | Xsaveopt64 | Xrstor | Xrstor64);
+    let low = |register: u64| register & u64::from(u32::MAX);
+    steps
+        .iter()
+        .filter(|step| (low(step.gpr[2]) << 32 | low(step.gpr[0])) & *OTHERS != 0)
+        .any(|step| decode(case, step.rip, step.bits).is_some_and(|insn| is_such(insn.mnemonic())))
 }
 
 /// Bytes that an instruction reads.
@@ -173,6 +186,21 @@ mod tests {
         let (rip, rflags, selectors, bases) = (0, 0, [0; 6], [0; 2]);
         let (gpr, area) = (case.gpr, case.area());
         Outcome { gpr, rip, rflags, selectors, bases, fault: Default::default(), area, memory }
+    }
+
+    #[test]
+    fn an_area_with_what_guests_have_not_is_the_hosts_own() {
+        // (A host without such components has nothing to be asked for.)
+        let xsave: &[u8] = &[0x48, 0x0f, 0xae, 0x23];
+        let asks = |code: &[u8], mask: u64| {
+            let mut gpr = [0; 16];
+            (gpr[0], gpr[2], gpr[3]) = (mask & 0xffff_ffff, mask >> 32, DATA);
+            let case = case(code, 1, gpr);
+            asks_for_others(&case, &[Step { rip: ENTRY, gpr, rflags: 0, bases: [0; 6], bits: 64 }])
+        };
+        assert!(!asks(xsave, components()));
+        assert_eq!(asks(xsave, u64::MAX), *OTHERS != 0);
+        assert!(!asks(&[0x90], u64::MAX));
     }
 
     /// Whether a difference in byte `at` of the data passes behind one instruction off `[rbx]`, RBX being the data's first

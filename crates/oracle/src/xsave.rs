@@ -55,6 +55,13 @@ pub fn components() -> u64 {
     COMPONENTS.iter().fold(3, |bits, c| bits | 1 << c.bit)
 }
 
+/// The XCR0 bits that the host may have and no case uses: of PKRU, and of AMX's tiles. A guest's XCR0 is without them, so an
+/// instruction that asks for them does something else natively.
+pub static OTHERS: LazyLock<u64> = LazyLock::new(|| {
+    let leaf = std::arch::x86_64::__cpuid_count(0xd, 0);
+    (u64::from(leaf.edx) << 32 | u64::from(leaf.eax)) & !components()
+});
+
 /// Bytes of an area up to the end of the last of these components.
 pub fn size() -> usize {
     COMPONENTS.iter().fold(at::HEADER + 64, |end, c| end.max(c.offset + c.size))

@@ -58,14 +58,15 @@ macro_rules! on_host {
                 "xrstor64 [{state}]",
                 "mov eax, {mask:e}",
                 concat!($store, " [{out}]"),
-                "mov eax, 0xffffffff",
+                "mov eax, {all:e}",
                 "xrstor64 [{saved}]",
                 saved = in(reg) &raw mut saved.0,
                 state = in(reg) &raw const $state.0,
                 out = in(reg) &raw mut $out.0,
                 mask = in(reg) $mask as u32,
-                inout("eax") u32::MAX => _,
-                inout("edx") u32::MAX => _,
+                all = in(reg) all() as u32,
+                inout("eax") all() as u32 => _,
+                inout("edx") 0 => _,
             );
         }
     }};
@@ -252,7 +253,7 @@ fn xrstor_loads_what_the_host_loads_from_both_formats() {
                         "xrstor64 [{before}]",
                         "mov eax, {mask:e}",
                         "xrstor64 [{compacted}]",
-                        "mov eax, 0xffffffff",
+                        "mov eax, {all:e}",
                         "xsave64 [{out}]",
                         "xrstor64 [{saved}]",
                         saved = in(reg) &raw mut saved.0,
@@ -260,8 +261,9 @@ fn xrstor_loads_what_the_host_loads_from_both_formats() {
                         compacted = in(reg) &raw const compacted.0,
                         out = in(reg) &raw mut wanted.0,
                         mask = in(reg) requested as u32,
-                        inout("eax") u32::MAX => _,
-                        inout("edx") u32::MAX => _,
+                        all = in(reg) all() as u32,
+                        inout("eax") all() as u32 => _,
+                        inout("edx") 0 => _,
                     );
                 }
                 forgive_unused(&mut got_cpu_image, &wanted);
@@ -787,7 +789,7 @@ fn on_host_at(bytes: &[u8], before: &Image, memory: &mut [u64; 64]) -> Image {
             "xrstor64 [r9]",
             "mov rax, r12",
             "call r10",
-            "mov eax, 0xffffffff",
+            "mov eax, r13d",
             "xsave64 [r11]",
             "xrstor64 [r8]",
             in("r8") &raw mut saved.0,
@@ -795,8 +797,9 @@ fn on_host_at(bytes: &[u8], before: &Image, memory: &mut [u64; 64]) -> Image {
             in("r10") code,
             in("r11") &raw mut out.0,
             in("r12") memory.as_mut_ptr().cast::<u8>().add(0x80),
-            inout("eax") u32::MAX => _,
-            inout("edx") u32::MAX => _,
+            in("r13") all(),
+            inout("eax") all() as u32 => _,
+            inout("edx") 0 => _,
         );
         libc::munmap(code, page);
         out
