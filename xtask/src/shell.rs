@@ -29,10 +29,9 @@ pub fn cargo(args: &[&str]) -> Command {
     command.args(args).current_dir(root());
     // What the cargo that started this has said of this package: build scripts that look at it would run anew.
     let of_this = |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_");
-    let said = env::vars_os().map(|(name, _)| name).filter(|name| name.to_str().is_some_and(of_this));
-    said.for_each(|name| {
+    for (name, _) in env::vars_os().filter(|(name, _)| name.to_str().is_some_and(of_this)) {
         command.env_remove(name);
-    });
+    }
     command
 }
 

@@ -141,6 +141,11 @@ fn what_cannot_be_booted_is_named() {
     assert!(reason(&ext(dir.path(), "ext4", &[("etc/os-release", "x")])).contains("no kernel in /boot"));
     let missing = "menuentry x {\nlinux /boot/gone root=/dev/vda\n}\n";
     assert!(reason(&ext(dir.path(), "ext4", &[("boot/grub/grub.cfg", missing)])).contains("/boot/gone"));
+    let entry = |initrds| format!("menuentry x {{\nlinux /boot/k root=x\ninitrd {}\n}}\n", "/boot/i ".repeat(initrds));
+    let with =
+        |initrds| ext(dir.path(), "ext4", &[("boot/grub/grub.cfg", &*entry(initrds)), ("boot/k", ""), ("boot/i", "")]);
+    assert_eq!(read(&with(64)).unwrap().initrds.len(), 64);
+    assert!(reason(&with(65)).contains("more than 64 initial RAM disks"));
     let control = "menuentry x {\nlinux /boot/k root=\u{7}\n}\n";
     assert!(
         reason(&ext(dir.path(), "ext4", &[("boot/grub/grub.cfg", control), ("boot/k", "k")])).contains("printable")

@@ -70,17 +70,7 @@ pub fn copy(disk: &Arc<Disk>, name: &str, to: &Path) -> Result<BootFiles, Error>
         let Some(entry) = find_entry(system) else { continue };
         let root = root_argument(&entry, &systems, volume).map_err(failed)?;
         let cmdline = command_line(&format!("{root}{}", entry.arguments)).map_err(failed)?;
-        let copy = |path: &str, most, name: &str| copy_file(system, path, most, &to.join(name), &failed);
-        let (kernel, _) = copy(&entry.kernel, MAX_KERNEL, "kernel")?;
-        if entry.initrds.len() > MAX_INITRDS {
-            return Err(failed(format!("its kernel has more than {MAX_INITRDS} initial RAM disks")));
-        }
-        let (mut initrds, mut left) = (vec![], MAX_INITRD);
-        for (number, path) in entry.initrds.iter().enumerate() {
-            let (initrd, size) = copy(path, left, &format!("initrd-{number}"))?;
-            left -= size;
-            initrds.push(initrd);
-        }
+        let (kernel, initrds) = copy_files(system, &entry, to, &failed)?;
         return Ok(BootFiles { kernel, initrds, cmdline });
     }
     Err(failed(format!("there is no kernel in /boot{}", and_others(&others))))
@@ -116,6 +106,27 @@ fn root_argument(entry: &Entry, systems: &Systems, boot: &Volume) -> Result<Stri
         Some((system, _)) => Ok(format!("root=UUID={} ", system.uuid())),
         None => Err(format!("the kernel on {boot} is there, but neither arguments for it nor a root file system")),
     }
+}
+
+/// Copies the kernel and the initial RAM disks.
+fn copy_files(
+    system: &FileSystem,
+    entry: &Entry,
+    to: &Path,
+    failed: &dyn Fn(String) -> Error,
+) -> Result<(PathBuf, Vec<PathBuf>), Error> {
+    if entry.initrds.len() > MAX_INITRDS {
+        return Err(failed(format!("its kernel has more than {MAX_INITRDS} initial RAM disks")));
+    }
+    let copy = |path: &str, most, name: &str| copy_file(system, path, most, &to.join(name), failed);
+    let (kernel, _) = copy(&entry.kernel, MAX_KERNEL, "kernel")?;
+    let (mut initrds, mut left) = (vec![], MAX_INITRD);
+    for (number, path) in entry.initrds.iter().enumerate() {
+        let (initrd, size) = copy(path, left, &format!("initrd-{number}"))?;
+        left -= size;
+        initrds.push(initrd);
+    }
+    Ok((kernel, initrds))
 }
 
 /// Copies a file of at most `most` bytes; gives where it is, and its size.
