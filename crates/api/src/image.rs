@@ -58,7 +58,7 @@ pub enum NewImage {
         #[schema(pattern = "^[a-z0-9][a-z0-9._-]{0,62}$")]
         name: String,
         /// Where it is, by http or https.
-        #[schema(pattern = "^https?://.+")]
+        #[schema(pattern = "^[Hh][Tt][Tt][Pp][Ss]?://")]
         url: String,
         /// Its format; what its content says if left out.
         #[serde(default, skip_serializing_if = "Option::is_none")]

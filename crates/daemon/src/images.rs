@@ -102,8 +102,8 @@ impl Images {
     /// What can be known to be wrong.
     fn check(&self, new: &NewImage) -> Result<(), Error> {
         match new {
-            NewImage::Url { name, url, .. } if is_url(url) => {
-                Import { source: url, name, format: None, sha256: None }.check(&self.store)
+            NewImage::Url { name, url, sha256, .. } if is_url(url) => {
+                Import { source: url, name, format: None, sha256: sha256.as_deref() }.check(&self.store)
             }
             NewImage::Url { url, .. } => Err(Error::Scheme(url.chars().take(80).collect())),
             NewImage::Build { what, name, .. } => {
@@ -132,7 +132,8 @@ impl Images {
 
     /// Begins to receive one: it is there when all of it has been [passed](Receiving::pass), and [is whole](Receiving::end).
     pub fn receive(self: &Arc<Self>, sent: Sent) -> Result<Receiving, ErrorBody> {
-        Import { source: "", name: &sent.name, format: None, sha256: None }.check(&self.store).map_err(refusal)?;
+        let import = Import { source: "", name: &sent.name, format: None, sha256: sent.sha256.as_deref() };
+        import.check(&self.store).map_err(refusal)?;
         let _permit = self.received.clone().try_acquire_owned().map_err(|_| {
             ErrorBody::new(
                 Reason::Unavailable,
@@ -247,7 +248,9 @@ fn source_format(format: ImageFormat) -> SourceFormat {
 pub fn refusal(error: Error) -> ErrorBody {
     let reason = match error {
         Error::NoImage(_) => Reason::NotFound,
-        Error::Name(_) | Error::Scheme(_) | Error::UnknownBuild(_) | Error::DiskSize { .. } => Reason::BadRequest,
+        Error::Name(_) | Error::Scheme(_) | Error::NoChecksum(_) | Error::UnknownBuild(_) | Error::DiskSize { .. } => {
+            Reason::BadRequest
+        }
         Error::Exists(_) | Error::InUse(_) => Reason::Conflict,
         _ => Reason::Failed,
     };

@@ -127,6 +127,8 @@ fn what_makes_no_sense_is_refused_and_leaves_nothing() {
         (json!({"from": "url", "name": "a", "url": "/etc/passwd"}), 400),
         (json!({"from": "url", "name": "a", "url": "ftp://x/y"}), 400),
         (json!({"from": "url", "name": "A", "url": "http://x/y"}), 400),
+        (json!({"from": "url", "name": "a", "url": "http://x/y", "sha256": "1"}), 400),
+        (json!({"from": "url", "name": "a", "url": "http://x/y", "sha256": "^\u{6b90f}"}), 400),
         (json!({"from": "build", "what": "windows"}), 400),
         (json!({"from": "build", "what": "debian", "name": "A"}), 400),
         (json!({"from": "nowhere"}), 400),

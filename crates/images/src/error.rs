@@ -122,6 +122,9 @@ pub enum Error {
     /// Fetched by nothing here.
     #[error("'{0}' cannot be fetched: only http and https are; fetch it with another program, then import the file")]
     Scheme(String),
+    /// Asked for as a checksum, but none.
+    #[error("'{}' is no SHA-256 checksum: that is 64 hexadecimal digits, as sha256sum writes them", .0.escape_debug())]
+    NoChecksum(String),
     /// A file that is not what it is called.
     #[error(
         "'{source_name}' is no {format} image: its name says {format}, but it does not begin as one; fetch it anew, or \

@@ -32,6 +32,9 @@ impl Import<'_> {
     /// What can be known to be wrong before anything is fetched.
     pub fn check(&self, store: &Store) -> Result<(), Error> {
         self.check_scheme()?;
+        if let Some(sum) = self.sha256.filter(|sum| !is_sha256(sum)) {
+            return Err(Error::NoChecksum(sum.chars().take(80).collect()));
+        }
         match store.get(self.name) {
             Err(Error::NoImage(_)) => Ok(()),
             Ok(_) => Err(Error::Exists(self.name.into())),
@@ -147,6 +150,11 @@ impl Import<'_> {
 pub fn is_url(source: &str) -> bool {
     let scheme = source.split_once("://").map_or("", |(scheme, _)| scheme);
     ["http", "https"].iter().any(|known| scheme.eq_ignore_ascii_case(known))
+}
+
+/// Whether it is a SHA-256 checksum as sha256sum(1) writes it, in digits of either case.
+pub fn is_sha256(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 /// A URL without a query, a user's name and a password.

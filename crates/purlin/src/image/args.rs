@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
+use purlin_images::import::is_sha256;
 use purlin_storage::{Format, SourceFormat};
 
 /// Build, import and keep the images that machines are made of
@@ -131,8 +132,11 @@ pub struct Convert {
 }
 
 fn parse_sha256(text: &str) -> Result<String, String> {
-    let good = text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
-    if good { Ok(text.to_owned()) } else { Err("it is 64 hexadecimal digits, as sha256sum writes them".into()) }
+    if is_sha256(text) {
+        Ok(text.to_owned())
+    } else {
+        Err("it is 64 hexadecimal digits, as sha256sum writes them".into())
+    }
 }
 
 /// `https://x/Some_Disk.qcow2?y` → `some_disk`. Whether it can be a name is seen later.
