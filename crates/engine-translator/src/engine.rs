@@ -19,7 +19,7 @@ use crate::{
     mailbox::request,
     profile::Profile,
     ram::Ram,
-    translate::{CodeCache, Moment, prepare},
+    translate::{Backing, CodeCache, Moment, prepare},
     vcpu::{TranslatedVcpu, init_block},
     vm::{Blocks, Shared},
 };
@@ -120,7 +120,9 @@ fn host_cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
 impl TranslatorEngine {
     /// [`Engine::create_vm`], of its own type.
     pub(crate) fn create(&self, config: VmConfig) -> Result<TranslatedVm, EngineError> {
-        let code = CodeCache::new(self.code_cache)
+        // Who profiles wants to use perf, too.
+        let backing = if self.profile.is_some() { Backing::Anonymous } else { Backing::File };
+        let code = CodeCache::new(self.code_cache, backing)
             .map_err(|source| EngineError::Host { what: "cannot map memory for translated code", source })?;
         code.set_all_hot(self.hot_code);
         let shared = Arc::new(Shared {
@@ -254,6 +256,10 @@ impl Code for CodeThen {
         let Some(shared) = self.shared.upgrade() else { return Ok(None) };
         let saved = shared.code.save(self.moment)?;
         Ok(saved.map(|(file, changes)| SavedCode { file, changes }))
+    }
+
+    fn refresh(&self) -> io::Result<()> {
+        self.shared.upgrade().map_or(Ok(()), |shared| shared.code.refresh())
     }
 }
 

@@ -26,7 +26,7 @@ use crate::{
     mailbox::Mailbox,
     ram::Ram,
     system::emulate,
-    translate::CodeCache,
+    translate::{Backing, CodeCache},
     vm::{BlockPtr, Blocks, Shared},
 };
 
@@ -136,7 +136,7 @@ fn shared() -> Arc<Shared> {
     let memory = memory::create(&[(0, MEMORY)]).expect("guest memory");
     Arc::new(Shared {
         ram: Ram::new(Arc::new(memory)),
-        code: CodeCache::new(1 << 20).expect("code cache"),
+        code: CodeCache::new(1 << 20, Backing::File).expect("code cache"),
         blocks: Default::default(),
         extint: Default::default(),
         clock: VmClock::new(1_000_000),

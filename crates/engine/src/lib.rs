@@ -88,6 +88,11 @@ pub trait Vm: Send + Sync {
 pub trait Code: Send + Sync {
     /// For copies of the machine at that moment, while it goes on itself. `None` if it is not there any more.
     fn save(&self) -> io::Result<Option<SavedCode>>;
+
+    /// What takes long, for copies of later moments: to be called when there is time.
+    fn refresh(&self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 impl fmt::Debug for dyn Code {

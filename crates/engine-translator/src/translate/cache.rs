@@ -35,7 +35,7 @@ use super::{
     branch::Across,
     emit::{ENTRY_BY_RIP, Emitted, FaultPoint},
     jumps::Context,
-    memory::{CodeMemory, PAGE},
+    memory::{Backing, CodeMemory, PAGE},
     place::is_movable,
     spare,
     stubs::{self, Stubs},
@@ -113,6 +113,8 @@ pub struct Origin {
 /// The translations of one VM.
 pub struct CodeCache {
     memory: CodeMemory,
+    /// Bytes of code, beside what it began with.
+    capacity: usize,
     /// The fixed pieces.
     pub stubs: Stubs,
     stubs_end: u32,
@@ -172,10 +174,10 @@ const CALL: u32 = 5;
 const BLOCK_ROOM: u32 = 256 << 10;
 
 impl CodeCache {
-    /// A cache of `capacity` bytes, beside what it may begin with ([`Self::restore`]).
-    pub fn new(capacity: usize) -> io::Result<Self> {
+    /// A cache of `capacity` bytes, beside what it may begin with ([`Self::restore`]), with this backing.
+    pub fn new(capacity: usize, backing: Backing) -> io::Result<Self> {
         let capacity = capacity.min(MAX_CACHE / IMAGED);
-        let memory = CodeMemory::new(IMAGED * capacity)?;
+        let memory = CodeMemory::new(IMAGED * capacity, backing)?;
         let mut asm = Asm::new(memory.base());
         let stubs = stubs::assemble(&mut asm);
         asm.finish();
@@ -187,6 +189,7 @@ impl CodeCache {
         let inner = Inner { used: stubs_end, room, stores: vec![0; STORE_COUNTERS], ..Inner::default() };
         Ok(Self {
             memory,
+            capacity,
             stubs,
             stubs_end,
             inner: Mutex::new(inner),
@@ -440,6 +443,7 @@ impl CodeCache {
         let mut inner = self.lock();
         *image = None;
         let pages = inner.pages.with_code().map(|page| page << 12).collect();
+        self.memory.clear(self.stubs_end as usize);
         *inner = Inner {
             used: inner.room.start,
             room: inner.room.clone(),
@@ -470,8 +474,11 @@ struct Image {
     moment: Moment,
 }
 
-/// So many of the blocks that there are an image may lack: to make them anew takes a copy less time than to wait for another one.
-const MOST_LACKING: usize = 1000;
+/// Of the blocks that there are an image may lack this part, where it is needed at once: to make anew what it needs of them takes
+/// a copy less time than to wait for another image.
+const MAY_LACK: usize = 4;
+/// An image that lacks more blocks than this is followed by another one when there is time.
+const FEW: usize = 1000;
 /// An image is no longer than this many caches, or a copy of a copy of a copy would have all that any of them ever needed.
 const LONGEST: usize = 2;
 
@@ -487,17 +494,18 @@ impl CodeCache {
     }
 
     /// An image of the translations, and what is to be taken away of it to have those that were valid at a moment. The
-    /// machine may have gone on; copies share the image with those of other moments. `None` if nothing of it is there any more.
+    /// machine may have gone on; copies share the image with those of other moments, so the image may lack what was new.
+    /// `None` if nothing of it is there any more.
     pub fn save(&self, at: Moment) -> io::Result<Option<(Arc<File>, CodeChanges)>> {
         let mut last = self.image.lock().unwrap_or_else(PoisonError::into_inner);
-        let inner = self.lock();
-        if self.generation() != at.generation || inner.used as usize > LONGEST * self.memory.len() / IMAGED {
+        let mut inner = self.lock();
+        if self.generation() != at.generation || !self.can_be_imaged(&inner) {
             return Ok(None);
         }
-        let is_good = |image: &&Image| image.moment.blocks + MOST_LACKING >= at.blocks;
+        let is_good = |image: &&Image| at.blocks.saturating_sub(image.moment.blocks) <= at.blocks / MAY_LACK;
         let image = match last.as_ref().filter(is_good) {
             Some(image) => image.clone(),
-            None => Image { file: Arc::new(self.write(&inner)?), moment: self.moment_of(&inner) },
+            None => Image { file: Arc::new(self.write(&mut inner)?), moment: self.moment_of(&inner) },
         };
         let died = inner.killed.get(image.moment.killed..at.killed).unwrap_or_default();
         let changes = CodeChanges { blocks: at.blocks as u32, died: died.to_vec() };
@@ -505,8 +513,32 @@ impl CodeCache {
         Ok(Some((file, changes)))
     }
 
-    fn write(&self, inner: &Inner) -> io::Result<File> {
-        let mut image = Writer::new(self.memory.bytes(inner.used as usize))?;
+    /// Makes another image, if [`Self::save`] has made one that lacks more than a few of the blocks that there are now.
+    pub fn refresh(&self) -> io::Result<()> {
+        let mut last = self.image.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inner = self.lock();
+        let lacks_much = |image: &Image| image.moment.blocks + FEW < inner.blocks.len();
+        if last.as_ref().is_some_and(lacks_much) && self.can_be_imaged(&inner) {
+            *last = Some(Image { file: Arc::new(self.write(&mut inner)?), moment: self.moment_of(&inner) });
+        }
+        Ok(())
+    }
+
+    fn can_be_imaged(&self, inner: &Inner) -> bool {
+        inner.used as usize <= LONGEST * self.capacity
+    }
+
+    /// The first image is where the code is, without a copy; others are copies.
+    fn write(&self, inner: &mut Inner) -> io::Result<File> {
+        let end = inner.used.next_multiple_of(PAGE as u32);
+        let mut image = match self.memory.give_away(end as usize)? {
+            Some(file) => {
+                let used = inner.used;
+                (inner.used, inner.room) = (end, end..end + self.capacity as u32);
+                Writer::with_code(file, used.into())?
+            }
+            None => Writer::with_copy(self.memory.bytes(inner.used as usize))?,
+        };
         inner.blocks.save(&mut image)?;
         inner.pages.save(&mut image)?;
         inner.hot.save(&mut image)?;
@@ -522,8 +554,8 @@ impl CodeCache {
         let mut inner = self.lock();
         let Some(mut image) = Reader::new(file)? else { return Ok(None) };
         let (code, stubs) = (image.code()?, self.stubs_end as usize);
-        let (end, capacity) = (code.len().next_multiple_of(PAGE), self.memory.len() / IMAGED);
-        let fits = end <= LONGEST * capacity && code.get(..stubs) == Some(self.memory.bytes(stubs));
+        let end = code.len().next_multiple_of(PAGE);
+        let fits = end <= LONGEST * self.capacity && code.get(..stubs) == Some(self.memory.bytes(stubs));
         if !fits || inner.used != self.stubs_end {
             return Ok(None);
         }
@@ -531,10 +563,13 @@ impl CodeCache {
         let pages = Pages::restore(&mut image)?;
         let hot = Hot::restore(&mut image)?;
         let crossing = image.section::<Key>()?.get().iter().copied().collect();
-        self.memory.begin_with(file, Reader::CODE, end)?;
+        if let Err(error) = self.memory.begin_with(file, end) {
+            self.memory.clear(stubs);
+            return Err(error);
+        }
         *inner = Inner {
             used: end as u32,
-            room: end as u32..(end + capacity) as u32,
+            room: end as u32..(end + self.capacity) as u32,
             blocks,
             pages,
             crossing,
@@ -559,7 +594,7 @@ fn counter(page: u64) -> usize {
 
 impl Default for CodeCache {
     fn default() -> Self {
-        Self::new(4 << 20).expect("memory for emitted code")
+        Self::new(4 << 20, Backing::File).expect("memory for emitted code")
     }
 }
 

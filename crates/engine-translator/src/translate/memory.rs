@@ -1,42 +1,59 @@
-//! Memory for emitted code: shared memory mapped twice, to write and to execute.
+//! Memory for emitted code, mapped twice, to write and to execute.
 //!
-//! It has no file of its own: perf looks names up in a perf map only for addresses that no file is mapped at. But it may
-//! begin with what is in a file, which others execute, too. A page of that is copied before it is written to.
+//! It is in a file ([`Backing::File`]), so that others can be given what is in it without a copy: from then on the file does not
+//! change any more, and whoever has it mapped goes on behind it, in memory of its own. A page of the file is copied there before
+//! it is written to.
 
 use std::{
     ffi::c_void,
     fs::File,
     io,
+    mem::ManuallyDrop,
     ptr::{self, NonNull},
     slice,
     sync::{
-        OnceLock,
-        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+        Mutex, OnceLock, PoisonError,
+        atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering},
     },
 };
 
-use rustix::mm::{
-    MapFlags, MprotectFlags, MremapFlags, ProtFlags, mmap, mmap_anonymous, mprotect, mremap, mremap_fixed, munmap,
+use rustix::{
+    fs::{MemfdFlags, memfd_create},
+    mm::{
+        MapFlags, MprotectFlags, MremapFlags, ProtFlags, mmap, mmap_anonymous, mprotect, mremap, mremap_fixed, munmap,
+    },
 };
 
 /// Bytes of a page.
 pub const PAGE: usize = 4096;
 
-/// Two views of the same memory.
+/// Two views of the same memory, and what it goes on with once its beginning does not change any more.
 pub struct CodeMemory {
-    write: View,
     execute: View,
+    /// The view to write, as long as all of it can change; then it is that of `own`.
+    first: AtomicPtr<u8>,
+    /// What both views are of at first, if that is a file; as long as all of it can change.
+    file: Mutex<Option<File>>,
+    own: Own,
     len: usize,
-    /// What it begins with, if that is in a file.
-    file: OnceLock<FilePages>,
+    /// Which of the first pages of the view to execute, which were a file's that does not change, are `own`'s by now.
+    moved: OnceLock<Box<[AtomicBool]>>,
 }
 
-/// The first pages of the view to execute, which are a file's as long as they are not written to.
-struct FilePages {
-    /// One more view to execute. What becomes this process's own is moved from here to where the file's page is.
-    own: View,
-    /// Which have been.
-    moved: Box<[AtomicBool]>,
+/// Memory that nobody else has.
+struct Own {
+    write: View,
+    /// Of the view to execute what is not in use yet: that is moved to where the code executes.
+    execute: ManuallyDrop<View>,
+}
+
+/// What emitted code is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backing {
+    /// A file, which others can be given.
+    File,
+    /// No file: perf looks names up in a perf map only for addresses that no file is mapped at.
+    Anonymous,
 }
 
 /// A file in memory, to be read.
@@ -81,50 +98,123 @@ unsafe impl Sync for CodeMemory {}
 
 #[allow(unsafe_code)]
 impl CodeMemory {
+    /// Where the code begins in a file.
+    pub const OFFSET: u64 = PAGE as u64;
+
     /// `len` bytes, a multiple of the page size. Pages are allocated as they are written.
-    pub fn new(len: usize) -> io::Result<Self> {
-        let writable = ProtFlags::READ | ProtFlags::WRITE;
-        let flags = MapFlags::SHARED | MapFlags::NORESERVE;
-        // SAFETY: a new mapping, at an address of the kernel's choice.
-        let write = view(unsafe { mmap_anonymous(ptr::null_mut(), len, writable, flags)? }, len)?;
-        let execute = write.again()?;
-        Ok(Self { write, execute, len, file: OnceLock::new() })
+    pub fn new(len: usize, backing: Backing) -> io::Result<Self> {
+        let (file, first, execute) = match backing {
+            Backing::File => {
+                let file = File::from(memfd_create("purlin-code", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
+                file.set_len(Self::OFFSET + len as u64)?;
+                let first = View::of_file(&file, len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED)?;
+                // It sees what is written there, but is none that could write, even if it were made writable.
+                let execute = View::of_file(&file, len, ProtFlags::READ, MapFlags::PRIVATE)?;
+                execute.make_executable()?;
+                (Some(file), first, execute)
+            }
+            Backing::Anonymous => {
+                let first = View::anonymous(len)?;
+                let execute = first.again()?;
+                (None, first, execute)
+            }
+        };
+        let write = View::anonymous(len)?;
+        // Once there is a sandbox around it, it can be moved, but not be made.
+        let own = Own { execute: ManuallyDrop::new(write.again()?), write };
+        let first = AtomicPtr::new(ManuallyDrop::new(first).0.as_ptr());
+        Ok(Self { execute, first, file: Mutex::new(file), own, len, moved: OnceLock::new() })
     }
 
-    /// Begins with `len` bytes of `file`, from its byte `offset` on: multiples of the page size, of a sealed file. To be done
-    /// once, before anything of that is executed.
-    pub fn begin_with(&self, file: &File, offset: u64, len: usize) -> io::Result<()> {
-        assert!(len <= self.len && len.is_multiple_of(PAGE), "no pages of the cache");
-        let own = self.write.again()?;
+    /// Begins with `len` bytes of `file`, from [`Self::OFFSET`] on: a multiple of the page size, of a sealed file. To be done
+    /// before anything of that is executed. After an error there may be something else, until [`Self::clear`].
+    pub fn begin_with(&self, file: &File, len: usize) -> io::Result<()> {
+        self.go_on_behind(len)?;
+        drop(self.file.lock().unwrap_or_else(PoisonError::into_inner).take());
         let (start, there) = (self.execute.0.as_ptr().cast(), MapFlags::PRIVATE | MapFlags::FIXED);
         // SAFETY: in the place of pages of its own, which nobody executes.
-        unsafe { mmap(start, len, ProtFlags::READ, there, file, offset)? };
+        unsafe { mmap(start, len, ProtFlags::READ, there, file, Self::OFFSET)? };
         // SAFETY: as above. (In two steps, as sandboxes allow it.)
-        unsafe { mprotect(start, len, MprotectFlags::READ | MprotectFlags::EXEC)? };
+        Ok(unsafe { mprotect(start, len, MprotectFlags::READ | MprotectFlags::EXEC)? })
+    }
+
+    /// The file that has the first `len` bytes, a multiple of the page size, and nothing behind them; from here on it is not
+    /// written to. `None` if there is none any more. Nobody writes meanwhile; what is there can go on executing.
+    pub fn give_away(&self, len: usize) -> io::Result<Option<File>> {
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        if file.is_none() {
+            return Ok(None);
+        }
+        self.go_on_behind(len)?;
+        let file = file.take();
+        file.iter().try_for_each(|file| file.set_len(Self::OFFSET + len as u64))?;
+        Ok(file)
+    }
+
+    /// The first `len` bytes do not change any more; what is behind them is its own.
+    fn go_on_behind(&self, len: usize) -> io::Result<()> {
+        assert!(len <= self.len && len.is_multiple_of(PAGE), "no pages of the cache");
+        let at = |view: &View| view.0.as_ptr().wrapping_add(len).cast();
+        if len < self.len {
+            let (from, to, rest) = (at(&self.own.execute), at(&self.execute), self.len - len);
+            // SAFETY: nothing is there yet, nor does anybody look where it was.
+            unsafe { mremap_fixed(from, rest, rest, MremapFlags::MAYMOVE, to)? };
+        }
         let moved = (0..len / PAGE).map(|_| AtomicBool::new(false)).collect();
-        let _ = self.file.set(FilePages { own, moved });
+        let _ = self.moved.set(moved);
+        self.drop_first();
         Ok(())
+    }
+
+    fn drop_first(&self) {
+        let first = NonNull::new(self.first.swap(ptr::null_mut(), Ordering::Relaxed));
+        // Who writes holds the code cache's lock, and so does whoever calls this: nobody has an address in it.
+        drop(first.map(|first| View(first, self.len)));
+    }
+
+    /// Gives up all but the first `kept` bytes, and with them the file that it has begun with. Nobody executes anything.
+    pub fn clear(&self, kept: usize) {
+        let Some(moved) = self.moved.get() else { return };
+        for (page, moved) in moved.iter().enumerate() {
+            if page < kept.div_ceil(PAGE) {
+                self.own(page * PAGE);
+            } else if !moved.swap(true, Ordering::Relaxed) {
+                self.move_page(page);
+            }
+        }
     }
 
     /// What is about to be written at `offset` is to be this process's own. Others may be executing it: what they do goes on
     /// once the other page is there.
     fn own(&self, offset: usize) {
-        let Some(file) = self.file.get() else { return };
+        let Some(moved) = self.moved.get() else { return };
         let page = offset / PAGE;
-        let Some(moved) = file.moved.get(page) else { return };
+        let Some(moved) = moved.get(page) else { return };
         if moved.swap(true, Ordering::Relaxed) {
             return;
         }
         let at = |view: &View| view.0.as_ptr().wrapping_add(page * PAGE);
-        let to = at(&self.execute);
         // SAFETY: whole pages of views of the same length. Nobody else writes, and what is read is the file's, which does not
         // change.
-        unsafe { ptr::copy_nonoverlapping(to, at(&self.write), PAGE) };
-        // SAFETY: a mapping of this page, which has just got the same content, takes the place of the file's; where it was
-        // nobody looks.
-        let mapped = unsafe { mremap_fixed(at(&file.own).cast(), PAGE, PAGE, MremapFlags::MAYMOVE, to.cast()) };
+        unsafe { ptr::copy_nonoverlapping(at(&self.execute), at(&self.own.write), PAGE) };
+        self.move_page(page);
+    }
+
+    /// Has its own memory execute where the file's did.
+    fn move_page(&self, page: usize) {
+        let at = |view: &View| view.0.as_ptr().wrapping_add(page * PAGE).cast();
+        let (from, to) = (at(&self.own.execute), at(&self.execute));
+        // SAFETY: a mapping of this page, with the content that it is to have, takes the place of the file's; where it was nobody
+        // looks.
+        let mapped = unsafe { mremap_fixed(from, PAGE, PAGE, MremapFlags::MAYMOVE, to) };
         // There are as many pages at most as the cache has, far fewer than a process may have mappings.
         mapped.expect("a page of emitted code is mapped");
+    }
+
+    /// Where it is written.
+    fn writable(&self) -> *mut u8 {
+        let first = self.first.load(Ordering::Relaxed);
+        if first.is_null() { self.own.write.0.as_ptr() } else { first }
     }
 
     /// The first `len` bytes. Nobody writes meanwhile.
@@ -150,9 +240,7 @@ impl CodeMemory {
         assert!(end <= self.len, "code cache overrun");
         (offset as usize / PAGE..end.div_ceil(PAGE)).for_each(|page| self.own(page * PAGE));
         // SAFETY: in bounds, as just checked; nobody reads what was not published yet.
-        unsafe {
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.write.0.as_ptr().add(offset as usize), bytes.len())
-        }
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), self.writable().add(offset as usize), bytes.len()) }
     }
 
     /// The four bytes at `offset`, which is a multiple of four.
@@ -206,7 +294,7 @@ impl CodeMemory {
     fn eight(&self, offset: u32) -> &AtomicU64 {
         assert!((offset as usize) < self.len);
         self.own(offset as usize);
-        let at = self.write.0.as_ptr().wrapping_add((offset & !7) as usize).cast::<AtomicU64>();
+        let at = self.writable().wrapping_add((offset & !7) as usize).cast::<AtomicU64>();
         // SAFETY: in bounds, as just checked, and aligned: the length is a multiple of eight.
         unsafe { &*at }
     }
@@ -222,13 +310,47 @@ impl CodeMemory {
 
 #[allow(unsafe_code)]
 impl View {
+    /// Memory of no file, to be written.
+    fn anonymous(len: usize) -> io::Result<Self> {
+        let flags = MapFlags::SHARED | MapFlags::NORESERVE;
+        // SAFETY: a new mapping, at an address of the kernel's choice.
+        view(unsafe { mmap_anonymous(ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags)? }, len)
+    }
+
+    /// The code in a file.
+    fn of_file(file: &File, len: usize, how: ProtFlags, flags: MapFlags) -> io::Result<Self> {
+        // SAFETY: as above.
+        view(unsafe { mmap(ptr::null_mut(), len, how, flags | MapFlags::NORESERVE, file, CodeMemory::OFFSET)? }, len)
+    }
+
     /// One more view of the same shared memory, to be executed, at an address of the kernel's choice.
     fn again(&self) -> io::Result<Self> {
         // SAFETY: with an old size of zero this is one more mapping of it (mremap(2)).
         let again = view(unsafe { mremap(self.0.as_ptr().cast(), 0, self.1, MremapFlags::MAYMOVE)? }, self.1)?;
-        // SAFETY: nobody uses it yet.
-        unsafe { mprotect(again.0.as_ptr().cast(), again.1, MprotectFlags::READ | MprotectFlags::EXEC)? };
+        again.make_executable()?;
         Ok(again)
+    }
+
+    /// Nobody uses it yet.
+    fn make_executable(&self) -> io::Result<()> {
+        // SAFETY: as the caller promises; it cannot be written any more.
+        Ok(unsafe { mprotect(self.0.as_ptr().cast(), self.1, MprotectFlags::READ | MprotectFlags::EXEC)? })
+    }
+}
+
+impl Drop for CodeMemory {
+    fn drop(&mut self) {
+        self.drop_first();
+        let (View(start, len), moved) = (&*self.own.execute, &self.moved);
+        // What has been moved may be somebody else's by now.
+        match moved.get() {
+            None => drop(View(*start, *len)),
+            Some(moved) => {
+                let there = moved.iter().enumerate().filter(|(_, moved)| !moved.load(Ordering::Relaxed));
+                let at = |page| NonNull::new(start.as_ptr().wrapping_add(page * PAGE));
+                there.filter_map(|(page, _)| at(page)).for_each(|start| drop(View(start, PAGE)));
+            }
+        }
     }
 }
 

@@ -39,6 +39,7 @@ pub use emit::FaultPoint;
 pub use helpers::helpers;
 pub use jumps::{Context, JumpTables};
 pub use layout::{EmittedState, ExitKind};
+pub use memory::Backing;
 pub use recent::RecentBlocks;
 pub use returns::ReturnStacks;
 pub use signals::in_emitted_code;

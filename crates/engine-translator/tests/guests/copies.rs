@@ -190,6 +190,47 @@ fn an_image_of_another_moment_is_that_of_the_right_one() {
 }
 
 #[test]
+fn the_original_goes_on_where_it_has_given_its_code_away() {
+    for small in [false, true] {
+        let m = original(2, small);
+        let (code, memory) = (saved(&m), bytes(&m));
+        // What it changes from here on is its own: pages that copies have, and, where the cache is small, all of it, again and again.
+        let mut guest = run_at_code(&m, 1, true);
+        let mut wanted = COUNT as u32;
+        for _ in 0..10 {
+            wanted += COUNT as u32;
+            assert_eq!(run_again(&mut guest), Stop::Done(wanted));
+        }
+        let copied = if small { Machine::with_small_code_cache(1) } else { Machine::new(1) };
+        copied.load(0, &memory);
+        copied.code(CODE, sum(false));
+        copied.vm.restore_code(&code).unwrap();
+        assert_eq!(copied.vcpu(0, |_| {}).run(), Stop::Done(COUNT as u32));
+        // It can be copied again.
+        m.code(CODE, sum(false));
+        let again = with_memory(&bytes(&m), &saved(&m));
+        assert_eq!(again.vcpu(0, |_| {}).run(), Stop::Done(wanted));
+    }
+}
+
+#[test]
+fn an_image_that_lacks_much_is_followed_by_another_one() {
+    let m = original(2, false);
+    let first = saved(&m);
+    m.vm.code().unwrap().refresh().unwrap();
+    assert!(Arc::ptr_eq(&saved(&m).file, &first.file), "it lacks nothing");
+    let mut guest = run_at_code(&m, 1, true);
+    for round in 2..5 {
+        assert_eq!(run_again(&mut guest), Stop::Done(round * COUNT as u32));
+    }
+    m.vm.code().unwrap().refresh().unwrap();
+    m.code(CODE, sum(false));
+    let second = saved(&m);
+    assert!(!Arc::ptr_eq(&second.file, &first.file), "it lacks more than it has");
+    assert_eq!(with_memory(&bytes(&m), &second).vcpu(0, |_| {}).run(), Stop::Done(4 * COUNT as u32));
+}
+
+#[test]
 fn what_is_no_image_is_refused() {
     let m = Machine::new(1);
     let file = Arc::new(File::open("/proc/self/exe").unwrap());

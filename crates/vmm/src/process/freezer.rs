@@ -119,7 +119,11 @@ impl Freezer {
 
     /// Forgets a freeze.
     pub fn thaw(&self, freeze: &str) {
-        self.freezes.lock().unwrap_or_else(PoisonError::into_inner).remove(freeze);
+        let forgotten = self.freezes.lock().unwrap_or_else(PoisonError::into_inner).remove(freeze);
+        let refresh = move || forgotten.and_then(|frozen| frozen.code.as_ref()?.refresh().err());
+        let told = move || refresh().into_iter().for_each(|error| tracing::debug!("translated code: {error}"));
+        // Without the thread the next clones find what these have found.
+        let _ = thread::Builder::new().name("code".into()).spawn(told);
     }
 
     /// Gives a clone's process what it wants.

@@ -14,10 +14,10 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, memfd_
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 
 use super::list::Mapped;
-use crate::translate::memory::Mapping;
+use crate::translate::memory::{CodeMemory, Mapping};
 
 const MAGIC: u64 = u64::from_le_bytes(*b"PURLCODE");
-/// Sections, and the code, begin at multiples of it.
+/// Sections begin at multiples of it.
 const ALIGNMENT: u64 = 4096;
 const SECTIONS: usize = 16;
 
@@ -55,7 +55,7 @@ pub fn prepare() {
 struct Header {
     magic: u64,
     program: Program,
-    /// Bytes of the code, from [`ALIGNMENT`] on.
+    /// Bytes of the code, from [`CodeMemory::OFFSET`] on.
     used: u64,
     /// For each section where it begins, and its length in bytes.
     sections: [[u64; 2]; SECTIONS],
@@ -70,16 +70,21 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// One with this code.
-    pub fn new(code: &[u8]) -> io::Result<Self> {
-        let unknown = || io::Error::other("the program's own file is not known");
-        let mut header = Header { magic: MAGIC, program: program().ok_or_else(unknown)?, ..Header::new_zeroed() };
-        header.used = code.len() as u64;
+    /// One with a copy of this code.
+    pub fn with_copy(code: &[u8]) -> io::Result<Self> {
         let file = File::from(memfd_create("purlin-code", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
-        file.write_all_at(code, ALIGNMENT)?;
-        let mut writer = Self { file: BufWriter::with_capacity(1 << 18, file), header, sections: 0, end: 0 };
-        writer.end = ALIGNMENT + code.len() as u64;
-        io::Seek::seek(&mut writer.file, io::SeekFrom::Start(writer.end))?;
+        file.write_all_at(code, CodeMemory::OFFSET)?;
+        Self::with_code(file, code.len() as u64)
+    }
+
+    /// One in a file that has so many bytes of code already, and nothing behind them.
+    pub fn with_code(file: File, used: u64) -> io::Result<Self> {
+        let unknown = || io::Error::other("the program's own file is not known");
+        let program = program().ok_or_else(unknown)?;
+        let header = Header { magic: MAGIC, program, used, ..Header::new_zeroed() };
+        let end = CodeMemory::OFFSET + used;
+        let mut writer = Self { file: BufWriter::with_capacity(1 << 18, file), header, sections: 0, end };
+        io::Seek::seek(&mut writer.file, io::SeekFrom::Start(end))?;
         Ok(writer)
     }
 
@@ -143,13 +148,10 @@ impl Reader {
     pub fn code(&self) -> io::Result<&[u8]> {
         let code = usize::try_from(self.header.used).ok().and_then(|used| {
             let bytes = self.mapping.bytes();
-            bytes.get(ALIGNMENT as usize..)?.get(..used)
+            bytes.get(CodeMemory::OFFSET as usize..)?.get(..used)
         });
         code.ok_or_else(invalid)
     }
-
-    /// Where it begins in the file.
-    pub const CODE: u64 = ALIGNMENT;
 
     /// The next section.
     pub fn section<T: FromBytes + Immutable>(&mut self) -> io::Result<Mapped<T>> {
