@@ -163,6 +163,10 @@ impl Instances {
             let record = entry.record();
             match record.stage {
                 Stage::Creating | Stage::Deleting => {
+                    if let Err(error) = self.end_process(&record).await {
+                        tracing::warn!("'{}': {error}", record.name);
+                        continue;
+                    }
                     if let Err(error) = self.remove(&entry).await {
                         tracing::warn!("cannot remove what is left of '{}': {error}", record.name);
                     }
@@ -177,6 +181,15 @@ impl Instances {
             tracing::warn!("{error}");
         }
         tokio::spawn(self.clone().merge_for_ever());
+    }
+
+    /// Ends the process of an instance that is not to be. (A clone's is started before its source is frozen.)
+    async fn end_process(&self, record: &Record) -> Result<(), ErrorBody> {
+        if let Some(vm) = process::find(&self.dir_of(record)).await? {
+            vm.kill();
+            vm.end().await;
+        }
+        Ok(())
     }
 
     async fn find_again(self: Arc<Self>, entry: Arc<Entry>) {

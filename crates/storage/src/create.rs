@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    io,
+    io::{self, Read},
     path::{self, Path, PathBuf},
 };
 
@@ -65,6 +65,16 @@ impl NewImage {
         self.make(size, backing)
     }
 
+    /// The same for a qcow2 overlay of a qcow2 image that may be in use: that is not looked at, but for the size that its header
+    /// says.
+    pub fn create_over_used(&self) -> Result<(), OpenError> {
+        let size = match (self.size, &self.backing) {
+            (None, Some((path, Format::Qcow2))) => size_in_header(path).map_err(|source| host("read", path, source))?,
+            (size, _) => size.unwrap_or(0),
+        };
+        self.create_over_open(size)
+    }
+
     /// Makes an overlay of an image that is open, whose size is given: it is not looked at.
     pub(crate) fn create_over_open(&self, size: u64) -> Result<(), OpenError> {
         let backing = self.backing.as_ref().map(|(path, format)| self.backing_name(path, *format)).transpose()?;
@@ -113,6 +123,16 @@ impl NewImage {
             }
         }
         synced.sync_all()
+    }
+}
+
+/// The disk's size in bytes, as the header of a qcow2 image says it (QEMU's docs/interop/qcow2.rst).
+fn size_in_header(path: &Path) -> io::Result<u64> {
+    let mut header = [0; 32];
+    File::open(path)?.read_exact(&mut header)?;
+    match (&header[..4], header[24..].try_into()) {
+        (b"QFI\xfb", Ok(size)) => Ok(u64::from_be_bytes(size)),
+        _ => Err(io::Error::new(io::ErrorKind::InvalidData, "it is no qcow2 image")),
     }
 }
 

@@ -132,6 +132,28 @@ fn conversions_that_cannot_be() {
 }
 
 #[test]
+fn an_overlay_of_an_image_that_is_in_use() {
+    let directory = tempfile::tempdir().unwrap();
+    let [used, overlay] = ["used.qcow2", "overlay.qcow2"].map(|name| directory.path().join(name));
+    NewImage::empty(&used, Format::Qcow2, 32 * MIB).create().unwrap();
+    let spec = DiskSpec::new(&used).format(Format::Qcow2);
+    let disk = Disk::open(&spec).unwrap();
+    let new = NewImage::overlay(&overlay, &used, Format::Qcow2);
+    assert!(new.create().is_err(), "it can be written by somebody");
+    new.create_over_used().unwrap();
+    drop(disk);
+    let (_, said) = qemu_img(&["info", "--output=json", "--backing-chain", text(&overlay)]);
+    assert_eq!(said.matches(&format!("\"virtual-size\": {}", 32 * MIB)).count(), 2, "{said}");
+    assert!(said.contains(&format!("\"backing-filename-format\": \"qcow2\"")), "{said}");
+
+    let raw = directory.path().join("raw");
+    fs::write(&raw, [0; 512]).unwrap();
+    let other = directory.path().join("other.qcow2");
+    assert!(NewImage::overlay(&other, &raw, Format::Qcow2).create_over_used().is_err());
+    assert!(!other.exists());
+}
+
+#[test]
 fn information() {
     let directory = tempfile::tempdir().unwrap();
     let (raw, _) = sparse(directory.path());

@@ -7,7 +7,10 @@ use std::{
     time::Duration,
 };
 
-use futures_util::future::join_all;
+use futures_util::{
+    FutureExt,
+    future::{BoxFuture, Shared, join, join_all, ready as ready_made},
+};
 use purlin_agent::{
     client::{Client, ClientError, connect_when_up},
     protocol::{Card, Renew},
@@ -18,15 +21,10 @@ use purlin_api::{
     vm::{self, Freeze},
 };
 use purlin_debian::Progress as _;
-use purlin_vmm::storage::Format;
+use purlin_vmm::storage::{Format, NewImage};
 use rustix::rand::{GetRandomFlags, getrandom};
 
-use super::{
-    Entry, Instances,
-    create::make_dir,
-    disks::{boot, make_overlay},
-    failed, ready, taken,
-};
+use super::{Entry, Instances, create::make_dir, disks::boot, failed, ready, taken};
 use crate::{
     events::now_ms,
     operations::Progress,
@@ -47,6 +45,16 @@ const PUT_OFF_FOR_EACH: Duration = Duration::from_millis(100);
 const PUT_OFF_AT_MOST: Duration = Duration::from_secs(8);
 /// Bytes of randomness that a clone's guest is given.
 const SEED: usize = 64;
+
+/// What clones are made of.
+struct Source<'a> {
+    /// The instance as it is, or will be, when it is frozen.
+    record: &'a Record,
+    /// Where the clones go on from.
+    origin: vm::Origin,
+    /// When it is.
+    frozen: Shared<BoxFuture<'a, Result<(), ErrorBody>>>,
+}
 
 impl Instances {
     /// Begins to make clones.
@@ -88,41 +96,44 @@ impl Instances {
         // Held to the end: the source is not to be deleted before its clones stand on its files.
         let _busy = source.busy.lock().await;
         ready(&source.record())?;
-        let vm = source.vm();
-        match &vm {
-            Some(vm) => {
-                let overlay = self.begin_overlay(source)?;
-                let frozen = vm.freeze(&Freeze { freeze: freeze.clone(), overlay }).await;
-                self.settle_disk(source).await?;
-                frozen?;
-            }
-            None => self.freeze_disk(source)?,
-        }
-        let record = source.record();
-        let origin = match &vm {
-            Some(_) => vm::Origin::Clone { socket: self.dir_of(&record).join(vm::FROZEN), freeze: freeze.clone() },
-            None => vm::Origin::Boot,
+        let Some(vm) = source.vm() else {
+            self.freeze_disk(source)?;
+            let record = source.record();
+            let boots =
+                Source { record: &record, origin: vm::Origin::Boot, frozen: ready_made(Ok(())).boxed().shared() };
+            let clones = names.iter().map(|name| self.make_clone(&boots, name, Duration::ZERO, progress));
+            return join_all(clones).await.into_iter().collect();
         };
+        let overlay = self.begin_overlay(source)?;
+        // As it will be when it is frozen: the clones' processes are started meanwhile.
+        let mut record = source.record();
+        record.boot.iter_mut().for_each(|boot| boot.go_on_with(overlay.clone()));
+        let origin = vm::Origin::Clone { socket: self.dir_of(&record).join(vm::FROZEN), freeze: freeze.clone() };
+        let frozen = async {
+            let frozen = vm.freeze(&Freeze { freeze: freeze.clone(), overlay }).await;
+            self.settle_disk(source).await?;
+            frozen.map(drop)
+        };
+        let running = Source { record: &record, origin, frozen: frozen.boxed().shared() };
         let others = names.len().saturating_sub(1) as u32;
         let put_off = (PUT_OFF + others * PUT_OFF_FOR_EACH).min(PUT_OFF_AT_MOST);
-        let clones = names.iter().map(|name| self.make_clone(&record, name, &origin, put_off, progress));
-        let made: Vec<Result<(), ErrorBody>> = join_all(clones).await;
-        if let Some(vm) = vm {
-            // Nobody waits for that.
-            tokio::spawn(async move { vm.thaw(&freeze).await });
-        }
+        let clones = join_all(names.iter().map(|name| self.make_clone(&running, name, put_off, progress)));
+        let (_, made) = join(running.frozen.clone(), clones).await;
+        drop(running);
+        // Nobody waits for that.
+        tokio::spawn(async move { vm.thaw(&freeze).await });
         made.into_iter().collect()
     }
 
-    /// Makes a clone of the instance that `source` was when it was frozen, and starts it if that ran.
+    /// Makes a clone, and starts it if its source runs.
     async fn make_clone(
         self: &Arc<Self>,
-        source: &Record,
+        of: &Source<'_>,
         name: &str,
-        origin: &vm::Origin,
         put_off: Duration,
         progress: &Progress,
     ) -> Result<(), ErrorBody> {
+        let source = of.record;
         let source_dir = self.dir_of(source);
         let record = Record {
             name: name.to_owned(),
@@ -145,13 +156,12 @@ impl Instances {
         let entry = self.insert(record)?;
         let _busy = entry.busy.lock().await;
         // All clones at the same time, and not on a thread that serves others.
-        let files = move || make_dir(&dir).and_then(|()| make_overlay(&disk, &backing, Format::Qcow2, None));
+        let image = NewImage::overlay(disk, backing, Format::Qcow2);
+        let files = move || make_dir(&dir).and_then(|()| image.create_over_used().map_err(failed));
         let made = tokio::task::spawn_blocking(files).await.map_err(failed).flatten();
-        let made = made.and_then(|()| self.change(&entry, |record| record.stage = Stage::Ready));
         let made = match made {
-            Ok(()) if *origin != vm::Origin::Boot => {
-                self.start_clone(&entry, source, origin.clone(), put_off, progress).await
-            }
+            Ok(()) if of.origin != vm::Origin::Boot => self.start_clone(&entry, of, put_off, progress).await,
+            Ok(()) => self.change(&entry, |record| record.stage = Stage::Ready),
             other => other,
         };
         if let Err(error) = &made {
@@ -166,13 +176,15 @@ impl Instances {
     async fn start_clone(
         self: &Arc<Self>,
         entry: &Arc<Entry>,
-        source: &Record,
-        origin: vm::Origin,
+        of: &Source<'_>,
         put_off: Duration,
         progress: &Progress,
     ) -> Result<(), ErrorBody> {
+        let source = of.record;
         entry.is_renewing.store(true, Ordering::SeqCst);
-        let started = self.start(entry, origin).await;
+        let (frozen, started) = join(of.frozen.clone(), self.start(entry, of.origin.clone())).await;
+        // Only now there is something that the clone's disk can stand on.
+        let started = frozen.and(started).and_then(|()| self.change(entry, |record| record.stage = Stage::Ready));
         let renewed = match &started {
             Ok(()) => self.renew(entry, Some(source.mac), put_off, AGENT).await,
             Err(_) => Ok(()),

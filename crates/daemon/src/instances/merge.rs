@@ -27,11 +27,14 @@ use crate::record::{MERGED, Record, SnapshotRecord};
 const LONG: usize = 16;
 /// In others an image is not copied for one above it that is smaller by more than this factor.
 const WORTH: u64 = 4;
+/// How long after something has been deleted or frozen it is looked what can be merged: clones that are being made have the processors
+/// until then.
+const CALM: Duration = Duration::from_secs(1);
 /// How soon instances that are busy are looked at again.
 const AGAIN: Duration = Duration::from_millis(100);
 
 impl Instances {
-    /// Merges what can be merged, now and whenever something has been deleted or frozen.
+    /// Merges what can be merged, now and some time after something has been deleted or frozen.
     pub(super) async fn merge_for_ever(self: Arc<Self>) {
         loop {
             let mut in_vain = HashSet::new();
@@ -50,6 +53,7 @@ impl Instances {
                 }
             }
             self.to_merge.notified().await;
+            tokio::time::sleep(CALM).await;
         }
     }
 

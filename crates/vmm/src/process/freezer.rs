@@ -13,9 +13,9 @@ use std::{
         unix::net::{UnixListener, UnixStream},
     },
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Condvar, Mutex, PoisonError},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use prost::Message;
@@ -45,6 +45,10 @@ const MAX_FILES: usize = 253;
 const MAX_MESSAGE: u64 = 256 << 20;
 /// How long a clone's process may take to say what it wants, and to take it.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a freeze may take that a clone's process wants. (It may come before that has begun, and that may copy all memory.)
+const FREEZING: Duration = Duration::from_secs(60);
+/// How long after a clone's process its freeze may begin.
+const BEGINNING: Duration = Duration::from_secs(2);
 
 /// Takes a snapshot; the machine's own disk, the first, goes on with an overlay, and there is no other that can be written.
 pub fn snapshot(running: &Running, wanted: &TakeSnapshot) -> Result<SnapshotTaken, ErrorBody> {
@@ -82,10 +86,18 @@ fn check_name(path: &Path) -> Result<(), ErrorBody> {
     if is_name { Ok(()) } else { Err(ErrorBody::new(Reason::BadRequest, "it is a name in the machine's directory")) }
 }
 
+/// How far a freeze is.
+enum Stage {
+    Begun,
+    Done(Arc<Frozen>),
+}
+
 /// Freezes of the machine, for clones.
 pub struct Freezer {
     engine: Arc<dyn Engine>,
-    freezes: Mutex<HashMap<String, Arc<Frozen>>>,
+    freezes: Mutex<HashMap<String, Stage>>,
+    /// One has begun, or ended.
+    changed: Condvar,
 }
 
 impl Freezer {
@@ -93,7 +105,7 @@ impl Freezer {
     pub fn open(engine: Arc<dyn Engine>) -> io::Result<Arc<Self>> {
         let _ = fs::remove_file(vm::FROZEN);
         let listener = UnixListener::bind(vm::FROZEN)?;
-        let freezer = Arc::new(Self { engine, freezes: Mutex::default() });
+        let freezer = Arc::new(Self { engine, freezes: Mutex::default(), changed: Condvar::new() });
         let served = freezer.clone();
         thread::Builder::new().name("freezer".into()).spawn(move || {
             for stream in listener.incoming().flatten() {
@@ -109,9 +121,11 @@ impl Freezer {
         if wanted.freeze.len() != ID {
             return Err(ErrorBody::new(Reason::BadRequest, "a freeze is called by a UUID"));
         }
-        let frozen = running.fork(&overlays(running, &wanted.overlay)?).map_err(failed)?;
+        let overlays = overlays(running, &wanted.overlay)?;
+        self.set(&wanted.freeze, Some(Stage::Begun));
+        let frozen = running.fork(&overlays).map_err(failed).inspect_err(|_| drop(self.set(&wanted.freeze, None)))?;
         let (pause_us, frozen) = (frozen.pause.as_micros() as u64, Arc::new(frozen));
-        self.freezes.lock().unwrap_or_else(PoisonError::into_inner).insert(wanted.freeze, frozen.clone());
+        self.set(&wanted.freeze, Some(Stage::Done(frozen.clone())));
         // So that it is there when the clones' processes are; without the thread they wait for it.
         let _ = thread::Builder::new().name("code".into()).spawn(move || drop(frozen.saved_code()));
         Ok(vm::Frozen { pause_us })
@@ -119,11 +133,40 @@ impl Freezer {
 
     /// Forgets a freeze.
     pub fn thaw(&self, freeze: &str) {
-        let forgotten = self.freezes.lock().unwrap_or_else(PoisonError::into_inner).remove(freeze);
-        let refresh = move || forgotten.and_then(|frozen| frozen.code.as_ref()?.refresh().err());
+        let Some(Stage::Done(forgotten)) = self.set(freeze, None) else { return };
+        let refresh = move || forgotten.code.as_ref()?.refresh().err();
         let told = move || refresh().into_iter().for_each(|error| tracing::debug!("translated code: {error}"));
         // Without the thread the next clones find what these have found.
         let _ = thread::Builder::new().name("code".into()).spawn(told);
+    }
+
+    /// How far a freeze is from now on, or that there is none; returns what it was.
+    fn set(&self, freeze: &str, to: Option<Stage>) -> Option<Stage> {
+        let mut freezes = self.freezes.lock().unwrap_or_else(PoisonError::into_inner);
+        let was = match to {
+            Some(to) => freezes.insert(freeze.to_owned(), to),
+            None => freezes.remove(freeze),
+        };
+        self.changed.notify_all();
+        was
+    }
+
+    /// A freeze, when it is there: who wants it may be early. (Others that wait come from the same host's daemon, for the same one.)
+    fn wait_for(&self, freeze: &str) -> Option<Arc<Frozen>> {
+        let mut freezes = self.freezes.lock().unwrap_or_else(PoisonError::into_inner);
+        let (begun, mut is_known) = (Instant::now(), false);
+        loop {
+            let most = match freezes.get(freeze) {
+                Some(Stage::Done(frozen)) => return Some(frozen.clone()),
+                Some(Stage::Begun) => FREEZING,
+                // It could not be made.
+                None if is_known => return None,
+                None => BEGINNING,
+            };
+            is_known = freezes.contains_key(freeze);
+            let rest = most.checked_sub(begun.elapsed())?;
+            freezes = self.changed.wait_timeout(freezes, rest).unwrap_or_else(PoisonError::into_inner).0;
+        }
     }
 
     /// Gives a clone's process what it wants.
@@ -133,8 +176,7 @@ impl Freezer {
         let mut id = [0; ID];
         stream.read_exact(&mut id)?;
         let id = String::from_utf8_lossy(&id).into_owned();
-        let frozen = self.freezes.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned();
-        let frozen = frozen.ok_or(io::ErrorKind::NotFound)?;
+        let frozen = self.wait_for(&id).ok_or(io::ErrorKind::NotFound)?;
         let (layers, mut files) = memory::send(&frozen.memory);
         let code = frozen.saved_code();
         files.extend(code.as_ref().map(|code| code.file.as_fd()));
@@ -205,7 +247,7 @@ pub fn fetch(socket: &Path, freeze: &str) -> Result<Given, ErrorBody> {
     let wrong = |e: &dyn std::fmt::Display| failed(format!("cannot get the machine to clone: {e}"));
     let receive = || -> io::Result<_> {
         let mut stream = UnixStream::connect(Address::of(socket)?.path())?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(FREEZING + PATIENCE))?;
         stream.write_all(freeze.as_bytes())?;
         let (length, files) = receive_length(&stream)?;
         let mut message = Vec::new();
