@@ -6,6 +6,7 @@ use clap::{
     Args,
     builder::{PossibleValuesParser, TypedValueParser},
 };
+use serde::{Deserialize, Serialize};
 
 use super::vsock::{self, Vsock};
 use crate::{exit, machine::MachineArgs};
@@ -70,7 +71,7 @@ pub struct RunArgs {
 }
 
 /// What follows a panic of the guest's kernel.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum OnPanic {
     /// The guest decides.
     Continue,
@@ -95,7 +96,7 @@ impl RunArgs {
 }
 
 /// A port of the guest's for characters.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum Port {
     /// COM1.
     Serial,
@@ -138,7 +139,7 @@ On a terminal:
   Ctrl-A c  lets a guest go on that a failed disk has paused (--on-io-error pause)";
 
 /// Where a port goes.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum Target {
     /// Standard input and output.
     Stdio,

@@ -2,7 +2,6 @@
 //! out a request to a disk (`--on-io-error pause`).
 
 use std::{
-    process,
     sync::{
         Arc, OnceLock, Weak,
         atomic::{AtomicBool, Ordering},
@@ -45,8 +44,8 @@ impl Current {
         }
     }
 
-    /// Pauses the machine where a disk fails, and says once how it goes on.
-    pub fn pause_on_io_error(self: &Arc<Self>) -> OnIoError {
+    /// Pauses the machine where a disk fails, and says once how it goes on: by a signal to the process `command`, for one.
+    pub fn pause_on_io_error(self: &Arc<Self>, command: u32) -> OnIoError {
         let (sender, lines) = mpsc::sync_channel::<String>(1);
         // A disk's thread does not wait for the user's terminal.
         thread::spawn(move || lines.into_iter().for_each(|line| terminal::say(&line)));
@@ -54,11 +53,11 @@ impl Current {
         OnIoError::Pause(Arc::new(move |path, error| {
             if !current.disk_failed.swap(true, Ordering::SeqCst) {
                 let what = if error.is_out_of_space() { "make room" } else { "see to the disk" };
-                let (path, process) = (path.display(), process::id());
+                let path = path.display();
                 // There is room: what was said before has been answered.
                 let _ = sender.try_send(format!(
                     "'{path}': {error}: the guest is paused, and nothing is lost; {what}, then Ctrl-A c (or \
-                     'kill -CONT {process}') lets it go on"
+                     'kill -CONT {command}') lets it go on"
                 ));
             }
         }))
