@@ -125,13 +125,11 @@ impl MachineProcess {
 
     /// The end of a process that has said nothing of it.
     fn died(&mut self) -> End {
-        let status = self.reap();
-        let how = match status.and_then(|status| status.terminating_signal()).and_then(Signal::from_named_raw) {
+        let signal = self.reap().and_then(|status| status.terminating_signal()).and_then(Signal::from_named_raw);
+        let how = match signal {
             // It was not so far that it leaves these to the command, which has got the same.
             Some(Signal::HUP | Signal::INT | Signal::TERM) if self.number.is_none() => How::Stopped,
-            Some(Signal::SYS) => How::Crashed(FORBIDDEN.into()),
-            Some(signal) => How::Crashed(format!("the machine's process was ended by {}", name(signal))),
-            None => How::Crashed("the machine's process ended and did not say why".into()),
+            signal => How::Crashed(cause(signal)),
         };
         // Where the guest has left the cursor nobody knows.
         End { how, in_line: terminal::is_shared(), profile: None }
@@ -162,12 +160,18 @@ impl Drop for MachineProcess {
     }
 }
 
-const FORBIDDEN: &str = "the machine's process was ended by SIGSYS: it has tried what its sandbox forbids, which is a \
-                         defect of purlin, or the guest has taken it over";
-
-fn name(signal: Signal) -> String {
-    crate::signals::Signal::try_from(signal.as_raw())
-        .map_or_else(|_| format!("signal {}", signal.as_raw()), |signal| signal.as_str().to_owned())
+/// Why the process ended that has not said so itself.
+fn cause(signal: Option<Signal>) -> String {
+    let Some(signal) = signal else { return "the machine's process ended and did not say why".into() };
+    let name = crate::signals::Signal::try_from(signal.as_raw());
+    let name = name.map_or_else(|_| format!("signal {}", signal.as_raw()), |signal| signal.as_str().to_owned());
+    let why = match signal {
+        Signal::SYS => {
+            ": it has tried what its sandbox forbids, which is a defect of purlin, or the guest has taken it over"
+        }
+        _ => "",
+    };
+    format!("the machine's process was ended by {name}{why}")
 }
 
 fn pid(number: u32) -> Option<Pid> {
@@ -190,4 +194,16 @@ fn end(child: Pid) -> Option<WaitStatus> {
 fn wait(child: Pid) -> Option<WaitStatus> {
     let ended = retry_on_intr(|| waitpid(Some(child), WaitOptions::empty()));
     ended.ok().flatten().map(|(_, status)| status)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_that_the_sandbox_forbids_is_told_as_such() {
+        assert_eq!(cause(Some(Signal::SEGV)), "the machine's process was ended by SIGSEGV");
+        let forbidden = cause(Some(Signal::SYS));
+        assert!(forbidden.contains("by SIGSYS: it has tried what its sandbox forbids"), "{forbidden}");
+    }
 }
