@@ -67,7 +67,7 @@ fn mounts(pid: u32) -> String {
 #[test]
 fn it_is_in_a_sandbox() {
     let kernel = Kernel::new();
-    let run = Run::start(&mut kernel.run());
+    let run = Run::start(kernel.run().env("SOME_KEY", "secret"));
     let of = |field| status_of(run.machine, field).unwrap();
     assert_eq!((of("NoNewPrivs"), of("Seccomp")), ("1".into(), "2".into()));
     for capabilities in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
@@ -75,6 +75,8 @@ fn it_is_in_a_sandbox() {
     }
     if rustix::process::geteuid().is_root() {
         assert!(!of("Uid").split_whitespace().any(|uid| uid == "0"), "{}", of("Uid"));
+        let environment = fs::read(format!("/proc/{}/environ", run.machine)).unwrap();
+        assert!(!String::from_utf8_lossy(&environment).contains("secret"));
     }
     if has_namespaces() {
         assert_eq!(of("NSpid").split_whitespace().last(), Some("1"));

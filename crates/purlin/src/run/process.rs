@@ -1,21 +1,24 @@
 //! The process of the machine, as the command sees it: started, told things, and seen to its end.
 
 use std::{
-    io,
+    env, io,
     os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::{net::UnixStream, process::CommandExt},
     },
-    process::{Child, Command},
+    process::{Child, Command, Stdio},
     sync::{Arc, OnceLock},
 };
 
 use rustix::{
+    fs::{Mode, OFlags},
     io::retry_on_intr,
     process::{
         Pid, PidfdFlags, Signal, WaitOptions, WaitStatus, getpid, kill_process, pidfd_open, pidfd_send_signal,
         set_child_subreaper, waitpid,
     },
+    stdio::{stderr, stdout},
+    termios::isatty,
 };
 
 use super::{
@@ -65,7 +68,10 @@ impl MachineProcess {
         set_child_subreaper(Some(getpid()))?;
         let (ours, theirs) = UnixStream::pair()?;
         let mut command = Command::new("/proc/self/exe");
-        let first = command.arg0("purlin").arg(inside::VERB).stdin(OwnedFd::from(theirs)).spawn()?;
+        command.arg0("purlin").arg(inside::VERB).stdin(OwnedFd::from(theirs));
+        // The user's environment has keys and passwords in it, and the guest may come to read this process's memory.
+        command.env_clear().envs(env::vars_os().filter(|(name, _)| ENVIRONMENT.iter().any(|needed| name == needed)));
+        let first = command.stdout(output(stdout())).stderr(output(stderr())).spawn()?;
         drop(command);
         let descriptors: Vec<_> = [input].into_iter().chain(vsock.into_iter().flatten().map(AsFd::as_fd)).collect();
         link::send_descriptors(&ours, &descriptors)?;
@@ -119,6 +125,11 @@ impl MachineProcess {
 
     fn entered(&mut self, number: u32) {
         self.number = Some(number);
+        let first = Pid::from_child(&self.first);
+        if pid(number) != Some(first) {
+            // It has nothing more to do.
+            wait(first);
+        }
         let process = pid(number).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
         process.into_iter().for_each(|process| _ = self.remote.process.set(process));
     }
@@ -142,11 +153,7 @@ impl MachineProcess {
         let status = match self.number.and_then(pid) {
             // No guest has run: it ends by itself.
             None => wait(first),
-            Some(own) if own == first => end(first),
-            Some(own) => {
-                wait(first);
-                end(own)
-            }
+            Some(own) => end(own),
         };
         self.network.take().and_then(pid).map(end);
         status
@@ -158,6 +165,21 @@ impl Drop for MachineProcess {
         // It may have been reaped, which does no harm.
         self.reap();
     }
+}
+
+/// What of the environment the process has a use for.
+const ENVIRONMENT: [&str; 4] = ["PURLIN_LOG", "PURLIN_SANDBOX", "PURLIN_IO_URING", "RUST_BACKTRACE"];
+
+/// One of this process's outputs for another one. Of a terminal that is to be written to only: what is typed there is read
+/// here.
+fn output(ours: BorrowedFd<'_>) -> Stdio {
+    if !isatty(ours) {
+        return Stdio::inherit();
+    }
+    let path = format!("/proc/self/fd/{}", ours.as_raw_fd());
+    let flags = OFlags::WRONLY | OFlags::NOCTTY | OFlags::CLOEXEC;
+    // After su(1) it may be another user's.
+    rustix::fs::open(path, flags, Mode::empty()).map_or(Stdio::inherit(), Stdio::from)
 }
 
 /// Why the process ended that has not said so itself.
