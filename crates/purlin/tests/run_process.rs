@@ -89,6 +89,31 @@ fn it_is_in_a_sandbox() {
     assert_eq!(run.end().0, Some(143));
 }
 
+/// Where there are no user namespaces, as in a container, and no capability: filters and Landlock are what is left.
+#[test]
+fn without_namespaces_it_has_what_is_left() {
+    if !has_namespaces() {
+        return;
+    }
+    let kernel = Kernel::new();
+    let purlin = kernel.run();
+    let script = "echo 0 > /proc/sys/user/max_user_namespaces && \
+                  exec setpriv --bounding-set=-all --inh-caps=-all -- \"$@\"";
+    let mut command = Command::new("unshare");
+    command.args(["--user", "--map-current-user", "--keep-caps", "sh", "-ec", script, "sh"]);
+    command.arg(purlin.get_program()).args(purlin.get_args());
+    let mut run = Run::start(&mut command);
+    let of = |field| status_of(run.machine, field).unwrap();
+    assert_eq!((of("NoNewPrivs"), of("CapEff")), ("1".into(), "0000000000000000".into()));
+    assert!(!of("NSpid").trim().contains('\t'), "{}", of("NSpid"));
+    run.child.0.stdin.as_mut().unwrap().write_all(&[command::EXIT]).unwrap();
+    assert_eq!(run.end(), (Some(33), vec![]));
+
+    let run = Run::start(&mut command);
+    kill(run.machine);
+    assert_eq!(run.end().0, Some(4));
+}
+
 #[test]
 fn it_ends_with_the_command() {
     for signal in [Signal::KILL, Signal::ABORT] {

@@ -65,7 +65,8 @@ pub struct RunArgs {
 
     /// Where guest time goes under the translator, written to FILE at the end of the run (JSON if it ends in .json): shares
     /// of translated code, misses, helpers, translation and so on, and the guest's hottest addresses. Beside it comes
-    /// /tmp/perf-PID.map, in which 'perf report' finds the names of the translated code that 'perf record' has seen
+    /// /tmp/perf-PID.map, in which 'perf report' finds the names of the translated code that 'perf record' has seen in the
+    /// machine's process
     #[arg(long, value_name = "FILE")]
     pub profile: Option<PathBuf>,
 }
