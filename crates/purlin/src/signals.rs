@@ -65,7 +65,8 @@ impl Signals {
                     Signal::SIGWINCH => obeyed.resize(),
                     Signal::SIGTSTP => {
                         obeyed.stand_still();
-                        let _ = raise(Signal::SIGSTOP);
+                        stop_by(signal);
+                        obeyed.go_on();
                     }
                     signal => match asked {
                         Some(first) if first.elapsed() < ONE_REQUEST => {}
@@ -82,6 +83,15 @@ impl Signals {
             }
         });
     }
+}
+
+/// Has a signal that is blocked do what it does by itself: the process is stopped, unless nobody could have it go on (an
+/// orphaned process group, setpgid(2)).
+fn stop_by(signal: Signal) {
+    let set: SigSet = [signal].into_iter().collect();
+    let _ = raise(signal);
+    let _ = set.thread_unblock();
+    let _ = set.thread_block();
 }
 
 /// What is done at signals.

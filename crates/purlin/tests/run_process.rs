@@ -3,9 +3,10 @@
 mod support;
 
 use std::{
+    ffi::OsStr,
     fs,
     io::{BufRead, BufReader, Read, Write},
-    os::unix::process::CommandExt,
+    os::unix::{ffi::OsStrExt, process::CommandExt},
     path::Path,
     process::{Command, Stdio},
     thread,
@@ -14,7 +15,9 @@ use std::{
 
 use purlin_storage::{Format, NewImage};
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
-use support::{Kernel, Killed, command, kill, machine_of, status_of, terminal::OnTerminal, wait};
+use support::{
+    Kernel, Killed, assert_one_line, command, kill, machine_of, purlin, status_of, terminal::OnTerminal, wait,
+};
 
 /// A run whose guest has said that it is ready, and the machine's process.
 struct Run {
@@ -186,6 +189,16 @@ fn disks_may_be_anywhere() {
     let mut run = Run::start(kernel.run().args(disks).current_dir(path("")));
     run.child.0.stdin.as_mut().unwrap().write_all(&[command::EXIT]).unwrap();
     assert_eq!(run.end(), (Some(33), vec![]));
+}
+
+/// What is handed to the process is text.
+#[test]
+fn a_path_that_is_no_text_is_refused() {
+    let kernel = Kernel::new();
+    let path = kernel.path("").join(OsStr::from_bytes(b"k\xff"));
+    fs::copy(kernel.path("kernel"), &path).unwrap();
+    let output = purlin().args(["run", "--engine", "translator", "--kernel"]).arg(&path).output().unwrap();
+    assert_one_line(&output, 1, &["what to boot", "UTF-8"]);
 }
 
 #[test]

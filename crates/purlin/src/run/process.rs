@@ -105,7 +105,14 @@ impl MachineProcess {
 
     /// Has it start the machine, and waits for the end of the run.
     pub fn run(&mut self, boot: Boot) -> End {
-        self.remote.tell(&Told::Boot(boot));
+        match self.remote.teller.tell(&Told::Boot(boot)) {
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+                let how = How::Failed(format!("cannot tell the machine's process what to boot: {error}"));
+                return End { how, in_line: false, profile: None };
+            }
+            // If it is gone it says why, or did not.
+            _ => {}
+        }
         let end = match self.hearer.hear() {
             Some(Said::Entered(number)) => {
                 self.entered(number);
