@@ -137,7 +137,7 @@ const TYPED_AHEAD: usize = 256;
 /// nothing, so that Ctrl-A always works. `say` tells the user something.
 pub fn pass_terminal(
     mut guest: impl Write + Send + 'static,
-    obey: impl Fn(Command) + Send + 'static,
+    mut obey: impl FnMut(Command) + Send + 'static,
     say: impl Fn(&str) + Send + 'static,
 ) {
     let (sender, receiver) = mpsc::sync_channel::<Vec<u8>>(TYPED_AHEAD);

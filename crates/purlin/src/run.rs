@@ -19,6 +19,7 @@ use std::{
     io,
     os::fd::{AsFd, OwnedFd},
     sync::{Arc, OnceLock},
+    time::Instant,
 };
 
 use anyhow::{Result, anyhow};
@@ -37,7 +38,7 @@ use self::{
 use crate::{
     console::{self, Command},
     exit::Ended,
-    signals::{Obey, Signal, Signals},
+    signals::{ONE_REQUEST, Obey, Signal, Signals},
     stop::{Reason, Stop},
     terminal::{self, Modes, Raw},
 };
@@ -175,8 +176,16 @@ impl Obey for Signalled {
 /// Passes what is typed to the guest; what is typed behind Ctrl-A is not for it.
 fn pass_keys(keys: io::PipeWriter, stop: &Arc<Stop>, machine: &Arc<Remote>) {
     let (stop, machine, to_tell) = (stop.clone(), machine.clone(), machine.clone());
+    let mut asked: Option<Instant> = None;
     let obey = move |command| match command {
-        Command::Quit => stop.request(Reason::Quit),
+        Command::Quit => match asked {
+            // As for signals: it does not end, so it is ended.
+            Some(first) if first.elapsed() >= ONE_REQUEST => machine.signal(SignalToSend::KILL),
+            _ => {
+                asked.get_or_insert_with(Instant::now);
+                stop.request(Reason::Quit);
+            }
+        },
         Command::GoOn => machine.tell(&Told::GoOn),
         Command::Help => {}
     };

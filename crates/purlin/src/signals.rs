@@ -8,8 +8,8 @@ use std::{
 pub use nix::sys::signal::Signal;
 use nix::sys::signal::{SigSet, raise};
 
-/// Signals that come closer together are one request: timeout(1) sends its own twice, to the process and to its group.
-const ONE_REQUEST: Duration = Duration::from_secs(1);
+/// Requests that come closer together are one: timeout(1) sends its own twice, to the process and to its group.
+pub const ONE_REQUEST: Duration = Duration::from_secs(1);
 
 /// The signals of interest, blocked in this thread and all that it starts. (Programs that the process starts do not
 /// inherit this: the standard library unblocks signals there.)

@@ -63,6 +63,10 @@ fn has_namespaces() -> bool {
     Command::new("unshare").args(["--user", "--mount", "--pid", "true"]).status().is_ok_and(|status| status.success())
 }
 
+fn is_gone(process: u32) -> bool {
+    status_of(process, "State").is_none_or(|state| state.starts_with('Z'))
+}
+
 fn mounts(pid: u32) -> String {
     fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap()
 }
@@ -125,8 +129,7 @@ fn it_ends_with_the_command() {
         kill_process(run.pid(), signal).unwrap();
         assert_eq!(wait(&mut run.child.0).code(), None);
         // Nobody may be there to wait for it.
-        let is_gone = || status_of(run.machine, "State").is_none_or(|state| state.starts_with('Z'));
-        until("the machine goes on", is_gone);
+        until("the machine goes on", || is_gone(run.machine));
     }
 }
 
@@ -147,6 +150,31 @@ fn the_terminal_is_given_back_when_it_is_killed() {
     assert!(run.is_raw());
     kill(machine_of(run.child.0.id()));
     run.expect("purlin: the machine's process was ended by SIGKILL\r\n");
+    assert_eq!(run.end().code(), Some(4));
+}
+
+/// One that does not obey: a stopped one cannot.
+#[test]
+fn who_asks_twice_need_not_wait_for_it() {
+    let kernel = Kernel::new();
+    let stop = |machine: u32| kill_process(Pid::from_raw(machine.cast_signed()).unwrap(), Signal::STOP).unwrap();
+
+    let mut run = Run::start(&mut kernel.run());
+    stop(run.machine);
+    kill_process(run.pid(), Signal::TERM).unwrap();
+    thread::sleep(Duration::from_millis(1100));
+    assert!(run.child.0.try_wait().unwrap().is_none());
+    kill_process(run.pid(), Signal::TERM).unwrap();
+    assert_eq!(wait(&mut run.child.0).code(), Some(143));
+    until("the machine goes on", || is_gone(run.machine));
+
+    let mut run = OnTerminal::start(&mut kernel.run());
+    run.expect("ready\n");
+    stop(machine_of(run.child.0.id()));
+    run.type_keys(b"\x01x");
+    thread::sleep(Duration::from_millis(1100));
+    assert!(run.child.0.try_wait().unwrap().is_none());
+    run.type_keys(b"\x01x");
     assert_eq!(run.end().code(), Some(4));
 }
 
