@@ -10,6 +10,9 @@ const FIRST_USER: u32 = 0x7000_0000;
 /// So many are there.
 const USERS: u32 = 0x0fff_0000;
 
+/// Threads and copies of a machine's process: vCPUs, devices, and what serves the control socket.
+const MOST_THREADS: u64 = 2048;
+
 /// A user for the machine of this name, if this process is root and so can become one.
 pub fn own_user(name: &[u8]) -> Option<Identity> {
     // FNV-1a.
@@ -18,10 +21,17 @@ pub fn own_user(name: &[u8]) -> Option<Identity> {
     rustix::process::geteuid().is_root().then_some(Identity { uid: user, gid: user })
 }
 
+/// A plan that has nothing in it yet, for a process that is this user from then on.
+pub fn plan(own: Option<Identity>) -> Plan {
+    // Of a user that nobody else is.
+    let limits = Limits { threads: own.map(|_| MOST_THREADS), ..Limits::default() };
+    Plan { identity: own, limits, filters: filters(), ..Plan::default() }
+}
+
 /// Gives everything up but what the plan names, for good. Called while the process has one thread, it returns in a child
 /// where the host has PID namespaces ([`purlin_sandbox::enter`]).
-pub fn enter(plan: Plan) -> Result<Report, SandboxError> {
-    purlin_sandbox::enter_after(&Plan { filters: filters(), ..plan }, || {
+pub fn enter(plan: &Plan) -> Result<Report, SandboxError> {
+    purlin_sandbox::enter_after(plan, || {
         // Without it, a freeze says so.
         let _ = purlin_engine::memory::prepare();
     })

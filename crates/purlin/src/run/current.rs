@@ -3,14 +3,14 @@
 
 use std::{
     sync::{
-        Arc, OnceLock, Weak,
+        Arc, Mutex, OnceLock, PoisonError, Weak,
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
     thread,
 };
 
-use purlin_vmm::{OnIoError, Running};
+use purlin_vmm::{ConsoleSize, OnIoError, Running};
 
 use crate::terminal;
 
@@ -20,16 +20,30 @@ pub struct Current {
     running: OnceLock<Weak<Running>>,
     /// It is paused, or about to be, because a disk has failed.
     disk_failed: AtomicBool,
+    /// What the terminal has come to be.
+    size: Mutex<Option<ConsoleSize>>,
 }
 
 impl Current {
     /// Here it is.
     pub fn set(&self, running: &Arc<Running>) {
         let _ = self.running.set(Arc::downgrade(running));
+        // It may have changed since the console was made.
+        if let Some(size) = *self.size.lock().unwrap_or_else(PoisonError::into_inner) {
+            running.resize_console(size);
+        }
+    }
+
+    /// The terminal at its console has another size.
+    pub fn resize(&self, size: ConsoleSize) {
+        *self.size.lock().unwrap_or_else(PoisonError::into_inner) = Some(size);
+        if let Some(running) = self.get() {
+            running.resize_console(size);
+        }
     }
 
     /// The machine, while it is there.
-    pub fn get(&self) -> Option<Arc<Running>> {
+    fn get(&self) -> Option<Arc<Running>> {
         self.running.get().and_then(Weak::upgrade)
     }
 

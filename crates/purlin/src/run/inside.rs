@@ -22,7 +22,7 @@ use purlin_vmm::{
     engines::{self, Chosen},
     network::nat::Publish,
     profile::Profile,
-    sandbox::{self, Plan},
+    sandbox,
     setup::{self, Connected},
     storage::Disk,
     vsock::{HostSocket, VsockConfig},
@@ -82,9 +82,9 @@ fn run(order: &Order, vsock: Option<HostSocket>, teller: &Teller, mut hearer: He
     let config = config(order, &boot, &opened);
     let files = Files::open(&config).map_err(not_started)?;
 
-    let own = sandbox::own_user(&process::id().to_ne_bytes());
-    let report = sandbox::enter(Plan { identity: own, ..Plan::default() })?;
-    // From here on there is no file and no network but what is open, and threads can be started.
+    // Nothing is reachable by a name: all of it is open.
+    let report = sandbox::enter(&sandbox::plan(sandbox::own_user(&process::id().to_ne_bytes())))?;
+    // From here on threads can be started.
     report.missing.iter().for_each(|missing| tracing::info!("{missing}"));
     teller.tell(&Said::Entered(report.pid))?;
     let current = Arc::new(Current::default());
@@ -197,9 +197,7 @@ fn obey(mut hearer: Hearer, stop: &Arc<Stop>, current: &Arc<Current>) {
             match told {
                 Told::Stop => stop.request(Reason::Quit),
                 Told::GoOn => current.go_on(),
-                Told::Resize(columns, rows) => {
-                    current.get().into_iter().for_each(|running| running.resize_console(ConsoleSize { columns, rows }));
-                }
+                Told::Resize(columns, rows) => current.resize(ConsoleSize { columns, rows }),
                 Told::Say(line) => terminal::say(&line),
                 // It has been.
                 Told::Boot(_) => {}

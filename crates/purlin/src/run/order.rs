@@ -77,7 +77,7 @@ pub enum Told {
 pub enum Said {
     /// All that the order names could be opened. The NAT, if there is one, is this process.
     Opened(Option<u32>),
-    /// It is in its sandbox, and has this number. The guest has not run yet: who is believed nothing from then on still is.
+    /// It is in its sandbox, and has this number on the host. The guest has not run yet, so this can be believed.
     Entered(u32),
     /// The run is over.
     Ended(End),

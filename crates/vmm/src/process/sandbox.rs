@@ -9,14 +9,11 @@ use purlin_api::{ErrorBody, vm};
 use rustix::fs::{Gid, Uid};
 
 use super::start::failed;
-use crate::sandbox::{self, Access, Identity, Limits, Plan, Reachable, Report};
-
-/// Threads and copies of a machine's process: vCPUs, devices, and what serves the control socket.
-const MOST_THREADS: u64 = 2048;
+use crate::sandbox::{self, Access, Identity, Plan, Reachable, Report};
 
 /// Gives everything up but what the machine in `dir` needs; `dir` is the working directory before and after.
 pub fn enter(dir: &Path, spec: &vm::Spec) -> Result<Report, ErrorBody> {
-    sandbox::enter(plan(dir, spec)?).map_err(failed)
+    sandbox::enter(&plan(dir, spec)?).map_err(failed)
 }
 
 fn plan(dir: &Path, spec: &vm::Spec) -> Result<Plan, ErrorBody> {
@@ -34,9 +31,7 @@ fn plan(dir: &Path, spec: &vm::Spec) -> Result<Plan, ErrorBody> {
     }
     let identity = identity(dir, spec)?;
     let working_directory = Some(dir.to_owned());
-    // Of a user that nobody else is.
-    let limits = Limits { threads: identity.map(|_| MOST_THREADS), ..Limits::default() };
-    Ok(Plan { paths, identity, working_directory, limits, ..Plan::default() })
+    Ok(Plan { paths, working_directory, ..sandbox::plan(identity) })
 }
 
 fn reachable(path: &Path, access: Access) -> Reachable {
