@@ -60,7 +60,7 @@ fn split(maps: &str, guest: GuestMemory) -> (u64, u64) {
 }
 
 /// A process and its descendants.
-fn family(process: u32) -> Result<Vec<u32>> {
+pub fn family(process: u32) -> Result<Vec<u32>> {
     let mut parents = Vec::new();
     for entry in fs::read_dir("/proc")? {
         let Ok(id) = entry?.file_name().to_string_lossy().parse::<u32>() else { continue };

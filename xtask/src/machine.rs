@@ -14,7 +14,10 @@ use anyhow::{Context, Result};
 use clap::ValueEnum;
 use purlin_debian::guest::Guest;
 
-use crate::shell::{cargo, describe, run, target};
+use crate::{
+    footprint,
+    shell::{cargo, describe, run, target},
+};
 
 /// Far more than a boot takes, also on a loaded machine.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -182,9 +185,11 @@ impl std::fmt::Display for BedFailed {
 
 impl std::error::Error for BedFailed {}
 
-/// What each thread of a process does: its name, state and times, the system call that it is in, where it sleeps.
+/// What each thread of a process and its descendants does: its name, state and times, the system call that it is in, where
+/// it sleeps.
 fn threads(process: u32) -> String {
-    let tasks = fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
+    let tasks = |process| fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
+    let tasks = footprint::family(process).unwrap_or_default().into_iter().flat_map(tasks);
     let of = |task: &Path, file: &str| fs::read_to_string(task.join(file)).unwrap_or_default();
     let describe = |task: fs::DirEntry| {
         let task = task.path();

@@ -133,24 +133,27 @@ pub fn pass_pipe(guest: GuestInput, prompt: Option<Arc<Prompt>>) {
 /// How many reads of the terminal may wait for a guest that takes no input.
 const TYPED_AHEAD: usize = 256;
 
-/// Passes what is typed to the guest, and obeys Ctrl-A. Reading goes on where the guest takes nothing, so that Ctrl-A
-/// always works.
-pub fn pass_terminal(guest: GuestInput, stop: Arc<Stop>, go_on: impl Fn() + Send + 'static) {
+/// Passes what is typed to the guest, and has what is typed behind Ctrl-A obeyed. Reading goes on where the guest takes
+/// nothing, so that Ctrl-A always works. `say` tells the user something.
+pub fn pass_terminal(
+    mut guest: impl Write + Send + 'static,
+    mut obey: impl FnMut(Command) + Send + 'static,
+    say: impl Fn(&str) + Send + 'static,
+) {
     let (sender, receiver) = mpsc::sync_channel::<Vec<u8>>(TYPED_AHEAD);
-    thread::spawn(move || receiver.into_iter().take_while(|bytes| guest.push(bytes)).for_each(drop));
+    thread::spawn(move || receiver.into_iter().take_while(|bytes| guest.write_all(bytes).is_ok()).for_each(drop));
     thread::spawn(move || {
         let (mut buffer, mut escape) = ([0; 4096], Escape::default());
         while let Some(bytes) = read_stdin(&mut buffer) {
             let (typed, commands) = escape.filter(bytes);
             for command in commands {
                 match command {
-                    Command::Quit => stop.request(Reason::Quit),
-                    Command::GoOn => go_on(),
-                    Command::Help => terminal::say(ESCAPE_HELP),
+                    Command::Help => say(ESCAPE_HELP),
+                    command => obey(command),
                 }
             }
             if !typed.is_empty() && sender.try_send(typed).is_err() {
-                terminal::say("the guest takes no input; what you typed is lost (Ctrl-A x ends the run)");
+                say("the guest takes no input; what you typed is lost (Ctrl-A x ends the run)");
             }
         }
     });

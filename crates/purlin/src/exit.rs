@@ -10,7 +10,8 @@ Exit status:
   0      the guest powered off (or reset, with --no-reboot), or you ended the run with Ctrl-A x
   1      the machine could not be started, its console was lost, or its profile could not be written
   2      wrong usage
-  4      the guest crashed (its kernel panicked, with --on-panic exit or --no-reboot) or the engine failed
+  4      the guest crashed (its kernel panicked, with --on-panic exit or --no-reboot), the engine failed, or the
+         machine's process was killed
   128+n  ended by signal n
   With --device debug-exit a guest that writes v to port 0xf4 ends the run with (v << 1) | 1.";
 

@@ -115,6 +115,10 @@ fn main() -> ExitCode {
             terminal::log_to_stderr();
             return nat::main();
         }
+        Some(verb) if verb == run::inside::VERB => {
+            terminal::log_to_stderr();
+            return run::inside::main();
+        }
         Some(verb) if verb == process::VERB => {
             terminal::log_to_stderr();
             let dir = env::args_os().nth(2).unwrap_or_default();

@@ -50,6 +50,21 @@ pub fn guest_wrote(bytes: &[u8]) {
     }
 }
 
+/// Whether the guest has left the cursor in the midst of a line.
+pub fn is_in_line() -> bool {
+    IS_IN_LINE.load(Ordering::Relaxed)
+}
+
+/// Whether the guest of another process has.
+pub fn set_in_line(is_in_line: bool) {
+    IS_IN_LINE.store(is_in_line, Ordering::Relaxed);
+}
+
+/// Another process has made the terminal raw, for as long as this one lives.
+pub fn is_raw_by_another() {
+    IS_RAW.store(true, Ordering::Relaxed);
+}
+
 /// Columns and lines of the user's terminal, where they are known.
 pub fn size() -> Option<(u16, u16)> {
     let size = tcgetwinsize(stdin()).ok()?;

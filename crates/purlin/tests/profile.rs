@@ -10,7 +10,7 @@ use std::{
 };
 
 use rustix::process::{Pid, Signal, kill_process};
-use support::{Kernel, Killed, command, wait};
+use support::{Kernel, Killed, command, machine_of, wait};
 
 /// Runs the guest until `end` ends it. Returns the exit status, standard error and the perf map.
 fn run(mut command: Command, end: impl FnOnce(&mut Killed)) -> (Option<i32>, String, String) {
@@ -19,11 +19,12 @@ fn run(mut command: Command, end: impl FnOnce(&mut Killed)) -> (Option<i32>, Str
     let mut ready = String::new();
     BufReader::new(child.0.stdout.take().unwrap()).read_line(&mut ready).unwrap();
     assert_eq!(ready, "ready\n");
+    let machine = machine_of(child.0.id());
     end(&mut child);
     let status = wait(&mut child.0).code();
     let mut said = String::new();
     child.0.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-    let map = PathBuf::from(format!("/tmp/perf-{}.map", child.0.id()));
+    let map = PathBuf::from(format!("/tmp/perf-{machine}.map"));
     let text = fs::read_to_string(&map).unwrap_or_else(|e| panic!("{}: {e}: {said}", map.display()));
     fs::remove_file(map).unwrap();
     (status, said, text)

@@ -62,6 +62,10 @@ pub const ALL: &[(&str, Attempt)] = &[
     ("new-thread", |_| std::thread::Builder::new().spawn(|| ()).map(drop)),
     ("symlink", |world| std::os::unix::fs::symlink("/etc/passwd", world.directory.join("instance/link"))),
     ("raise-limit", raise_limit),
+    // The terminal is standard input.
+    ("type", |_| terminal(libc::TIOCSTI, c"x".as_ptr())),
+    ("set-modes", set_modes),
+    ("take-terminal", |_| terminal(libc::TIOCSCTTY, ptr::null::<u8>())),
     // For faults of user code only.
     ("userfaultfd", |_| call(libc::SYS_userfaultfd, [1, 0, 0])),
     ("perf", perf),
@@ -284,6 +288,19 @@ fn raise_limit(_: &World) -> io::Result<()> {
     let limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the structure outlives the call.
     check(unsafe { libc::setrlimit(libc::RLIMIT_CORE, &limit) }.into())
+}
+
+/// `argument` is what this request takes.
+fn terminal<T>(request: libc::Ioctl, argument: *const T) -> io::Result<()> {
+    // SAFETY: as just said.
+    check(unsafe { libc::ioctl(0, request, argument) }.into())
+}
+
+fn set_modes(_: &World) -> io::Result<()> {
+    // SAFETY: zeroes are a termios, which the kernel fills.
+    let mut modes: libc::termios = unsafe { std::mem::zeroed() };
+    terminal(libc::TCGETS, &raw mut modes)?;
+    terminal(libc::TCSETS, &raw const modes)
 }
 
 fn perf(_: &World) -> io::Result<()> {

@@ -28,6 +28,7 @@ mod report;
 mod root;
 mod threads;
 
+pub use descriptors::close_inherited;
 pub use error::SandboxError;
 pub use files::deny as deny_files;
 pub use plan::{Access, Filters, Identity, Layer, Limits, Plan, Reachable};

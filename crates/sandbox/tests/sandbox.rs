@@ -21,7 +21,10 @@ use std::{
     sync::Once,
 };
 
-use rustix::process::{Pid, WaitOptions, geteuid, getpid, set_child_subreaper, waitpid};
+use rustix::{
+    process::{Pid, WaitOptions, geteuid, getpid, set_child_subreaper, waitpid},
+    pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt},
+};
 use tempfile::TempDir;
 
 /// Whom a privileged process becomes.
@@ -147,10 +150,15 @@ impl Answer {
     /// Starts the process, and waits for its end; in between, `talk` has the other end of its standard input.
     fn of(mut command: Command, talk: impl FnOnce(UnixStream)) -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let mut child =
-            command.stdin(OwnedFd::from(theirs)).stdout(Stdio::piped()).stderr(Stdio::inherit()).spawn().unwrap();
+        command.stdin(OwnedFd::from(theirs));
+        Self::on_input_of(command, || talk(ours))
+    }
+
+    /// The same with the standard input that `command` has.
+    fn on_input_of(mut command: Command, meanwhile: impl FnOnce()) -> Self {
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::inherit()).spawn().unwrap();
         drop(command);
-        talk(ours);
+        meanwhile();
         let output = BufReader::new(child.stdout.take().unwrap());
         let lines: Vec<String> = output.lines().map(Result::unwrap).collect();
         let end = child.wait().unwrap();
@@ -202,6 +210,25 @@ fn attempt(outside: &Outside, starter: Starter, settings: &[&str], name: &str) -
     })
 }
 
+/// The same with a new terminal as standard input, the controlling one unless that is what is tried.
+fn attempt_on_terminal(outside: &Outside, starter: Starter, sandbox: &str, name: &str) -> Answer {
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let master = openpt(flags).unwrap();
+    grantpt(&master).unwrap();
+    unlockpt(&master).unwrap();
+    let terminal = ioctl_tiocgptpeer(&master, flags).unwrap();
+    let takes_it = if name == "take-terminal" { vec![] } else { vec!["--ctty"] };
+    let mut command = Command::new("setsid");
+    command.args(takes_it).arg(&outside.program).stdin(terminal);
+    outside.arguments(&mut command, &[sandbox]);
+    match starter {
+        Starter::Root => drop(command.arg(format!("uid={OWN}"))),
+        Starter::User => drop(as_user(&mut command, starter.uid())),
+    }
+    command.arg(name);
+    Answer::on_input_of(command, || ())
+}
+
 /// Does not need privileges outside.
 const ORDINARY: &[&str] = &[
     "passwd",
@@ -225,6 +252,8 @@ const ORDINARY: &[&str] = &[
 ];
 /// Does.
 const PRIVILEGED: &[&str] = &["write-readonly", "write-root", "mount", "setuid", "bpf", "handle"];
+/// Are about a terminal, which standard input is.
+const ON_TERMINAL: &[&str] = &["type", "set-modes", "take-terminal"];
 /// May be missing in a kernel.
 const OPTIONAL: &[&str] = &["keyctl", "userfaultfd", "perf"];
 
@@ -272,6 +301,21 @@ fn what_it_does_not_need_fails() {
         for name in [ORDINARY, PRIVILEGED, OPTIONAL].concat() {
             let answer = attempt(&outside, starter, &["sandbox=on"], name);
             assert!(answer.was_refused() || answer.was_killed(), "{name} as {starter:?}: {answer:#?}");
+        }
+    }
+}
+
+/// A process that has its user's terminal open types nothing there: that would be the shell's, when it has ended.
+#[test]
+fn nothing_is_typed_at_a_terminal_and_its_modes_stay() {
+    for starter in starters() {
+        let outside = Outside::new(starter.uid());
+        for name in ON_TERMINAL {
+            let free = attempt_on_terminal(&outside, starter, "sandbox=off", name);
+            // TIOCSTI may be turned off (dev.tty.legacy_tiocsti).
+            assert!(free.worked() || *name == "type" && free.was_refused(), "{name}: {free:#?}");
+            let answer = attempt_on_terminal(&outside, starter, "sandbox=on", name);
+            assert!(answer.was_killed(), "{name} as {starter:?}: {answer:#?}");
         }
     }
 }

@@ -11,6 +11,7 @@ pub mod host;
 mod lifecycle;
 pub mod process;
 mod running;
+pub mod sandbox;
 pub mod setup;
 mod snapshot;
 mod vcpu;
@@ -30,5 +31,5 @@ pub use purlin_machine::{
 pub use purlin_network as network;
 pub use purlin_snapshot as snapshots;
 pub use purlin_storage as storage;
-pub use running::{Brake, GuestMemory, Running, Vmm};
+pub use running::{Brake, Files, GuestMemory, Running, Vmm};
 pub use snapshot::{Pages, RestoreError, SnapshotSpec, Snapshotted, TakeError, check_engine};

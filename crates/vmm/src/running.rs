@@ -39,7 +39,17 @@ impl Vmm {
     /// Makes the machine, loads the kernel and starts it. What the guest writes to its serial port goes to
     /// `serial_out`.
     pub fn start(config: RunConfig, serial_out: Box<dyn Write + Send>) -> Result<Running, StartError> {
-        let boot = BootConfig::open(&config.kernel, &config.initrds, &config.cmdline)?;
+        let files = Files::open(&config)?;
+        Self::start_with(config, files, serial_out)
+    }
+
+    /// The same with files that are open already: the process need not be able to open any.
+    pub fn start_with(
+        config: RunConfig,
+        files: Files,
+        serial_out: Box<dyn Write + Send>,
+    ) -> Result<Running, StartError> {
+        let Files { boot, disks } = files;
         let inbox = mpsc::channel();
         let machine_config = MachineConfig {
             machine_type: MachineType::Pc1,
@@ -48,7 +58,7 @@ impl Vmm {
             cpu_model: config.cpu_model,
             serial: config.serial,
             devices: config.devices.iter().copied().collect(),
-            disks: open_disks(&config)?,
+            disks,
             networks: config.networks.clone(),
             console: config.console.clone(),
             on_io_error: on_io_error(&config, &inbox.0),
@@ -122,6 +132,20 @@ fn on_io_error(config: &RunConfig, supervisor: &Sender<Message>) -> machine::OnI
         let _ = supervisor.send(Message::Control(Control::Pause(mpsc::channel().0)));
         tell(path, error);
     }))
+}
+
+/// The files of a machine, open: its disks are locked.
+pub struct Files {
+    boot: BootConfig,
+    disks: Vec<Arc<Disk>>,
+}
+
+impl Files {
+    /// Opens what `config` names.
+    pub fn open(config: &RunConfig) -> Result<Self, StartError> {
+        let boot = BootConfig::open(&config.kernel, &config.initrds, &config.cmdline)?;
+        Ok(Self { boot, disks: open_disks(config)? })
+    }
 }
 
 /// Opens the disks; as the kernel's file, before anything else is made.

@@ -82,6 +82,11 @@ pub struct Connected {
 }
 
 impl Connected {
+    /// The NAT's process, if there is one.
+    pub fn process(&self) -> Option<u32> {
+        self.nat.as_ref().map(NatProcess::id)
+    }
+
     /// To be called before the machine is made.
     pub fn wait_until_ready(&self) -> Result<(), ConnectError> {
         let backends = self.nat.iter().flat_map(|_| &self.networks).flat_map(|network| &network.backends);

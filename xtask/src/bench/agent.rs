@@ -5,7 +5,10 @@ use std::{
     io::{BufRead, BufReader, Write},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
-    sync::mpsc::{self, Receiver},
+    sync::{
+        Arc, OnceLock,
+        mpsc::{self, Receiver},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -13,7 +16,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 
 use super::{figures::Sample, processor};
-use crate::shell::describe;
+use crate::{footprint::family, shell::describe};
 
 /// Far more than a guest's boot or any row takes, also on a loaded machine.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -24,6 +27,8 @@ pub struct Agent {
     input: ChildStdin,
     lines: Receiver<(Stamp, String)>,
     log: PathBuf,
+    /// The process and its descendants, which a machine may be one of.
+    processes: Arc<OnceLock<Vec<u32>>>,
     /// Whether the process is a machine that the agent is in, not the agent itself.
     is_machine: bool,
 }
@@ -32,13 +37,13 @@ pub struct Agent {
 #[derive(Clone, Copy)]
 struct Stamp {
     at: Instant,
-    /// What the process had taken of the host's processors.
+    /// What the processes had taken of the host's processors.
     processor: Duration,
 }
 
 impl Stamp {
-    fn now(process: u32) -> Self {
-        Self { at: Instant::now(), processor: processor::time(process) }
+    fn now(processes: &[u32]) -> Self {
+        Self { at: Instant::now(), processor: processor::time(processes) }
     }
 }
 
@@ -65,12 +70,14 @@ impl Agent {
         let (input, output) = (child.stdin.take().context("no input")?, child.stdout.take().context("no output")?);
         let (sender, lines) = mpsc::channel();
         let mut transcript = File::create(&log)?;
-        let process = child.id();
+        let processes = Arc::new(OnceLock::<Vec<u32>>::new());
+        let known = processes.clone();
         thread::spawn(move || {
             let mut reader = BufReader::new(output);
             let mut line = Vec::new();
             while reader.read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
-                let said = (Stamp::now(process), String::from_utf8_lossy(&line).into_owned());
+                let said =
+                    (Stamp::now(known.get().map_or(&[], |all| all)), String::from_utf8_lossy(&line).into_owned());
                 // Where there is no room for a log there is still a measurement.
                 let _ = transcript.write_all(&line);
                 if sender.send(said).is_err() {
@@ -79,8 +86,10 @@ impl Agent {
                 line.clear();
             }
         });
-        let mut agent = Self { child, input, lines, log, is_machine };
+        let mut agent = Self { child, input, lines, log, processes, is_machine };
         agent.expect(|said| (said == Said::Ready).then_some(())).context("it does not begin")?;
+        let family = family(agent.child.id())?;
+        agent.processes.get_or_init(|| family);
         Ok(agent)
     }
 
@@ -109,6 +118,11 @@ impl Agent {
     /// The process that runs it, or the machine that it is in.
     pub fn process(&self) -> u32 {
         self.child.id()
+    }
+
+    /// That process and its descendants.
+    pub fn processes(&self) -> &[u32] {
+        self.processes.get().map_or(&[], |all| all)
     }
 
     /// All that it said.

@@ -42,7 +42,7 @@ pub fn memory(columns: &[Column]) -> Result<Vec<Figure>> {
 
 /// What all of them take of a processor while nobody asks anything of them.
 pub fn idle(columns: &[Column]) -> Vec<Figure> {
-    let times = || machines(columns).map(|column| processor::time(column.agent.process())).collect::<Vec<_>>();
+    let times = || machines(columns).map(|column| processor::time(column.agent.processes())).collect::<Vec<_>>();
     let before = times();
     thread::sleep(IDLE);
     let taken = times().into_iter().zip(before).map(|(after, before)| after.saturating_sub(before));

@@ -6,6 +6,7 @@ use clap::{
     Args,
     builder::{PossibleValuesParser, TypedValueParser},
 };
+use serde::{Deserialize, Serialize};
 
 use super::vsock::{self, Vsock};
 use crate::{exit, machine::MachineArgs};
@@ -64,13 +65,14 @@ pub struct RunArgs {
 
     /// Where guest time goes under the translator, written to FILE at the end of the run (JSON if it ends in .json): shares
     /// of translated code, misses, helpers, translation and so on, and the guest's hottest addresses. Beside it comes
-    /// /tmp/perf-PID.map, in which 'perf report' finds the names of the translated code that 'perf record' has seen
+    /// /tmp/perf-PID.map, in which 'perf report' finds the names of the translated code that 'perf record' has seen in the
+    /// machine's process
     #[arg(long, value_name = "FILE")]
     pub profile: Option<PathBuf>,
 }
 
 /// What follows a panic of the guest's kernel.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum OnPanic {
     /// The guest decides.
     Continue,
@@ -95,7 +97,7 @@ impl RunArgs {
 }
 
 /// A port of the guest's for characters.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum Port {
     /// COM1.
     Serial,
@@ -138,7 +140,7 @@ On a terminal:
   Ctrl-A c  lets a guest go on that a failed disk has paused (--on-io-error pause)";
 
 /// Where a port goes.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum Target {
     /// Standard input and output.
     Stdio,

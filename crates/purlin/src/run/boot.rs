@@ -3,6 +3,7 @@
 use std::{path::PathBuf, sync::Arc};
 
 use anyhow::Result;
+use purlin_api::{Disk, DiskFormat};
 use purlin_debian::{
     cache::Cache,
     guest::{Recipe, obtain},
@@ -12,9 +13,11 @@ use purlin_images::{
     seed::read_user_data,
     store::Store,
 };
-use purlin_vmm::storage::{DiskSpec, Format};
 
-use super::args::{Port, RunArgs};
+use super::{
+    args::{Port, RunArgs},
+    order,
+};
 use crate::{progress::Shown, stop::Stop, terminal};
 
 /// The guest that is Debian's kernel with a shell, all in memory.
@@ -29,7 +32,7 @@ pub struct Boot {
     /// The kernel's command line.
     pub cmdline: String,
     /// The guest's own disks, before those that the user adds.
-    pub disks: Vec<DiskSpec>,
+    pub disks: Vec<Disk>,
     /// The files of the run, removed when this is dropped.
     pub machine: Option<Prepared>,
 }
@@ -41,6 +44,18 @@ impl Boot {
             (Some(kernel), _) => Ok(Self::of_kernel(args, kernel.clone())),
             (None, Some(SHELL)) => Self::shell(args, interactive, stop),
             (None, image) => Self::image(image.unwrap_or_default(), args, interactive, stop),
+        }
+    }
+
+    /// The same for the machine's process, with the terminal's columns and lines, if the guest's console has it.
+    pub fn to_order(&self, size: Option<(u16, u16)>) -> order::Boot {
+        order::Boot {
+            kernel: self.kernel.clone(),
+            initrds: self.initrds.clone(),
+            cmdline: self.cmdline.clone(),
+            disks: self.disks.clone(),
+            identity: self.machine.as_ref().and_then(|machine| machine.identity.clone()),
+            size,
         }
     }
 
@@ -71,8 +86,8 @@ impl Boot {
         let user_data = args.machine.user_data.as_deref().map(read_user_data).transpose()?;
         let request = Request { arguments: Some(&arguments), user_data: user_data.as_deref(), ..request(image, args) };
         let machine = prepare_run(&Store::of_user()?, &request, &Shown::new(stop.clone()))?;
-        let disk = DiskSpec::new(&machine.disk).format(Format::Qcow2);
-        let seed = DiskSpec::new(&machine.seed).format(Format::Raw).read_only();
+        let disk = Disk { format: Some(DiskFormat::Qcow2), ..Disk::new(&machine.disk) };
+        let seed = Disk { format: Some(DiskFormat::Raw), read_only: true, ..Disk::new(&machine.seed) };
         Ok(Self {
             kernel: machine.kernel.clone(),
             initrds: machine.initrds.clone(),

@@ -5,14 +5,11 @@ mod json;
 mod perf_map;
 mod text;
 
-use std::{
-    path::{Path, PathBuf},
-    process,
-    sync::Arc,
-};
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use purlin_vmm::{engines::Chosen, profile::Profile};
+use purlin_vmm::profile::Profile;
+use serde::{Deserialize, Serialize};
 
 use crate::{exit::Ended, terminal};
 
@@ -20,27 +17,54 @@ use crate::{exit::Ended, terminal};
 pub const NOT_OF_KVM: &str =
     "--profile shows what the translator does, not KVM: give --engine translator, or leave --profile out";
 
-/// A profile that is being made.
+/// How the report is to be written.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub enum Form {
+    /// For people.
+    Text,
+    /// For programs.
+    Json,
+}
+
+/// A profile, as the machine's process hands it to the command, which has the files.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Written {
+    report: String,
+    map: String,
+}
+
+impl Written {
+    /// What there is at the end of the run.
+    pub fn of(profile: &Profile, form: Form) -> Self {
+        let report = profile.report();
+        let report = match form {
+            Form::Json => json::report(&report),
+            Form::Text => text::report(&report),
+        };
+        Self { report, map: perf_map::text(&profile.pieces()) }
+    }
+}
+
+/// Where a profile is to go.
 pub struct Profiling {
     path: PathBuf,
-    profile: Arc<Profile>,
 }
 
 impl Profiling {
-    /// One that is to go to the file at `path`, which can be written.
+    /// The file at `path`, which can be written.
     pub fn open(path: &Path) -> Result<Self> {
-        Ok(Self { path: file::check(path)?, profile: Arc::default() })
+        Ok(Self { path: file::check(path)? })
     }
 
-    /// The engine with this profile; `None` if it has none.
-    pub fn of(&self, chosen: Chosen) -> Result<Option<Chosen>> {
-        Ok(chosen.profiled(self.profile.clone())?)
+    /// What is to be in it.
+    pub fn form(&self) -> Form {
+        if self.path.extension().is_some_and(|e| e == "json") { Form::Json } else { Form::Text }
     }
 
-    /// Writes it, now that the machine is gone.
-    pub fn end(self, ended: Ended) -> Ended {
-        let map = perf_map::path(process::id());
-        let written = match self.write(&map) {
+    /// Writes it, now that the machine is gone, whose process was `process`.
+    pub fn end(self, ended: Ended, written: &Written, process: u32) -> Ended {
+        let map = perf_map::path(process);
+        let error = match file::replace(&self.path, &written.report).and_then(|()| file::replace(&map, &written.map)) {
             Ok(()) => {
                 let (path, map) = (self.path.display(), map.display());
                 terminal::say(&format!("the profile is in '{path}'; 'perf report' finds its names in '{map}'"));
@@ -49,20 +73,12 @@ impl Profiling {
             Err(error) => error,
         };
         match ended {
-            Ended::Well => Ended::Failed(written),
+            Ended::Well => Ended::Failed(error),
             // That comes first.
             other => {
-                terminal::say(&written.to_string());
+                terminal::say(&error.to_string());
                 other
             }
         }
-    }
-
-    fn write(&self, map: &Path) -> Result<()> {
-        let report = self.profile.report();
-        let is_json = self.path.extension().is_some_and(|e| e == "json");
-        let text = if is_json { json::report(&report) } else { text::report(&report) };
-        file::replace(&self.path, &text)?;
-        file::replace(map, &perf_map::text(&self.profile.pieces()))
     }
 }

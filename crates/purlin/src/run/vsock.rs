@@ -1,9 +1,9 @@
 //! `--vsock PATH[,cid=N]`.
 
-use std::{path::PathBuf, sync::Arc};
+use std::path::PathBuf;
 
 use anyhow::Result;
-use purlin_vmm::vsock::{GUEST_CIDS, HostSocket, VsockConfig};
+use purlin_vmm::vsock::{GUEST_CIDS, HostSocket};
 
 use crate::machine::disk::split;
 
@@ -16,13 +16,13 @@ pub struct Vsock {
     /// The host's Unix socket.
     path: PathBuf,
     /// The guest's context ID.
-    cid: u32,
+    pub cid: u32,
 }
 
 impl Vsock {
-    /// Creates the socket.
-    pub fn open(&self) -> Result<VsockConfig> {
-        Ok(VsockConfig { guest_cid: self.cid, socket: Arc::new(HostSocket::bind(&self.path)?) })
+    /// Creates the socket, which goes when this is dropped.
+    pub fn open(&self) -> Result<HostSocket> {
+        Ok(HostSocket::bind(&self.path)?)
     }
 }
 

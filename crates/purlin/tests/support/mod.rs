@@ -215,6 +215,30 @@ impl Drop for Home {
     }
 }
 
+/// The process of the machine that `purlin run`, the process `command`, runs: the one in its sandbox.
+#[track_caller]
+pub fn machine_of(command: u32) -> u32 {
+    let start = Instant::now();
+    loop {
+        for entry in fs::read_dir("/proc").unwrap().flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+            let read = |file: &str| fs::read_to_string(entry.path().join(file)).unwrap_or_default();
+            let is_its = status_of(pid, "PPid").as_deref() == Some(&command.to_string());
+            if is_its && read("cmdline").contains("__run") && status_of(pid, "Seccomp").as_deref() == Some("2") {
+                return pid;
+            }
+        }
+        assert!(start.elapsed() < Duration::from_secs(60), "there is no machine's process");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// A field of /proc/PID/status; `None` if there is no such process.
+pub fn status_of(pid: u32, field: &str) -> Option<String> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| Some(line.strip_prefix(field)?.strip_prefix(':')?.trim().to_owned()))
+}
+
 /// SIGKILL.
 pub fn kill(pid: u32) {
     let pid = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();

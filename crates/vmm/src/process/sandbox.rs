@@ -1,36 +1,19 @@
 //! The sandbox of a VM's process: what it can reach once its machine is about to be made.
 
 use std::{
-    env, fs,
+    fs,
     path::{Path, PathBuf},
 };
 
 use purlin_api::{ErrorBody, vm};
-use purlin_sandbox::{Access, Filters, Identity, Limits, Plan, Reachable, Report};
 use rustix::fs::{Gid, Uid};
 
 use super::start::failed;
-
-/// Users that nobody has: each machine of a privileged daemon's is run by one of its own.
-const FIRST_USER: u32 = 0x7000_0000;
-/// Threads and copies of a machine's process: vCPUs, devices, and what serves the control socket.
-const MOST_THREADS: u64 = 2048;
-/// So many are there.
-const USERS: u32 = 0x0fff_0000;
+use crate::sandbox::{self, Access, Identity, Plan, Reachable, Report};
 
 /// Gives everything up but what the machine in `dir` needs; `dir` is the working directory before and after.
 pub fn enter(dir: &Path, spec: &vm::Spec) -> Result<Report, ErrorBody> {
-    let plan = plan(dir, spec)?;
-    purlin_sandbox::enter_after(&plan, || {
-        // Without it, a freeze says so.
-        let _ = purlin_engine::memory::prepare();
-    })
-    .map_err(failed)
-}
-
-/// Emitted code has its memory by now; there is to be no other that can be executed.
-pub fn seal() -> Result<(), ErrorBody> {
-    purlin_sandbox::seal().map(drop).map_err(failed)
+    sandbox::enter(&plan(dir, spec)?).map_err(failed)
 }
 
 fn plan(dir: &Path, spec: &vm::Spec) -> Result<Plan, ErrorBody> {
@@ -48,9 +31,7 @@ fn plan(dir: &Path, spec: &vm::Spec) -> Result<Plan, ErrorBody> {
     }
     let identity = identity(dir, spec)?;
     let working_directory = Some(dir.to_owned());
-    // Of a user that nobody else is.
-    let limits = Limits { threads: identity.map(|_| MOST_THREADS), ..Limits::default() };
-    Ok(Plan { paths, identity, working_directory, limits, filters: filters(), ..Plan::default() })
+    Ok(Plan { paths, working_directory, ..sandbox::plan(identity) })
 }
 
 fn reachable(path: &Path, access: Access) -> Reachable {
@@ -60,37 +41,24 @@ fn reachable(path: &Path, access: Access) -> Reachable {
 /// A privileged daemon's machine becomes a user of its own, whose the directory is from then on. Where it has disks of
 /// others, they are root's, and so it stays root, with no privilege.
 fn identity(dir: &Path, spec: &vm::Spec) -> Result<Option<Identity>, ErrorBody> {
-    if !rustix::process::geteuid().is_root() || !spec.machine.disks.is_empty() {
+    if !spec.machine.disks.is_empty() {
         return Ok(None);
     }
-    let user = user_of(dir);
-    give(dir, user).map_err(|e| failed(format!("cannot give {} to its machine's user: {e}", dir.display())))?;
-    Ok(Some(Identity { uid: user, gid: user }))
-}
-
-/// By the directory's name, which is the machine's identity: the same at each run.
-fn user_of(dir: &Path) -> u32 {
-    let name = dir.file_name().unwrap_or_default().as_encoded_bytes();
-    // FNV-1a.
-    let hash = name.iter().fold(0x811c_9dc5_u32, |hash, &byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
-    FIRST_USER + hash % USERS
+    // By the directory's name, which is the machine's identity: the same at each run.
+    let own = sandbox::own_user(dir.file_name().unwrap_or_default().as_encoded_bytes());
+    if let Some(own) = own {
+        give(dir, own).map_err(|e| failed(format!("cannot give {} to its machine's user: {e}", dir.display())))?;
+    }
+    Ok(own)
 }
 
 /// A directory of files, no deeper.
-fn give(dir: &Path, user: u32) -> std::io::Result<()> {
-    let (uid, gid) = (Uid::from_raw(user), Gid::from_raw(user));
+fn give(dir: &Path, Identity { uid, gid }: Identity) -> std::io::Result<()> {
+    let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
     let entries = fs::read_dir(dir)?.map(|entry| entry.map(|e| e.path())).collect::<Result<Vec<_>, _>>()?;
     for path in entries.iter().map(PathBuf::as_path).chain([dir]) {
         // What an earlier run of it has put there may be a link.
         rustix::fs::chownat(rustix::fs::CWD, path, Some(uid), Some(gid), rustix::fs::AtFlags::SYMLINK_NOFOLLOW)?;
     }
     Ok(())
-}
-
-/// `PURLIN_SANDBOX=log` has what the filters do not allow told to the kernel's log, and done: for who adds a device.
-fn filters() -> Filters {
-    match env::var("PURLIN_SANDBOX").as_deref() {
-        Ok("log") => Filters::Log,
-        _ => Filters::Enforce,
-    }
 }

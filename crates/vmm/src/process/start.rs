@@ -110,7 +110,7 @@ pub fn start(dir: &Path) -> Result<Started, ErrorBody> {
         ..config(&spec, chosen.engine.clone())
     };
     let running = begin(config, &spec.origin, given, Box::new(console.writer()))?;
-    sandbox::seal()?;
+    crate::sandbox::seal().map_err(failed)?;
     console.connect(running.serial_input());
     let governor = shares::govern(&running, &spec.machine, how)?;
     let freezer = Freezer::open(chosen.engine).map_err(|e| failed(format!("cannot listen at {}: {e}", vm::FROZEN)))?;

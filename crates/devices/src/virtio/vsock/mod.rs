@@ -15,6 +15,7 @@
 
 mod connection;
 mod host;
+mod lent;
 mod packet;
 mod server;
 mod socket;

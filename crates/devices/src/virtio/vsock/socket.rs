@@ -7,6 +7,7 @@ use std::{
         unix::{fs::FileTypeExt, fs::MetadataExt},
     },
     path::{Path, PathBuf},
+    thread,
 };
 
 use rustix::{
@@ -14,6 +15,8 @@ use rustix::{
     io::Errno,
     net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen, socket_with},
 };
+
+use super::lent;
 
 /// Connections that wait for the guest.
 const BACKLOG: i32 = 128;
@@ -43,13 +46,24 @@ pub enum SocketError {
 /// Bytes of a path, so that `_` and a port fit behind it: `sun_path` has 108 with a NUL.
 const MOST_PATH: usize = 107 - "_4294967295".len();
 
-/// A listening socket, which goes when this is dropped.
+/// A listening socket, which goes when its owner drops this.
 #[derive(Debug)]
 pub struct HostSocket {
     fd: OwnedFd,
-    path: PathBuf,
-    /// Device and inode of the file.
-    file: Option<(u64, u64)>,
+    whose: Whose,
+}
+
+/// Which process has made it.
+#[derive(Debug)]
+enum Whose {
+    /// This one.
+    Ours {
+        path: PathBuf,
+        /// Device and inode of the file.
+        file: Option<(u64, u64)>,
+    },
+    /// The one at the other end, which connects for this one.
+    Lent(OwnedFd),
 }
 
 impl HostSocket {
@@ -70,15 +84,25 @@ impl HostSocket {
             }
             other => other.map_err(failed)?,
         }
-        let file = identity(path);
-        let bound = Self { fd, path: path.to_owned(), file };
+        let bound = Self { fd, whose: Whose::Ours { path: path.to_owned(), file: identity(path) } };
         listen(&bound.fd, BACKLOG).map_err(failed)?;
         Ok(bound)
     }
 
-    /// Its path.
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// Lends it to a process that cannot connect to anything: the two descriptors are for [`HostSocket::lent`] there. A
+    /// thread of this one connects for it.
+    pub fn lend(&self) -> io::Result<[OwnedFd; 2]> {
+        let Whose::Ours { path, .. } = &self.whose else { return Err(io::ErrorKind::PermissionDenied.into()) };
+        let (path, listening) = (path.clone(), self.fd.try_clone()?);
+        let (borrower, owner) = lent::pair()?;
+        let connect = move |port| connect_to(&path, port);
+        thread::Builder::new().name("vsock".into()).spawn(move || lent::serve(&borrower, connect))?;
+        Ok([listening, owner])
+    }
+
+    /// A socket that another process has lent to this one, by what [`HostSocket::lend`] gave it.
+    pub fn lent([listening, owner]: [OwnedFd; 2]) -> Self {
+        Self { fd: listening, whose: Whose::Lent(owner) }
     }
 
     /// The next connection of a host program's; [`io::ErrorKind::WouldBlock`] if there is none.
@@ -88,10 +112,10 @@ impl HostSocket {
 
     /// Connects to the host program that listens for the guest's connections to `port`.
     pub(super) fn connect(&self, port: u32) -> io::Result<OwnedFd> {
-        let fd = stream()?;
-        // Where its queue is full it is as if it did not listen: nobody may wait here.
-        connect(&fd, &SocketAddrUnix::new(port_path(&self.path, port))?)?;
-        Ok(fd)
+        match &self.whose {
+            Whose::Ours { path, .. } => connect_to(path, port),
+            Whose::Lent(owner) => lent::ask(owner, port),
+        }
     }
 }
 
@@ -103,11 +127,19 @@ impl AsFd for HostSocket {
 
 impl Drop for HostSocket {
     fn drop(&mut self) {
+        let Whose::Ours { path, file } = &self.whose else { return };
         // What somebody else has put there is theirs.
-        if self.file.is_some() && identity(&self.path) == self.file {
-            let _ = fs::remove_file(&self.path);
+        if file.is_some() && identity(path) == *file {
+            let _ = fs::remove_file(path);
         }
     }
+}
+
+fn connect_to(path: &Path, port: u32) -> io::Result<OwnedFd> {
+    let fd = stream()?;
+    // Where its queue is full it is as if it did not listen: nobody may wait here.
+    connect(&fd, &SocketAddrUnix::new(port_path(path, port))?)?;
+    Ok(fd)
 }
 
 /// Where the host program for this port listens: `PATH_PORT`.
@@ -144,7 +176,10 @@ fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), SocketError
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::{fs::PermissionsExt, net::UnixListener, net::UnixStream};
+    use std::{
+        io::{Read, Write},
+        os::unix::{fs::PermissionsExt, net::UnixListener, net::UnixStream},
+    };
 
     use super::*;
 
@@ -181,6 +216,27 @@ mod tests {
         fs::write(&path, "data").unwrap();
         assert!(matches!(HostSocket::bind(&path), Err(SocketError::NoSocket(_))));
         assert_eq!(fs::read(&path).unwrap(), b"data");
+    }
+
+    #[test]
+    fn a_borrower_reaches_what_the_owner_would() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vm.vsock");
+        let program = UnixListener::bind(dir.path().join("vm.vsock_7")).unwrap();
+        let socket = HostSocket::bind(&path).unwrap();
+        let borrowed = HostSocket::lent(socket.lend().unwrap());
+        let _client = UnixStream::connect(&path).unwrap();
+        borrowed.accept().unwrap();
+        for _ in 0..2 {
+            let mut stream = UnixStream::from(borrowed.connect(7).unwrap());
+            stream.write_all(b"x").unwrap();
+            program.accept().unwrap().0.read_exact(&mut [0]).unwrap();
+        }
+        assert_eq!(borrowed.connect(8).unwrap_err().kind(), io::ErrorKind::NotFound);
+        drop(borrowed);
+        assert!(path.exists(), "it is the owner's");
+        drop(socket);
+        assert!(!path.exists());
     }
 
     #[test]
