@@ -14,6 +14,7 @@ use std::{
     thread,
 };
 
+use nix::libc::{SIG_DFL, SIGRTMAX};
 use purlin_agent::protocol::{Exec, Failed, FailureKind};
 use rustix::{
     io::Errno,
@@ -130,6 +131,7 @@ impl Steps {
     }
 
     fn take(&self) -> io::Result<()> {
+        act_as_usual();
         self.session().map_err(Step::Session.failed())?;
         self.become_user().map_err(Step::User.failed())?;
         self.enter_directory().map_err(Step::Directory.failed())
@@ -155,6 +157,14 @@ impl Steps {
             Err(_) if self.or_root => chdir(c"/"),
             entered => entered,
         }
+    }
+}
+
+/// Each signal does what it does by itself, whatever the agent was started with.
+fn act_as_usual() {
+    for signal in 1..=SIGRTMAX() {
+        // SAFETY: there is no handler; of those that cannot be changed that is said, and no more.
+        unsafe { nix::libc::signal(signal, SIG_DFL) };
     }
 }
 

@@ -7,7 +7,7 @@ use purlin_agent::{
     protocol::{Exec, Exited, FailureKind, STDIN_WINDOW},
 };
 
-use crate::{Agent, exec, failure, is_root, kind, noise, sh, wait_until};
+use crate::{Agent, PROGRAM, exec, failure, is_root, kind, noise, sh, wait_until};
 
 const SIGTERM: i32 = 15;
 const SIGKILL: i32 = 9;
@@ -81,6 +81,16 @@ fn the_environment_is_a_logins_and_nothing_of_the_agents() {
     assert!(has("A=b c") && has("SHELL=/bin/x") && said.contains("\nPATH=") && said.contains("HOME=/"), "{said}");
     // Cargo's is about the tests, and the agent's own.
     assert!(!said.contains("CARGO"), "{said}");
+}
+
+#[test]
+fn signals_do_what_they_do_by_themselves_whatever_the_agent_ignores() {
+    let ignoring = ["-c", r#"trap "" HUP INT QUIT TERM USR1; exec "$@""#, "sh", PROGRAM];
+    let agent = Agent::start_by(std::process::Command::new("sh").args(ignoring));
+    for signal in [1, 2, 3, SIGTERM, 10] {
+        let finished = agent.run(sh(&format!("kill -{signal} $$; echo it lives")), b"");
+        assert_eq!((finished.exited, &*finished.stdout), (Exited { status: 0, signal }, &b""[..]));
+    }
 }
 
 #[test]

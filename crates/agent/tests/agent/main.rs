@@ -23,6 +23,8 @@ use tempfile::TempDir;
 /// Far longer than anything here takes.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+const PROGRAM: &str = env!("CARGO_BIN_EXE_purlin-agent");
+
 /// A running agent, and a directory for a test's files.
 struct Agent {
     process: Child,
@@ -33,13 +35,14 @@ type UnixClient = Client<UnixStream, UnixStream>;
 
 impl Agent {
     fn start() -> Self {
+        Self::start_by(&mut Command::new(PROGRAM))
+    }
+
+    /// By a command to which its arguments are added.
+    fn start_by(command: &mut Command) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let place = format!("unix:{}", dir.path().join("agent").display());
-        let process = Command::new(env!("CARGO_BIN_EXE_purlin-agent"))
-            .args(["--listen", &place])
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
+        let process = command.args(["--listen", &place]).stdin(Stdio::null()).spawn().unwrap();
         let agent = Self { process, dir };
         wait_until("the agent listens", || UnixStream::connect(agent.path("agent")).is_ok());
         agent
