@@ -162,15 +162,11 @@ impl Instances {
         for entry in self.entries() {
             let record = entry.record();
             match record.stage {
-                Stage::Creating | Stage::Deleting => {
-                    if let Err(error) = self.end_process(&record).await {
-                        tracing::warn!("'{}': {error}", record.name);
-                        continue;
-                    }
-                    if let Err(error) = self.remove(&entry).await {
-                        tracing::warn!("cannot remove what is left of '{}': {error}", record.name);
-                    }
+                // A clone's process is started before its source is frozen.
+                Stage::Creating if process::is_locked(&self.dir_of(&record)).unwrap_or(false) => {
+                    tokio::spawn(self.clone().take_back(entry));
                 }
+                Stage::Creating | Stage::Deleting => self.remove_rest(&entry).await,
                 Stage::Ready => {
                     entry.is_starting.store(true, Ordering::SeqCst);
                     tokio::spawn(self.clone().find_again(entry));
@@ -183,13 +179,27 @@ impl Instances {
         tokio::spawn(self.clone().merge_for_ever());
     }
 
-    /// Ends the process of an instance that is not to be. (A clone's is started before its source is frozen.)
-    async fn end_process(&self, record: &Record) -> Result<(), ErrorBody> {
-        if let Some(vm) = process::find(&self.dir_of(record)).await? {
-            vm.kill();
-            vm.end().await;
+    async fn remove_rest(&self, entry: &Entry) {
+        if let Err(error) = self.remove(entry).await {
+            tracing::warn!("cannot remove what is left of '{}': {error}", entry.record().name);
         }
-        Ok(())
+    }
+
+    /// Ends the process of an instance that is not to be, as soon as it answers, or waits until it has ended by itself; then
+    /// removes it.
+    async fn take_back(self: Arc<Self>, entry: Arc<Entry>) {
+        let _busy = entry.busy.lock().await;
+        let dir = self.dir_of(&entry.record());
+        loop {
+            match process::find(&dir).await {
+                Ok(Some(vm)) => {
+                    vm.kill();
+                    vm.end().await;
+                }
+                Ok(None) => return self.remove_rest(&entry).await,
+                Err(error) => tracing::warn!("'{}', which is to be removed: {error}", entry.record().name),
+            }
+        }
     }
 
     async fn find_again(self: Arc<Self>, entry: Arc<Entry>) {

@@ -116,7 +116,7 @@ async fn read_ready(child: &mut Child, dir: &Path) -> Result<Ready, ErrorBody> {
 }
 
 /// Whether a process runs the machine in `dir`.
-fn is_locked(dir: &Path) -> io::Result<bool> {
+pub fn is_locked(dir: &Path) -> io::Result<bool> {
     let lock = match File::open(vm::lock_of(dir)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         other => other?,

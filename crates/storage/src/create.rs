@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File},
     io::{self, Read},
+    os::unix::fs::OpenOptionsExt,
     path::{self, Path, PathBuf},
 };
 
@@ -65,13 +66,17 @@ impl NewImage {
         self.make(size, backing)
     }
 
-    /// The same for a qcow2 overlay of a qcow2 image that may be in use: that is not looked at, but for the size that its header
-    /// says.
+    /// The same for an overlay as large as the qcow2 image below, which may be in use: that is not looked at, but for the size
+    /// that its header says. Who uses it may have written anything there; 64 TiB are the most.
     pub fn create_over_used(&self) -> Result<(), OpenError> {
-        let size = match (self.size, &self.backing) {
-            (None, Some((path, Format::Qcow2))) => size_in_header(path).map_err(|source| host("read", path, source))?,
-            (size, _) => size.unwrap_or(0),
-        };
+        let below = self.backing.iter().filter(|(_, format)| *format == Format::Qcow2).map(|(path, _)| path).next();
+        let size = below.map(|path| size_in_header(path).map_err(|source| host("read", path, source))).transpose()?;
+        let good = |size: &u64| *size > 0 && *size <= MOST_OVER_USED && size.is_multiple_of(SECTOR);
+        let size = size.filter(good).ok_or_else(|| OpenError::Image {
+            path: self.path.clone(),
+            format: self.format,
+            reason: "what it is to stand on does not say its size as a qcow2 image".into(),
+        })?;
         self.create_over_open(size)
     }
 
@@ -126,10 +131,16 @@ impl NewImage {
     }
 }
 
+/// The size of the largest disk below an overlay that is made without a look at it: the tables of a larger one take their
+/// time.
+const MOST_OVER_USED: u64 = 64 << 40;
+
 /// The disk's size in bytes, as the header of a qcow2 image says it (QEMU's docs/interop/qcow2.rst).
 fn size_in_header(path: &Path) -> io::Result<u64> {
     let mut header = [0; 32];
-    File::open(path)?.read_exact(&mut header)?;
+    // Whoever may have put something else there is not followed, nor waited for.
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    File::options().read(true).custom_flags(flags).open(path)?.read_exact(&mut header)?;
     match (&header[..4], header[24..].try_into()) {
         (b"QFI\xfb", Ok(size)) => Ok(u64::from_be_bytes(size)),
         _ => Err(io::Error::new(io::ErrorKind::InvalidData, "it is no qcow2 image")),

@@ -5,7 +5,7 @@ mod common;
 use std::{
     fs,
     io::{Read, Seek, SeekFrom},
-    os::unix::fs::MetadataExt,
+    os::unix::fs::{FileExt, MetadataExt},
     path::{Path, PathBuf},
 };
 
@@ -150,6 +150,15 @@ fn an_overlay_of_an_image_that_is_in_use() {
     fs::write(&raw, [0; 512]).unwrap();
     let other = directory.path().join("other.qcow2");
     assert!(NewImage::overlay(&other, &raw, Format::Qcow2).create_over_used().is_err());
+    for size in [0u64, 513, 1 << 60, u64::MAX] {
+        let file = fs::File::options().write(true).open(&used).unwrap();
+        file.write_all_at(&size.to_be_bytes(), 24).unwrap();
+        let refused = NewImage::overlay(&other, &used, Format::Qcow2).create_over_used().unwrap_err().to_string();
+        assert!(refused.contains("does not say its size"), "{refused}");
+    }
+    let link = directory.path().join("link");
+    std::os::unix::fs::symlink(&overlay, &link).unwrap();
+    assert!(NewImage::overlay(&other, &link, Format::Qcow2).create_over_used().is_err());
     assert!(!other.exists());
 }
 

@@ -110,9 +110,12 @@ impl Instances {
         record.boot.iter_mut().for_each(|boot| boot.go_on_with(overlay.clone()));
         let origin = vm::Origin::Clone { socket: self.dir_of(&record).join(vm::FROZEN), freeze: freeze.clone() };
         let frozen = async {
-            let frozen = vm.freeze(&Freeze { freeze: freeze.clone(), overlay }).await;
+            let frozen = vm.freeze(&Freeze { freeze: freeze.clone(), overlay: overlay.clone() }).await;
             self.settle_disk(source).await?;
-            frozen.map(drop)
+            frozen?;
+            // What the clones stand on is not to be written any more, whatever the process says.
+            let is_frozen = boot(&source.record())?.disk == overlay;
+            is_frozen.then_some(()).ok_or_else(|| failed("its disk has not gone on with an overlay"))
         };
         let running = Source { record: &record, origin, frozen: frozen.boxed().shared() };
         let others = names.len().saturating_sub(1) as u32;
@@ -157,10 +160,12 @@ impl Instances {
         let _busy = entry.busy.lock().await;
         // All clones at the same time, and not on a thread that serves others.
         let image = NewImage::overlay(disk, backing, Format::Qcow2);
-        let files = move || make_dir(&dir).and_then(|()| image.create_over_used().map_err(failed));
+        let is_used = of.origin != vm::Origin::Boot;
+        let make_image = move || if is_used { image.create_over_used() } else { image.create() };
+        let files = move || make_dir(&dir).and_then(|()| make_image().map_err(failed));
         let made = tokio::task::spawn_blocking(files).await.map_err(failed).flatten();
         let made = match made {
-            Ok(()) if of.origin != vm::Origin::Boot => self.start_clone(&entry, of, put_off, progress).await,
+            Ok(()) if is_used => self.start_clone(&entry, of, put_off, progress).await,
             Ok(()) => self.change(&entry, |record| record.stage = Stage::Ready),
             other => other,
         };

@@ -7,7 +7,8 @@
 //! Most code is executed a few times: its blocks are short. What samples find executing is *hot*, and translated anew,
 //! at length (see `trace.rs`).
 //!
-//! Lock order: `Shared::world` before `CodeCache::inner`. Nothing is waited for with `inner` held.
+//! Lock order: `Shared::world`, `CodeCache::image`, `CodeCache::inner`. Nothing is waited for with `inner` held, but an image is
+//! written.
 
 mod blocks;
 mod hot;

@@ -9,6 +9,7 @@ use std::{
     fs::File,
     io,
     mem::ManuallyDrop,
+    ops::Range,
     ptr::{self, NonNull},
     slice,
     sync::{
@@ -20,7 +21,8 @@ use std::{
 use rustix::{
     fs::{MemfdFlags, memfd_create},
     mm::{
-        MapFlags, MprotectFlags, MremapFlags, ProtFlags, mmap, mmap_anonymous, mprotect, mremap, mremap_fixed, munmap,
+        Advice, MapFlags, MprotectFlags, MremapFlags, ProtFlags, madvise, mmap, mmap_anonymous, mprotect, mremap,
+        mremap_fixed, munmap,
     },
 };
 
@@ -108,6 +110,7 @@ impl CodeMemory {
                 let file = File::from(memfd_create("purlin-code", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
                 file.set_len(Self::OFFSET + len as u64)?;
                 let first = View::of_file(&file, len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED)?;
+                first.keep_from_children();
                 // It sees what is written there, but is none that could write, even if it were made writable.
                 let execute = View::of_file(&file, len, ProtFlags::READ, MapFlags::PRIVATE)?;
                 execute.make_executable()?;
@@ -161,7 +164,7 @@ impl CodeMemory {
             unsafe { mremap_fixed(from, rest, rest, MremapFlags::MAYMOVE, to)? };
         }
         let moved = (0..len / PAGE).map(|_| AtomicBool::new(false)).collect();
-        let _ = self.moved.set(moved);
+        assert!(self.moved.set(moved).is_ok(), "it has a beginning already");
         self.drop_first();
         Ok(())
     }
@@ -172,16 +175,22 @@ impl CodeMemory {
         drop(first.map(|first| View(first, self.len)));
     }
 
-    /// Gives up all but the first `kept` bytes, and with them the file that it has begun with. Nobody executes anything.
+    /// Gives up all but the first `kept` bytes of the file that it has begun with, and so the file. Nobody executes anything.
     pub fn clear(&self, kept: usize) {
         let Some(moved) = self.moved.get() else { return };
-        for (page, moved) in moved.iter().enumerate() {
-            if page < kept.div_ceil(PAGE) {
-                self.own(page * PAGE);
-            } else if !moved.swap(true, Ordering::Relaxed) {
-                self.move_page(page);
+        let kept = kept.div_ceil(PAGE);
+        (0..kept).for_each(|page| self.own(page * PAGE));
+        let mut page = kept;
+        for run in moved[kept..].chunk_by(|a, b| a.load(Ordering::Relaxed) == b.load(Ordering::Relaxed)) {
+            if !run[0].load(Ordering::Relaxed) {
+                self.move_pages(page..page + run.len());
+                run.iter().for_each(|moved| moved.store(true, Ordering::Relaxed));
             }
+            page += run.len();
         }
+        let (start, len) = (self.own.write.0.as_ptr().wrapping_add(kept * PAGE), (page - kept) * PAGE);
+        // SAFETY: nobody looks at what is there any more, through either view.
+        let _ = unsafe { madvise(start.cast(), len, Advice::LinuxRemove) };
     }
 
     /// What is about to be written at `offset` is to be this process's own. Others may be executing it: what they do goes on
@@ -197,17 +206,18 @@ impl CodeMemory {
         // SAFETY: whole pages of views of the same length. Nobody else writes, and what is read is the file's, which does not
         // change.
         unsafe { ptr::copy_nonoverlapping(at(&self.execute), at(&self.own.write), PAGE) };
-        self.move_page(page);
+        self.move_pages(page..page + 1);
     }
 
     /// Has its own memory execute where the file's did.
-    fn move_page(&self, page: usize) {
-        let at = |view: &View| view.0.as_ptr().wrapping_add(page * PAGE).cast();
-        let (from, to) = (at(&self.own.execute), at(&self.execute));
-        // SAFETY: a mapping of this page, with the content that it is to have, takes the place of the file's; where it was nobody
-        // looks.
-        let mapped = unsafe { mremap_fixed(from, PAGE, PAGE, MremapFlags::MAYMOVE, to) };
-        // There are as many pages at most as the cache has, far fewer than a process may have mappings.
+    fn move_pages(&self, pages: Range<usize>) {
+        let at = |view: &View| view.0.as_ptr().wrapping_add(pages.start * PAGE).cast();
+        let (from, to, len) = (at(&self.own.execute), at(&self.execute), pages.len() * PAGE);
+        // SAFETY: a mapping of these pages, with the content that they are to have, takes the place of the file's; where it was
+        // nobody looks.
+        let mapped = unsafe { mremap_fixed(from, len, len, MremapFlags::MAYMOVE, to) };
+        // If every other page has been moved, these are mappings for each page of an image: 22,000 of the 65,530 that a process may
+        // have by Linux's default, beside those of guest memory.
         mapped.expect("a page of emitted code is mapped");
     }
 
@@ -329,6 +339,12 @@ impl View {
         let again = view(unsafe { mremap(self.0.as_ptr().cast(), 0, self.1, MremapFlags::MAYMOVE)? }, self.1)?;
         again.make_executable()?;
         Ok(again)
+    }
+
+    /// A process that is forked off does not have it: a file that anybody can write to cannot be sealed.
+    fn keep_from_children(&self) {
+        // SAFETY: it changes nothing in this process. Where it fails, an image may have to be copied.
+        let _ = unsafe { madvise(self.0.as_ptr().cast(), self.1, Advice::LinuxDontFork) };
     }
 
     /// Nobody uses it yet.

@@ -214,6 +214,23 @@ fn the_original_goes_on_where_it_has_given_its_code_away() {
 }
 
 #[test]
+fn code_is_given_away_while_it_executes() {
+    let m = original(2, false);
+    let wanted = 200 * COUNT as u32;
+    std::thread::scope(|scope| {
+        let mut guest = run_at_code(&m, 1, false);
+        let running = scope.spawn(move || (0..200).map(|_| run_again(&mut guest)).filter_map(done_with).sum::<u32>());
+        let copied = with_memory(&bytes(&m), &saved(&m));
+        assert_eq!(copied.vcpu(0, |_| {}).run(), Stop::Done(COUNT as u32));
+        assert_eq!(running.join().unwrap(), wanted);
+    });
+}
+
+fn done_with(stop: Stop) -> Option<u32> {
+    if let Stop::Done(value) = stop { Some(value) } else { None }
+}
+
+#[test]
 fn an_image_that_lacks_much_is_followed_by_another_one() {
     let m = original(2, false);
     let first = saved(&m);

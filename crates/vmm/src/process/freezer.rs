@@ -4,7 +4,6 @@
 //! the length of a message, with descriptors of files, then the message.
 
 use std::{
-    collections::HashMap,
     fs::{self, File},
     io::{self, IoSlice, IoSliceMut, Read, Write},
     mem::MaybeUninit,
@@ -13,7 +12,7 @@ use std::{
         unix::net::{UnixListener, UnixStream},
     },
     path::Path,
-    sync::{Arc, Condvar, Mutex, PoisonError},
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -34,7 +33,7 @@ use rustix::net::{
     recvmsg, sendmsg,
 };
 
-use super::start::failed;
+use super::{freezes::Freezes, start::failed};
 use crate::{FreezeSpec, Frozen, Running, SnapshotSpec, TakeError};
 
 /// Bytes of a freeze's name: a UUID's text.
@@ -45,10 +44,6 @@ const MAX_FILES: usize = 253;
 const MAX_MESSAGE: u64 = 256 << 20;
 /// How long a clone's process may take to say what it wants, and to take it.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long a freeze may take that a clone's process wants. (It may come before that has begun, and that may copy all memory.)
-const FREEZING: Duration = Duration::from_secs(60);
-/// How long after a clone's process its freeze may begin.
-const BEGINNING: Duration = Duration::from_secs(2);
 
 /// Takes a snapshot; the machine's own disk, the first, goes on with an overlay, and there is no other that can be written.
 pub fn snapshot(running: &Running, wanted: &TakeSnapshot) -> Result<SnapshotTaken, ErrorBody> {
@@ -86,18 +81,10 @@ fn check_name(path: &Path) -> Result<(), ErrorBody> {
     if is_name { Ok(()) } else { Err(ErrorBody::new(Reason::BadRequest, "it is a name in the machine's directory")) }
 }
 
-/// How far a freeze is.
-enum Stage {
-    Begun,
-    Done(Arc<Frozen>),
-}
-
 /// Freezes of the machine, for clones.
 pub struct Freezer {
     engine: Arc<dyn Engine>,
-    freezes: Mutex<HashMap<String, Stage>>,
-    /// One has begun, or ended.
-    changed: Condvar,
+    freezes: Freezes<Arc<Frozen>>,
 }
 
 impl Freezer {
@@ -105,7 +92,7 @@ impl Freezer {
     pub fn open(engine: Arc<dyn Engine>) -> io::Result<Arc<Self>> {
         let _ = fs::remove_file(vm::FROZEN);
         let listener = UnixListener::bind(vm::FROZEN)?;
-        let freezer = Arc::new(Self { engine, freezes: Mutex::default(), changed: Condvar::new() });
+        let freezer = Arc::new(Self { engine, freezes: Freezes::default() });
         let served = freezer.clone();
         thread::Builder::new().name("freezer".into()).spawn(move || {
             for stream in listener.incoming().flatten() {
@@ -121,11 +108,11 @@ impl Freezer {
         if wanted.freeze.len() != ID {
             return Err(ErrorBody::new(Reason::BadRequest, "a freeze is called by a UUID"));
         }
+        let begun = self.freezes.begin(&wanted.freeze);
         let overlays = overlays(running, &wanted.overlay)?;
-        self.set(&wanted.freeze, Some(Stage::Begun));
-        let frozen = running.fork(&overlays).map_err(failed).inspect_err(|_| drop(self.set(&wanted.freeze, None)))?;
+        let frozen = running.fork(&overlays).map_err(failed)?;
         let (pause_us, frozen) = (frozen.pause.as_micros() as u64, Arc::new(frozen));
-        self.set(&wanted.freeze, Some(Stage::Done(frozen.clone())));
+        begun.done(frozen.clone());
         // So that it is there when the clones' processes are; without the thread they wait for it.
         let _ = thread::Builder::new().name("code".into()).spawn(move || drop(frozen.saved_code()));
         Ok(vm::Frozen { pause_us })
@@ -133,40 +120,11 @@ impl Freezer {
 
     /// Forgets a freeze.
     pub fn thaw(&self, freeze: &str) {
-        let Some(Stage::Done(forgotten)) = self.set(freeze, None) else { return };
+        let Some(forgotten) = self.freezes.forget(freeze) else { return };
         let refresh = move || forgotten.code.as_ref()?.refresh().err();
         let told = move || refresh().into_iter().for_each(|error| tracing::debug!("translated code: {error}"));
         // Without the thread the next clones find what these have found.
         let _ = thread::Builder::new().name("code".into()).spawn(told);
-    }
-
-    /// How far a freeze is from now on, or that there is none; returns what it was.
-    fn set(&self, freeze: &str, to: Option<Stage>) -> Option<Stage> {
-        let mut freezes = self.freezes.lock().unwrap_or_else(PoisonError::into_inner);
-        let was = match to {
-            Some(to) => freezes.insert(freeze.to_owned(), to),
-            None => freezes.remove(freeze),
-        };
-        self.changed.notify_all();
-        was
-    }
-
-    /// A freeze, when it is there: who wants it may be early. (Others that wait come from the same host's daemon, for the same one.)
-    fn wait_for(&self, freeze: &str) -> Option<Arc<Frozen>> {
-        let mut freezes = self.freezes.lock().unwrap_or_else(PoisonError::into_inner);
-        let (begun, mut is_known) = (Instant::now(), false);
-        loop {
-            let most = match freezes.get(freeze) {
-                Some(Stage::Done(frozen)) => return Some(frozen.clone()),
-                Some(Stage::Begun) => FREEZING,
-                // It could not be made.
-                None if is_known => return None,
-                None => BEGINNING,
-            };
-            is_known = freezes.contains_key(freeze);
-            let rest = most.checked_sub(begun.elapsed())?;
-            freezes = self.changed.wait_timeout(freezes, rest).unwrap_or_else(PoisonError::into_inner).0;
-        }
     }
 
     /// Gives a clone's process what it wants.
@@ -176,7 +134,7 @@ impl Freezer {
         let mut id = [0; ID];
         stream.read_exact(&mut id)?;
         let id = String::from_utf8_lossy(&id).into_owned();
-        let frozen = self.wait_for(&id).ok_or(io::ErrorKind::NotFound)?;
+        let frozen = self.freezes.wait_for(&id).ok_or(io::ErrorKind::NotFound)?;
         let (layers, mut files) = memory::send(&frozen.memory);
         let code = frozen.saved_code();
         files.extend(code.as_ref().map(|code| code.file.as_fd()));
@@ -247,11 +205,10 @@ pub fn fetch(socket: &Path, freeze: &str) -> Result<Given, ErrorBody> {
     let wrong = |e: &dyn std::fmt::Display| failed(format!("cannot get the machine to clone: {e}"));
     let receive = || -> io::Result<_> {
         let mut stream = UnixStream::connect(Address::of(socket)?.path())?;
-        stream.set_read_timeout(Some(FREEZING + PATIENCE))?;
         stream.write_all(freeze.as_bytes())?;
+        // The machine may still be about to be frozen. If its process is gone, so is this.
         let (length, files) = receive_length(&stream)?;
-        let mut message = Vec::new();
-        stream.take(length.min(MAX_MESSAGE)).read_to_end(&mut message)?;
+        let message = read_within(PATIENCE, &mut stream, length.min(MAX_MESSAGE))?;
         Ok((FrozenMessage::decode(message.as_slice())?, files))
     };
     let (message, mut files) = receive().map_err(|e| wrong(&e))?;
@@ -262,6 +219,23 @@ pub fn fetch(socket: &Path, freeze: &str) -> Result<Given, ErrorBody> {
     });
     let memory = memory::receive(&layers, files).map_err(|e| wrong(&e))?;
     Ok(Given { state, memory, engine: (message.engine, message.tsc_khz), code })
+}
+
+/// Reads so many bytes, in no longer than that in all.
+fn read_within(most: Duration, stream: &mut UnixStream, length: u64) -> io::Result<Vec<u8>> {
+    const PIECE: u64 = 1 << 20;
+    let (begun, mut message) = (Instant::now(), Vec::new());
+    while (message.len() as u64) < length {
+        let rest = most.checked_sub(begun.elapsed()).filter(|rest| !rest.is_zero()).ok_or(io::ErrorKind::TimedOut)?;
+        stream.set_read_timeout(Some(rest))?;
+        let mut piece = vec![0; PIECE.min(length - message.len() as u64) as usize];
+        let read = stream.read(&mut piece)?;
+        if read == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        message.extend_from_slice(&piece[..read]);
+    }
+    Ok(message)
 }
 
 fn receive_length(stream: &UnixStream) -> io::Result<(u64, Vec<OwnedFd>)> {

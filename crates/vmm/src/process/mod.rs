@@ -8,6 +8,7 @@
 mod console;
 mod control;
 mod freezer;
+mod freezes;
 mod sandbox;
 mod shares;
 mod start;
