@@ -158,15 +158,22 @@ fn it_ends_with_the_command() {
     }
 }
 
-/// One that does not see that its socket is closed: a stopped one cannot.
+/// One that does not see that the command is gone: somebody holds that end of its socket.
 #[test]
 fn it_ends_with_the_command_whatever_it_does() {
     let kernel = Kernel::new();
-    let mut run = Run::start(&mut kernel.run());
-    kill_process(Pid::from_raw(run.machine.cast_signed()).unwrap(), Signal::STOP).unwrap();
-    kill_process(run.pid(), Signal::KILL).unwrap();
-    assert_eq!(wait(&mut run.child.0).code(), None);
-    until("the machine goes on", || is_gone(run.machine));
+    for is_stopped in [false, true] {
+        let mut run = Run::start(&mut kernel.run());
+        let held = sockets_of(run.child.0.id());
+        assert!(!held.is_empty());
+        if is_stopped {
+            kill_process(Pid::from_raw(run.machine.cast_signed()).unwrap(), Signal::STOP).unwrap();
+        }
+        kill_process(run.pid(), Signal::KILL).unwrap();
+        assert_eq!(wait(&mut run.child.0).code(), None);
+        until("the machine goes on", || is_gone(run.machine));
+        drop(held);
+    }
 }
 
 #[test]
