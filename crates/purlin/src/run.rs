@@ -19,6 +19,7 @@ use std::{
     io,
     os::fd::{AsFd, OwnedFd},
     sync::{Arc, OnceLock},
+    thread,
     time::Instant,
 };
 
@@ -153,7 +154,9 @@ impl Obey for Signalled {
     }
 
     fn end_at_once(&self) {
-        self.machine.signal(SignalToSend::KILL);
+        self.machine.end_at_once();
+        // The main thread sees that and ends, and removes what the run has made. It need not be waited for long.
+        thread::sleep(ONE_REQUEST);
     }
 
     fn stand_still(&self) {
@@ -180,7 +183,7 @@ fn pass_keys(keys: io::PipeWriter, stop: &Arc<Stop>, machine: &Arc<Remote>) {
     let obey = move |command| match command {
         Command::Quit => match asked {
             // As for signals: it does not end, so it is ended.
-            Some(first) if first.elapsed() >= ONE_REQUEST => machine.signal(SignalToSend::KILL),
+            Some(first) if first.elapsed() >= ONE_REQUEST => machine.end_at_once(),
             _ => {
                 asked.get_or_insert_with(Instant::now);
                 stop.request(Reason::Quit);
@@ -237,6 +240,9 @@ fn ended(how: How, stop: &Stop) -> Ended {
     match how {
         How::Well => Ended::Well,
         How::Stopped => stopped(stop),
+        // Whether the thread that receives signals has had its turn or not.
+        How::Signalled(signal) if stop.reason().is_none() => Ended::Signalled(signal),
+        How::Signalled(_) => stopped(stop),
         How::WithStatus(status) => Ended::WithStatus(status),
         How::Failed(why) => Ended::Failed(anyhow!(why)),
         How::WrongUsage(why) => Ended::WrongUsage(why),
@@ -249,5 +255,19 @@ fn stopped(stop: &Stop) -> Ended {
     match stop.reason() {
         Some(Reason::Signal(signal)) => Ended::Signalled(*signal),
         _ => Ended::Well,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_signal_counts_that_has_not_been_received_yet() {
+        let stop = Stop::default();
+        let end = || ended(How::Signalled(Signal::SIGINT), &stop);
+        assert!(matches!(end(), Ended::Signalled(Signal::SIGINT)));
+        stop.request(Reason::Signal(Signal::SIGTERM));
+        assert!(matches!(end(), Ended::Signalled(Signal::SIGTERM)));
     }
 }

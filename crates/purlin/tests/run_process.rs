@@ -6,7 +6,10 @@ use std::{
     ffi::OsStr,
     fs,
     io::{BufRead, BufReader, Read, Write},
-    os::unix::{ffi::OsStrExt, process::CommandExt},
+    os::{
+        fd::OwnedFd,
+        unix::{ffi::OsStrExt, process::CommandExt},
+    },
     path::Path,
     process::{Command, Stdio},
     thread,
@@ -14,7 +17,9 @@ use std::{
 };
 
 use purlin_storage::{Format, NewImage};
-use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use rustix::process::{
+    Pid, PidfdFlags, PidfdGetfdFlags, Signal, kill_process, kill_process_group, pidfd_getfd, pidfd_open,
+};
 use support::{
     Kernel, Killed, assert_one_line, command, kill, machine_of, purlin, status_of, terminal::OnTerminal, wait,
 };
@@ -65,6 +70,26 @@ fn has_namespaces() -> bool {
 
 fn is_gone(process: u32) -> bool {
     status_of(process, "State").is_none_or(|state| state.starts_with('Z'))
+}
+
+fn children_of(parent: u32) -> Vec<u32> {
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    numbers.filter(|&pid| status_of(pid, "PPid").as_deref() == Some(&parent.to_string())).collect()
+}
+
+fn is_called(pid: u32, verb: &str) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default().contains(verb)
+}
+
+/// The sockets that a process has open.
+fn sockets_of(pid: u32) -> Vec<OwnedFd> {
+    let process = pidfd_open(Pid::from_raw(pid.cast_signed()).unwrap(), PidfdFlags::empty()).unwrap();
+    let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+    let is_socket =
+        |entry: &fs::DirEntry| fs::read_link(entry.path()).unwrap().to_string_lossy().starts_with("socket:");
+    let numbers = descriptors.filter(is_socket).map(|entry| entry.file_name().to_str().unwrap().parse().unwrap());
+    numbers.map(|number| pidfd_getfd(&process, number, PidfdGetfdFlags::empty()).unwrap()).collect()
 }
 
 fn mounts(pid: u32) -> String {
@@ -133,6 +158,24 @@ fn it_ends_with_the_command() {
     }
 }
 
+/// One that does not see that the command is gone: somebody holds that end of its socket.
+#[test]
+fn it_ends_with_the_command_whatever_it_does() {
+    let kernel = Kernel::new();
+    for is_stopped in [false, true] {
+        let mut run = Run::start(&mut kernel.run());
+        let held = sockets_of(run.child.0.id());
+        assert!(!held.is_empty());
+        if is_stopped {
+            kill_process(Pid::from_raw(run.machine.cast_signed()).unwrap(), Signal::STOP).unwrap();
+        }
+        kill_process(run.pid(), Signal::KILL).unwrap();
+        assert_eq!(wait(&mut run.child.0).code(), None);
+        until("the machine goes on", || is_gone(run.machine));
+        drop(held);
+    }
+}
+
 #[test]
 fn its_end_is_told() {
     let kernel = Kernel::new();
@@ -159,7 +202,8 @@ fn who_asks_twice_need_not_wait_for_it() {
     let kernel = Kernel::new();
     let stop = |machine: u32| kill_process(Pid::from_raw(machine.cast_signed()).unwrap(), Signal::STOP).unwrap();
 
-    let mut run = Run::start(&mut kernel.run());
+    let socket = kernel.path("vsock");
+    let mut run = Run::start(kernel.run().arg("--vsock").arg(&socket));
     stop(run.machine);
     kill_process(run.pid(), Signal::TERM).unwrap();
     thread::sleep(Duration::from_millis(1100));
@@ -167,6 +211,7 @@ fn who_asks_twice_need_not_wait_for_it() {
     kill_process(run.pid(), Signal::TERM).unwrap();
     assert_eq!(wait(&mut run.child.0).code(), Some(143));
     until("the machine goes on", || is_gone(run.machine));
+    assert!(!socket.exists());
 
     let mut run = OnTerminal::start(&mut kernel.run());
     run.expect("ready\n");
@@ -175,7 +220,52 @@ fn who_asks_twice_need_not_wait_for_it() {
     thread::sleep(Duration::from_millis(1100));
     assert!(run.child.0.try_wait().unwrap().is_none());
     run.type_keys(b"\x01x");
-    assert_eq!(run.end().code(), Some(4));
+    assert_eq!(run.end().code(), Some(0));
+}
+
+/// Nobody reads what the guest would write: the process waits in open(2), with the NAT started.
+#[test]
+fn who_asks_twice_need_not_wait_for_its_files() {
+    let kernel = Kernel::new();
+    let (fifo, socket) = (kernel.path("fifo"), kernel.path("vsock"));
+    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    let serial = format!("file:{}", fifo.display());
+    let mut command = kernel.run();
+    command.args(["--net", "user", "--publish", "127.0.0.1:0:22", "--serial", &serial, "--vsock"]).arg(&socket);
+    let mut run = Killed(command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap());
+    let pid = Pid::from_child(&run.0);
+    let child_of = |parent, verb: &str| children_of(parent).into_iter().find(|&child| is_called(child, verb));
+    let nat_of = || child_of(run.0.id(), "__run").and_then(|machine| child_of(machine, "__nat"));
+    until("there is no NAT", || nat_of().is_some());
+    let (machine, nat) = (child_of(run.0.id(), "__run").unwrap(), nat_of().unwrap());
+    kill_process(pid, Signal::TERM).unwrap();
+    thread::sleep(Duration::from_millis(1100));
+    assert!(run.0.try_wait().unwrap().is_none());
+    kill_process(pid, Signal::TERM).unwrap();
+    assert_eq!(wait(&mut run.0).code(), Some(143));
+    until("the machine's process goes on", || is_gone(machine));
+    until("the NAT goes on", || is_gone(nat));
+    assert!(!socket.exists());
+}
+
+/// What a copy of the process would do, where there is no PID namespace that ends with it.
+#[test]
+fn who_holds_its_socket_does_not_hold_the_command() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let kernel = Kernel::new();
+    let mut run = OnTerminal::start(&mut kernel.run());
+    run.expect("ready\n");
+    let machine = machine_of(run.child.0.id());
+    let held = sockets_of(machine);
+    assert!(!held.is_empty());
+    kill_process(Pid::from_raw(machine.cast_signed()).unwrap(), Signal::STOP).unwrap();
+    run.type_keys(b"\x01x");
+    thread::sleep(Duration::from_millis(1100));
+    run.type_keys(b"\x01x");
+    assert_eq!(run.end().code(), Some(0));
+    drop(held);
 }
 
 /// As a terminal does at Ctrl-C, where the guest does not have it.

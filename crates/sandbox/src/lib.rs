@@ -48,7 +48,8 @@ use crate::process::Proc;
 /// called this are no longer anybody's here: their numbers mean nothing in the new namespace.
 ///
 /// For process 1 of a namespace, signals that it has no handler for do nothing, except a fault of its own, a forbidden
-/// system call, and SIGKILL and SIGSTOP from outside. A parent's death signal (`PR_SET_PDEATHSIG`) is not set in it.
+/// system call, and SIGKILL and SIGSTOP from outside. A parent's death signal (`PR_SET_PDEATHSIG`) is not set in it;
+/// the filters let it be set to SIGKILL, once the process that called this has been waited for: its exit would count.
 ///
 /// After an error the process is in no state to go on: it may have lost part of what it had. The error comes out in the
 /// child if there is one.

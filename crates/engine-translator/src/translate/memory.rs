@@ -138,7 +138,8 @@ impl CodeMemory {
         // SAFETY: in the place of pages of its own, which nobody executes.
         unsafe { mmap(start, len, ProtFlags::READ, there, file, Self::OFFSET)? };
         // SAFETY: as above. (In two steps, as sandboxes allow it.)
-        Ok(unsafe { mprotect(start, len, MprotectFlags::READ | MprotectFlags::EXEC)? })
+        unsafe { mprotect(start, len, MprotectFlags::READ | MprotectFlags::EXEC)? };
+        Ok(())
     }
 
     /// The file that has the first `len` bytes, a multiple of the page size, and nothing behind them; from here on it is not
@@ -350,7 +351,8 @@ impl View {
     /// Nobody uses it yet.
     fn make_executable(&self) -> io::Result<()> {
         // SAFETY: as the caller promises; it cannot be written any more.
-        Ok(unsafe { mprotect(self.0.as_ptr().cast(), self.1, MprotectFlags::READ | MprotectFlags::EXEC)? })
+        unsafe { mprotect(self.0.as_ptr().cast(), self.1, MprotectFlags::READ | MprotectFlags::EXEC)? };
+        Ok(())
     }
 }
 

@@ -27,7 +27,10 @@ use purlin_vmm::{
     storage::Disk,
     vsock::{HostSocket, VsockConfig},
 };
-use rustix::stdio::{dup2_stdin, stdin};
+use rustix::{
+    process::{Signal, set_parent_process_death_signal},
+    stdio::{dup2_stdin, stdin},
+};
 
 use super::{
     args::{Port, Target},
@@ -87,6 +90,7 @@ fn run(order: &Order, vsock: Option<HostSocket>, teller: &Teller, mut hearer: He
     // From here on threads can be started.
     report.missing.iter().for_each(|missing| tracing::info!("{missing}"));
     teller.tell(&Said::Entered(report.pid))?;
+    end_with_command(&mut hearer)?;
     let current = Arc::new(Current::default());
     obey(hearer, &stop, &current);
     let Opened { chosen, profile, network, serial, console, prompt } = opened;
@@ -184,9 +188,24 @@ fn hear_boot(hearer: &mut Hearer) -> Option<Boot> {
             Told::Boot(boot) => return Some(boot),
             Told::Stop => return None,
             // There is no machine yet.
-            Told::GoOn | Told::Resize(..) | Told::Say(_) => {}
+            Told::Adopted | Told::GoOn | Told::Resize(..) | Told::Say(_) => {}
         }
     }
+}
+
+/// Has the kernel end this process when the command ends, whatever the guest will have made of it. Before it is the
+/// command's child that would end it right now: who was its parent is about to exit.
+fn end_with_command(hearer: &mut Hearer) -> Result<(), How> {
+    loop {
+        match hearer.hear().ok_or(How::Stopped)? {
+            Told::Adopted => break,
+            Told::Stop => return Err(How::Stopped),
+            Told::Boot(_) | Told::GoOn | Told::Resize(..) | Told::Say(_) => {}
+        }
+    }
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    // The command may have ended before. No parent's number would tell that: in a PID namespace it is 0.
+    if hearer.is_alone() { Err(How::Stopped) } else { Ok(()) }
 }
 
 /// Does what the command says, and ends with it.
@@ -200,7 +219,7 @@ fn obey(mut hearer: Hearer, stop: &Arc<Stop>, current: &Arc<Current>) {
                 Told::Resize(columns, rows) => current.resize(ConsoleSize { columns, rows }),
                 Told::Say(line) => terminal::say(&line),
                 // It has been.
-                Told::Boot(_) => {}
+                Told::Boot(_) | Told::Adopted => {}
             }
         }
         process::exit(1);

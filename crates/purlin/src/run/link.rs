@@ -13,6 +13,7 @@ use std::{
 };
 
 use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
     io::retry_on_intr,
     net::{
         RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
@@ -54,6 +55,13 @@ impl Hearer {
         let mut line = Vec::new();
         (&mut self.0).take(LINE).read_until(b'\n', &mut line).ok()?;
         serde_json::from_slice(&line).ok()
+    }
+
+    /// Whether the other end is gone.
+    pub fn is_alone(&self) -> bool {
+        let (now, mut end) = (Timespec::default(), [PollFd::new(self.0.get_ref(), PollFlags::empty())]);
+        let _ = retry_on_intr(|| poll(&mut end, Some(&now)));
+        end[0].revents().contains(PollFlags::HUP)
     }
 }
 
@@ -124,7 +132,9 @@ mod tests {
         let mut hearer = open(theirs).unwrap().1;
         (&ours).write_all(b"no sense\n").unwrap();
         assert_eq!(hearer.hear::<u32>(), None);
+        assert!(!hearer.is_alone());
         drop(ours);
+        assert!(hearer.is_alone());
         assert_eq!(hearer.hear::<u32>(), None);
     }
 }

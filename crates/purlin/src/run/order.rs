@@ -10,6 +10,7 @@ use super::{
     args::{OnPanic, Port, Target},
     profile::{Form, Written},
 };
+use crate::signals::Signal;
 
 /// A machine to be made, but for what it boots.
 #[derive(Debug, Serialize, Deserialize)]
@@ -62,6 +63,9 @@ pub struct Boot {
 pub enum Told {
     /// This is booted.
     Boot(Boot),
+    /// What has said that it is [`Said::Entered`] is a child of the command, which will not be another's before the command
+    /// has ended.
+    Adopted,
     /// The run is to end.
     Stop,
     /// A guest that a failed disk has paused may go on.
@@ -101,6 +105,9 @@ pub enum How {
     Well,
     /// Because the command has said so.
     Stopped,
+    /// By a signal that the command has got as well. The process does not say this: the command sees it.
+    #[serde(skip)]
+    Signalled(Signal),
     /// The guest chose the status.
     WithStatus(u8),
     /// It could not be done.

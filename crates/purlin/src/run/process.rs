@@ -7,7 +7,7 @@ use std::{
         unix::{net::UnixStream, process::CommandExt},
     },
     process::{Child, Command, Stdio},
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use rustix::{
@@ -43,7 +43,15 @@ pub struct MachineProcess {
 /// Steers the machine's process, from any thread. If that is gone the run is over, and nothing happens.
 pub struct Remote {
     teller: Teller,
-    process: OnceLock<OwnedFd>,
+    target: Mutex<Target>,
+}
+
+/// Whom signals go to.
+struct Target {
+    /// The process that was started, then the one that goes on in the sandbox.
+    process: OwnedFd,
+    /// The user did not want to wait for it.
+    ended: bool,
 }
 
 impl Remote {
@@ -52,17 +60,42 @@ impl Remote {
         let _ = self.teller.tell(told);
     }
 
-    /// Sends it a signal, once it is in its sandbox.
+    /// Sends it a signal.
     pub fn signal(&self, signal: Signal) {
-        if let Some(process) = self.process.get() {
-            let _ = pidfd_send_signal(process, signal);
+        let _ = pidfd_send_signal(&self.target().process, signal);
+    }
+
+    /// Ends it, whatever it is doing. Its NAT ends with it.
+    pub fn end_at_once(&self) {
+        let mut target = self.target();
+        target.ended = true;
+        let _ = pidfd_send_signal(&target.process, Signal::KILL);
+        drop(target);
+        // Copies that it has made of itself may keep its end open: nobody waits for those.
+        self.teller.hang_up();
+    }
+
+    /// The one that was started goes on as this one.
+    fn is_now(&self, process: OwnedFd) {
+        let mut target = self.target();
+        target.process = process;
+        if target.ended {
+            let _ = pidfd_send_signal(&target.process, Signal::KILL);
         }
+    }
+
+    fn was_ended(&self) -> bool {
+        self.target().ended
+    }
+
+    fn target(&self) -> MutexGuard<'_, Target> {
+        self.target.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl MachineProcess {
     /// Starts it. Its standard input will be `input`, output and errors are this process's; `vsock` is of the socket that
-    /// it is lent.
+    /// it is lent. The thread that calls this is to live as long as the process does, which is killed when its parent ends.
     pub fn start(order: &Order, input: BorrowedFd<'_>, vsock: Option<&[OwnedFd; 2]>) -> io::Result<Self> {
         // What goes on in a child of the process that is started becomes this one's own.
         set_child_subreaper(Some(getpid()))?;
@@ -73,11 +106,13 @@ impl MachineProcess {
         command.env_clear().envs(env::vars_os().filter(|(name, _)| ENVIRONMENT.iter().any(|needed| name == needed)));
         let first = command.stdout(output(stdout())).stderr(output(stderr())).spawn()?;
         drop(command);
+        // A child that has not been waited for has its number for itself.
+        let target = Target { process: pidfd_open(Pid::from_child(&first), PidfdFlags::empty())?, ended: false };
         let descriptors: Vec<_> = [input].into_iter().chain(vsock.into_iter().flatten().map(AsFd::as_fd)).collect();
         link::send_descriptors(&ours, &descriptors)?;
         let (teller, hearer) = link::open(ours)?;
         teller.tell(order)?;
-        let remote = Arc::new(Remote { teller, process: OnceLock::new() });
+        let remote = Arc::new(Remote { teller, target: Mutex::new(target) });
         Ok(Self { first, remote, hearer, number: None, network: None })
     }
 
@@ -138,15 +173,20 @@ impl MachineProcess {
             wait(first);
         }
         let process = pid(number).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
-        process.into_iter().for_each(|process| _ = self.remote.process.set(process));
+        process.into_iter().for_each(|process| self.remote.is_now(process));
+        // By now it is a child of this process.
+        self.remote.tell(&Told::Adopted);
     }
 
     /// The end of a process that has said nothing of it.
     fn died(&mut self) -> End {
         let signal = self.reap().and_then(|status| status.terminating_signal()).and_then(Signal::from_named_raw);
         let how = match signal {
-            // It was not so far that it leaves these to the command, which has got the same.
-            Some(Signal::HUP | Signal::INT | Signal::TERM) if self.number.is_none() => How::Stopped,
+            _ if self.remote.was_ended() => How::Stopped,
+            // It was not so far that it leaves these to the command, which has got the same, or is about to hear of it.
+            Some(signal @ (Signal::HUP | Signal::INT | Signal::TERM)) if self.number.is_none() => {
+                crate::signals::Signal::try_from(signal.as_raw()).map_or(How::Stopped, How::Signalled)
+            }
             signal => How::Crashed(cause(signal)),
         };
         // Where the guest has left the cursor nobody knows.

@@ -182,6 +182,8 @@ pub(crate) fn process() -> Filter {
         .allow(&[libc::SYS_io_uring_enter, libc::SYS_seccomp])
         .allow_if(libc::SYS_prctl, &[prctl(libc::PR_SET_NO_NEW_PRIVS)])
         .allow_if(libc::SYS_prctl, &[prctl(libc::PR_SET_MDWE)])
+        // To end with who has started it, which it is the child of only now; not to outlive it after all.
+        .allow_if(libc::SYS_prctl, &[prctl(libc::PR_SET_PDEATHSIG), Argument::Is(1, libc::SIGKILL.cast_unsigned())])
         // Emitted code, until `seal`: shared memory that is mapped twice becomes executable at one place.
         .allow_if(libc::SYS_mprotect, &[Argument::Has(2, EXEC, EXEC)]);
     vcpu_registers(tun(filter))

@@ -62,7 +62,7 @@ enum Whose {
         /// Device and inode of the file.
         file: Option<(u64, u64)>,
     },
-    /// The one at the other end, which connects for this one.
+    /// The one at the other end, which connects for this one: the borrower's end.
     Lent(OwnedFd),
 }
 
@@ -94,15 +94,15 @@ impl HostSocket {
     pub fn lend(&self) -> io::Result<[OwnedFd; 2]> {
         let Whose::Ours { path, .. } = &self.whose else { return Err(io::ErrorKind::PermissionDenied.into()) };
         let (path, listening) = (path.clone(), self.fd.try_clone()?);
-        let (borrower, owner) = lent::pair()?;
+        let (owner, borrower) = lent::pair(lent::PATIENCE)?;
         let connect = move |port| connect_to(&path, port);
-        thread::Builder::new().name("vsock".into()).spawn(move || lent::serve(&borrower, connect))?;
-        Ok([listening, owner])
+        thread::Builder::new().name("vsock".into()).spawn(move || lent::serve(&owner, connect))?;
+        Ok([listening, borrower])
     }
 
     /// A socket that another process has lent to this one, by what [`HostSocket::lend`] gave it.
-    pub fn lent([listening, owner]: [OwnedFd; 2]) -> Self {
-        Self { fd: listening, whose: Whose::Lent(owner) }
+    pub fn lent([listening, borrower]: [OwnedFd; 2]) -> Self {
+        Self { fd: listening, whose: Whose::Lent(borrower) }
     }
 
     /// The next connection of a host program's; [`io::ErrorKind::WouldBlock`] if there is none.
@@ -114,7 +114,7 @@ impl HostSocket {
     pub(super) fn connect(&self, port: u32) -> io::Result<OwnedFd> {
         match &self.whose {
             Whose::Ours { path, .. } => connect_to(path, port),
-            Whose::Lent(owner) => lent::ask(owner, port),
+            Whose::Lent(borrower) => lent::ask(borrower, port),
         }
     }
 }
