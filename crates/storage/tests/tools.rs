@@ -144,7 +144,7 @@ fn an_overlay_of_an_image_that_is_in_use() {
     drop(disk);
     let (_, said) = qemu_img(&["info", "--output=json", "--backing-chain", text(&overlay)]);
     assert_eq!(said.matches(&format!("\"virtual-size\": {}", 32 * MIB)).count(), 2, "{said}");
-    assert!(said.contains(&format!("\"backing-filename-format\": \"qcow2\"")), "{said}");
+    assert!(said.contains("\"backing-filename-format\": \"qcow2\""), "{said}");
 
     let raw = directory.path().join("raw");
     fs::write(&raw, [0; 512]).unwrap();
