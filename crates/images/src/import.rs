@@ -283,7 +283,8 @@ mod tests {
         fs::write(&file, disk()).unwrap();
         let sum = cache::checksum(&file).unwrap();
         let source = file.to_str().unwrap();
-        assert!(matches!(import(dir.path(), source, Some("00")), Err(Error::Checksum { .. })));
+        assert!(matches!(import(dir.path(), source, Some(&"00".repeat(32))), Err(Error::Checksum { .. })));
+        assert!(matches!(import(dir.path(), source, Some("00")), Err(Error::NoChecksum(_))));
         let image = import(dir.path(), source, Some(&sum.to_uppercase())).unwrap();
         assert_eq!(image.metadata.virtual_size, 1 << 20);
         let mut content = vec![0; 1 << 20];

@@ -7,7 +7,7 @@ use purlin_engine_translator::{exception::vector, translate::source::DECODER_OPT
 use crate::{
     case::{Case, Fault, Outcome},
     generate::hidden::gives_something_else,
-    host::is_amd,
+    host::{is_amd, is_amd_before_zen_5},
     layout::{CODE_BYTES, PAGE, code_base, code_offset, in_code},
     segments::{CODE64, DATA32},
     translated::Step,
@@ -157,6 +157,8 @@ pub struct Ignore {
 /// - far CALL from 64-bit code to other code has a stack of 32 bits already, and pushes before it checks RIP;
 /// - XSAVE tries all of its area, even where nothing is to be saved;
 /// - XSAVE and XRSTOR check their own alignment before the segment's limit and #AC's;
+/// - AMD's processors before Zen 5 refuse XSAVE and XRSTOR an area that goes on behind 4 GiB, where others go on at the segment's
+///   beginning, and let VEX's masked moves do that, which Zen 5 refuses;
 /// - Intel's have stored the elements of an AVX-512 masked store before the one that is beyond the segment;
 /// - which of CMPS's two operands faults first depends on the processor's generation: of REPE CMPSB, on AMD's before Zen 5.
 pub fn known(case: &Case, native: &Outcome, translated: &Outcome) -> bool {
@@ -174,7 +176,11 @@ pub fn known(case: &Case, native: &Outcome, translated: &Outcome) -> bool {
         }
         Xsave | Xsave64 | Xsavec | Xsavec64 | Xsaveopt | Xsaveopt64 | Xrstor | Xrstor64 => {
             let alignment = || same_place && either([vector::GP, vector::AC]);
-            native.fault.vector == vector::PF || same_place && either([vector::SS, vector::PF]) || alignment()
+            let refused = || is_amd_before_zen_5() && case.bits != 64 && native.fault.vector == vector::GP;
+            native.fault.vector == vector::PF
+                || same_place && either([vector::SS, vector::PF])
+                || alignment()
+                || refused()
         }
         Retf | Iret | Iretd | Iretq => {
             let no_selector = || native.fault.error == 0 || translated.fault.error == 0;
@@ -187,6 +193,10 @@ pub fn known(case: &Case, native: &Outcome, translated: &Outcome) -> bool {
             same_place && (low() || pushed() || no_address)
         }
         Maskmovq | Maskmovdqu | Vmaskmovdqu => is_amd() && (checks_alignment || same_place),
+        Vmaskmovps | Vmaskmovpd | Vpmaskmovd | Vpmaskmovq => {
+            let refused = matches!(translated.fault.vector, vector::SS | vector::GP);
+            is_amd_before_zen_5() && case.bits != 64 && refused
+        }
         Vcompresspd | Vcompressps | Vpcompressb | Vpcompressd | Vpcompressq | Vpcompressw => checks_alignment,
         Vexpandpd | Vexpandps | Vpexpandb | Vpexpandd | Vpexpandq | Vpexpandw => {
             checks_alignment || !is_amd() && same_place && either([vector::SS, vector::GP])

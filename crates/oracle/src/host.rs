@@ -199,6 +199,17 @@ static LACKING: LazyLock<BTreeSet<CpuidFeature>> = LazyLock::new(|| {
     found.into_iter().filter(|(_, has)| !has).map(|(feature, _)| feature).collect()
 });
 
+/// Whether the host is an AMD processor of a family before Zen 5's (APM vol. 3, appendix E.3.2).
+pub fn is_amd_before_zen_5() -> bool {
+    const ZEN_5: u32 = 0x1a;
+    let signature = __cpuid_count(1, 0).eax;
+    let family = match signature >> 8 & 0xf {
+        0xf => 0xf + (signature >> 20 & 0xff),
+        family => family,
+    };
+    is_amd() && family < ZEN_5
+}
+
 /// Whether the host is an AMD processor, or one that says so.
 pub fn is_amd() -> bool {
     let leaf = __cpuid_count(0, 0);
