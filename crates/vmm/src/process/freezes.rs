@@ -31,7 +31,7 @@ impl<T> Default for Freezes<T> {
     }
 }
 
-impl<T: Clone> Freezes<T> {
+impl<T> Freezes<T> {
     /// One is being made from here on, until what is returned is gone.
     pub fn begin<'a>(&'a self, name: &'a str) -> Begun<'a, T> {
         self.set(name, Stage::Begun);
@@ -39,7 +39,10 @@ impl<T: Clone> Freezes<T> {
     }
 
     /// A freeze, when it is there; `None` if it could not be made, or does not begin.
-    pub fn wait_for(&self, name: &str) -> Option<T> {
+    pub fn wait_for(&self, name: &str) -> Option<T>
+    where
+        T: Clone,
+    {
         let since = Instant::now();
         let mut stages = self.lock();
         loop {
@@ -67,11 +70,9 @@ impl<T: Clone> Freezes<T> {
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Stage<T>>> {
         self.stages.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
 
-impl<T> Freezes<T> {
     fn set(&self, name: &str, stage: Stage<T>) {
-        self.stages.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), stage);
+        self.lock().insert(name.to_owned(), stage);
         self.changed.notify_all();
     }
 }
